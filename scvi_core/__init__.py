@@ -1,0 +1,25 @@
+"""scvi-core: from raw single-cell counts to a gene expression atlas.
+
+``import scvi_core as sv``; names are loaded when first used, so that the import itself is light.
+"""
+
+from scvi_core._version import __version__
+
+_HOME = {
+    "fit": "scvi_core.api",
+    "load": "scvi_core.api",
+    "Model": "scvi_core.api",
+    "Config": "scvi_core.config",
+    "ModelConfig": "scvi_core.config",
+    "TrainConfig": "scvi_core.config",
+    "UserError": "scvi_core.files",
+}
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        from importlib import import_module
+
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'scvi_core' has no attribute {name!r}")

@@ -1,0 +1,375 @@
+"""The configuration: what may be asked for, its defaults and its checks. The one place that knows.
+
+Imports only pydantic and PyYAML, so that the Snakefile can read a configuration without the numerical stack.
+``workflow/schemas/*.yaml`` are written from here (``scvi-core validate --schemas DIR``).
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from scvi_core.files import UserError
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # names become folders and shell words: nothing else gets in
+Name = Annotated[str, Field(pattern=NAME)]
+# columns of cells.parquet, latent.parquet and of the inside of the store, which a sample sheet may not redefine
+RESERVED = {
+    "cell_id", "barcode", "n_counts", "n_genes", "pct_mito", "pct_ribo", "pct_hb", "pct_top50",
+    "doublet_score", "predicted_doublet", "flags", "keep", "reason", "cluster",
+    "umap_1", "umap_2", "tsne_1", "tsne_2",
+}  # fmt: skip
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class InputConfig(Section):
+    """How the count matrices are read."""
+
+    layer: str = Field("X", description="AnnData inputs: 'X', 'raw', or the name of a layer that holds raw counts")
+    gene_ids: Literal["auto", "ensembl", "symbol"] = Field(
+        "auto", description="what identifies a gene; auto takes Ensembl ids where a sample has them, else symbols"
+    )
+    genes: Literal["intersection", "union"] = Field(
+        "intersection", description="which genes are kept when samples differ; union fills the missing with zeros"
+    )
+    orientation: Literal["cells_as_rows", "genes_as_rows"] = Field(
+        "genes_as_rows", description="CSV and TSV inputs: what a row is (GEO tables mostly have genes as rows)"
+    )
+    metadata: tuple[str, ...] = Field((), description="columns of the inputs' own cell tables to carry along")
+
+
+class QcConfig(Section):
+    """Which cells are flagged, and which flags drop a cell."""
+
+    n_mads: float = Field(
+        5.0, gt=0, description="flag counts, genes, mitochondrial and top-50 shares beyond median +- n_mads x MAD"
+    )
+    min_counts: int = Field(200, ge=0, description="fixed limit: fewest counts a cell")
+    min_genes: int = Field(100, ge=0, description="fixed limit: fewest detected genes a cell")
+    max_counts: int | None = Field(None, ge=1, description="fixed limit: most counts a cell")
+    max_pct_mito: float = Field(20.0, ge=0, le=100, description="fixed limit: largest mitochondrial share, per cent")
+    max_pct_hb: float | None = Field(None, ge=0, le=100, description="fixed limit: largest haemoglobin share, per cent")
+    doublets: bool = Field(True, description="score doublets with Scrublet, sample by sample")
+    expected_doublet_rate: float = Field(0.06, gt=0, lt=1)
+    drop: tuple[
+        Literal["low_counts", "high_counts", "low_genes", "high_genes", "high_mito", "high_hb", "high_top50", "doublet"],
+        ...,
+    ] = Field(
+        ("low_counts", "high_counts", "low_genes", "high_genes", "high_mito", "high_hb", "high_top50"),
+        description="flags that drop a cell; doublets are flagged and kept unless listed",
+    )
+
+
+class GenesConfig(Section):
+    """Which genes the model sees."""
+
+    n_top: int | Literal["auto", "all"] = Field(
+        "auto", description="highly variable genes to select; auto is 2000 or, with fewer genes, all that pass min_cells"
+    )
+    min_cells: int = Field(3, ge=1, description="genes detected in fewer kept cells are left out")
+    per_batch: bool = Field(True, description="rank within each batch, then combine, as scanpy's batch_key does")
+    span: float = Field(0.3, gt=0, le=1, description="loess span of the mean-variance fit")
+    include: tuple[str, ...] = Field((), description="always selected: ids, names, /regular expressions/ or @groups")
+    exclude: tuple[str, ...] = Field(
+        (), description="never selected; groups: @mitochondrial @ribosomal @haemoglobin @immunoglobulin @tcr"
+    )
+
+    @field_validator("n_top")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be at least 1")
+        return value
+
+
+class ModelConfig(Section):
+    """The generative model and its inference networks. With TrainConfig, data and seed it decides the weights."""
+
+    likelihood: Literal["zinb", "nb", "poisson"] = "zinb"
+    dispersion: Literal["gene", "gene-batch", "gene-cell"] = Field("gene", description="what theta depends on")
+    library: Literal["observed", "latent"] = Field(
+        "observed", description="l_n: the cell's count total, or a latent variable with the batch's log-normal prior"
+    )
+    n_latent: int = Field(10, ge=1)
+    n_hidden: int = Field(128, ge=1)
+    n_layers: int = Field(1, ge=1)
+    dropout: float = Field(0.1, ge=0, lt=1, description="of the encoder")
+    categorical_covariates: tuple[str, ...] = Field((), description="cell columns the decoder sees besides the batch")
+    continuous_covariates: tuple[str, ...] = ()
+
+
+class ModelSection(ModelConfig):
+    """The model in a workflow: the same, and whether a registered one may be taken instead of training."""
+
+    reuse: Literal["exact", "never", "require"] = Field(
+        "exact", description="take the registered model of the same fingerprint; never train; or fail if there is none"
+    )
+
+
+class TrainConfig(Section):
+    """How the weights are found."""
+
+    max_epochs: int | Literal["auto"] = Field("auto", description="auto: by the number of cells")
+    batch_size: int = Field(128, ge=2)
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(1e-6, ge=0)
+    adam_eps: float = Field(1e-2, gt=0)
+    kl_weight: float = Field(1.0, gt=0, description="final weight of the KL term in the training loss")
+    kl_warmup: float = Field(
+        0.5, ge=0, le=1, description="share of all steps over which the KL weight rises from 0; always completes"
+    )
+    validation_fraction: float = Field(0.1, ge=0, lt=1)
+    early_stopping: bool = True
+    patience: int = Field(45, ge=1, description="epochs without a better validation ELBO before stopping")
+    gradient_clip: float = Field(0.0, ge=0, description="largest gradient norm; 0 leaves gradients as they are")
+
+    @field_validator("max_epochs")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be at least 1")
+        return value
+
+
+class ClusterConfig(Section):
+    """The neighbour graph on the latent space, Leiden clusters and two-dimensional pictures."""
+
+    n_neighbors: int = Field(15, ge=2)
+    resolutions: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (1.0,), min_length=1, description="Leiden resolutions; the first gives the column `cluster`"
+    )
+    umap: bool = True
+    umap_min_dist: float = Field(0.5, ge=0)
+    tsne: bool = True
+    tsne_perplexity: float = Field(30.0, gt=0)
+
+
+class DeConfig(Section):
+    """Differential expression by sampling the posterior."""
+
+    groupby: str = Field("cluster", description="cell column whose groups are each compared with the rest")
+    mode: Literal["change", "vanilla"] = "change"
+    delta: float = Field(0.25, gt=0, description="smallest log2 fold change that counts")
+    fdr: float = Field(0.05, gt=0, lt=1)
+    n_samples: int = Field(5000, ge=100, description="posterior samples a group")
+    batch_correction: bool = Field(True, description="decode every cell under every batch, and average")
+    min_cells: int = Field(5, ge=1, description="smaller groups are left out, and said so")
+
+
+class RegistryConfig(Section):
+    """Where models are registered and looked up."""
+
+    tracking_uri: str | None = Field(None, description="MLflow tracking URI; default: an SQLite file under results/")
+    name: Name | None = Field(None, description="registered model name; default: the atlas name")
+    experiment: str | None = Field(None, description="MLflow experiment; default: scvi-core/{atlas}")
+    organism: str | None = Field(None, description="tag of the model version; default: guessed from gene ids")
+    figures: bool = Field(True, description="log figures to the run")
+
+
+class ReportConfig(Section):
+    """The page."""
+
+    title: str | None = None
+    labels: tuple[str, ...] = Field((), description="cell columns (such as known cell types) to colour embeddings by")
+    n_markers: int = Field(5, ge=1, le=50, description="markers a cluster in the dot plot")
+
+
+class Config(Section):
+    """Everything one atlas build is asked for."""
+
+    atlas: Name = Field("atlas", description="names the results folder and the registered model")
+    samples: str = Field("config/samples.tsv", description="the sample sheet: sample, path, batch, further columns")
+    results: str = Field("results", description="folder that holds {atlas}/")
+    seed: int = Field(0, ge=0, lt=2**31)
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one, and says so")
+    input: InputConfig = InputConfig()
+    qc: QcConfig = QcConfig()
+    genes: GenesConfig = GenesConfig()
+    model: ModelSection = ModelSection()
+    train: TrainConfig = TrainConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    de: DeConfig = DeConfig()
+    registry: RegistryConfig = RegistryConfig()
+    report: ReportConfig = ReportConfig()
+
+    @field_validator("atlas")
+    @classmethod
+    def _no_dots(cls, value: str) -> str:
+        return _checked_name(value)
+
+    @model_validator(mode="after")
+    def _covariates_differ(self) -> Config:
+        both = set(self.model.categorical_covariates) & set(self.model.continuous_covariates)
+        if both:
+            raise ValueError(f"model: {sorted(both)} is asked for as categorical and as continuous; keep one")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """``results/{atlas}``."""
+        return Path(self.results) / self.atlas
+
+    @property
+    def tracking_uri(self) -> str:
+        """Where MLflow writes: as configured, else one SQLite file for all atlases under `results`."""
+        return self.registry.tracking_uri or f"sqlite:///{self.results}/mlflow.db"
+
+    @property
+    def registered_name(self) -> str:
+        """The registered model's name: as configured, else the atlas'."""
+        return self.registry.name or self.atlas
+
+
+class Sample(Section):
+    """One row of the sample sheet."""
+
+    sample: Name
+    path: str = Field(min_length=1)
+    batch: str = Field(min_length=1, max_length=200)
+    metadata: dict[str, str] = {}
+
+    @field_validator("sample")
+    @classmethod
+    def _no_dots(cls, value: str) -> str:
+        return _checked_name(value)
+
+
+def _checked_name(value: str) -> str:
+    # pydantic's $ is strict, but '..' is made of allowed characters
+    if not re.fullmatch(NAME, value) or ".." in value:
+        raise ValueError("use letters, digits, '.', '_' and '-' (first a letter or digit, no '..', at most 64)")
+    return value
+
+
+def load_config(source: str | Path | dict[str, Any]) -> Config:
+    """Read and check a configuration.
+
+    Parameters
+    ----------
+    source : a YAML file's path, a JSON object as text (it starts with ``{``), or a mapping.
+
+    Raises
+    ------
+    UserError
+        For a missing or malformed file, an unknown key (the nearest valid one is named), a value out of range.
+    """
+    if isinstance(source, dict):
+        where, raw = "config", source
+    elif str(source).lstrip().startswith("{"):
+        where, raw = "config", json.loads(str(source))
+    else:
+        where = str(source)
+        try:
+            raw = yaml.safe_load(Path(source).read_text())
+        except FileNotFoundError:
+            raise UserError(f"{where}: no such configuration file; see config/README.md") from None
+        except OSError as error:
+            raise UserError(f"{where}: cannot be read ({error.strerror})") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            line = getattr(getattr(error, "problem_mark", None), "line", None)
+            at = f" line {line + 1}" if line is not None else ""
+            raise UserError(f"{where}{at}: not valid YAML ({getattr(error, 'problem', error)})") from None
+        if not isinstance(raw, dict):
+            raise UserError(f"{where}: expected keys and values, found {type(raw).__name__}")
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{where}: " + "; ".join(_explain(Config, e) for e in error.errors())) from None
+
+
+def _explain(model: type[BaseModel], error: Any) -> str:
+    """One clause for one pydantic error: field, value, remedy."""
+    path = [str(part) for part in error["loc"]]
+    if error["type"] == "extra_forbidden":
+        owner = model
+        for part in path[:-1]:
+            owner = owner.model_fields[part].annotation
+        valid = list(owner.model_fields)
+        near = difflib.get_close_matches(path[-1], valid, n=1, cutoff=0.5)
+        hint = f"did you mean '{'.'.join([*path[:-1], near[0]])}'?" if near else f"valid keys: {', '.join(valid)}"
+        return f"unknown key '{'.'.join(path)}'; {hint}"
+    field = ".".join(p for p in path if not p.startswith(("literal", "function", "int", "constrained")))
+    value = "" if isinstance(error["input"], dict) else f" (got {error['input']!r})"
+    return f"{field + ': ' if field else ''}{error['msg'].removeprefix('Value error, ')}{value}"
+
+
+def load_samples(path: str | Path) -> list[Sample]:
+    """Read and check a sample sheet: tab-separated, columns sample, path, batch, then any of the user's.
+
+    Paths are relative to the working directory. Nothing is opened here but the sheet;
+    ``scvi-core validate`` also looks at the files.
+
+    Raises
+    ------
+    UserError
+        Naming the line, column and value that is wrong.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such sample sheet; it has the columns sample, path, batch") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    lines = text.splitlines()
+    rows = [
+        (number, line)
+        for number, line in enumerate(csv.reader(lines, delimiter="\t"), 1)
+        if line and any(line) and not line[0].startswith("#")
+    ]
+    if not rows:
+        raise UserError(f"{path}: empty; expected a header with the columns sample, path, batch")
+    header = [column.strip() for column in rows[0][1]]
+    for column in ("sample", "path", "batch"):
+        if column not in header:
+            near = difflib.get_close_matches(column, header, n=1)
+            found = f"found '{near[0]}'" if near else f"found {', '.join(header)}"
+            raise UserError(f"{path}: no column '{column}' ({found}); columns are separated by tabs")
+    for column in header:
+        if header.count(column) > 1:
+            raise UserError(f"{path}: column '{column}' appears twice; rename one")
+        if column in RESERVED or re.fullmatch(r"cluster_r[\d.]+", column):
+            raise UserError(f"{path}: column '{column}' is one that scvi-core writes itself; rename it")
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_ .-]{0,63}", column):
+            raise UserError(f"{path}: column name {column!r}; use letters, digits, spaces, '_', '-' and '.'")
+    samples: list[Sample] = []
+    seen: dict[str, int] = {}
+    for number, line in rows[1:]:
+        if len(line) != len(header):
+            raise UserError(f"{path} line {number}: {len(line)} columns where the header has {len(header)}")
+        row = dict(zip(header, (cell.strip() for cell in line), strict=True))
+        extra = {key: value for key, value in row.items() if key not in ("sample", "path", "batch")}
+        try:
+            sample = Sample(sample=row["sample"], path=row["path"], batch=row["batch"], metadata=extra)
+        except ValidationError as error:
+            first = error.errors()[0]
+            column, value = first["loc"][0], first["input"]
+            raise UserError(
+                f"{path} line {number}: {column} {value!r}: "
+                + (
+                    "use letters, digits, '.', '_' and '-' (first a letter or digit, no '..', at most 64)"
+                    if column == "sample" and value
+                    else f"{first['msg']}"
+                )
+            ) from None
+        folded = sample.sample.casefold()
+        if folded in seen:
+            raise UserError(
+                f"{path} line {number}: sample {sample.sample!r} is already on line {seen[folded]} (case is ignored)"
+            )
+        seen[folded] = number
+        samples.append(sample)
+    if not samples:
+        raise UserError(f"{path}: a header but no samples")
+    return samples

@@ -1,0 +1,149 @@
+"""Files that are whole or absent, hashes, and the record of decisions.
+
+Everything that scvi-core writes goes through :func:`replacing`: a temporary name in the same folder,
+fsync, rename. A reader never meets half a file, and a failed run leaves earlier results as they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class UserError(Exception):
+    """Something the user can mend: one line naming file, field, value and remedy. Shown without traceback."""
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success fsync it and rename it to `path`.
+
+    Works for a file or, if the block makes a directory there, for a directory tree, which replaces an
+    earlier tree only once it is complete. On an exception `path` is left as it was.
+
+    Raises
+    ------
+    UserError
+        When the disk is full, or the folder cannot be written.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        temporary = holder / path.name
+        yield temporary
+        if temporary.is_dir():
+            for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
+                _fsync(file)
+            if path.is_dir() and not path.is_symlink():
+                os.rename(path, holder / "earlier")
+        else:
+            _fsync(temporary)
+        os.rename(temporary, path)
+        _fsync(path.parent)
+    except OSError as error:
+        if error.errno in (28, 122):  # ENOSPC, EDQUOT
+            raise UserError(f"{path}: no space left on the device; free some, then run again") from error
+        if error.errno in (13, 30):  # EACCES, EROFS
+            raise UserError(f"{path}: cannot be written ({error.strerror}); check the folder's permissions") from error
+        raise
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary.parent, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def canonical_json(value: Any) -> str:
+    """One text per value: sorted keys, no spaces, no NaN. What fingerprints are taken of."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON with sorted keys (so that equal values give equal bytes)."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def write_parquet(path: str | Path, frame: Any) -> None:
+    """Write a pandas frame as Parquet: zstd, columns in the frame's order, no index, no pandas metadata."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd", store_schema=False)
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sha256_text(text: str) -> str:
+    """SHA-256 of a text's UTF-8 bytes, in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """One choice made on the user's behalf, and why. A line of ``decisions.jsonl``.
+
+    Attributes
+    ----------
+    step : subcommand that decided, such as ``"qc"``.
+    what : what was decided, such as ``"max_pct_mito"``.
+    value : the outcome (number, text, list).
+    reason : one sentence.
+    sample : the sample concerned, or None for all.
+    n_cells, n_genes : how many cells or genes it dropped, merged or changed, where that applies.
+    """
+
+    step: str
+    what: str
+    value: Any
+    reason: str
+    sample: str | None = None
+    n_cells: int | None = None
+    n_genes: int | None = None
+
+
+class Decisions(list[Decision]):
+    """The decisions of one step, logged as they are made and written as JSON lines at its end."""
+
+    def __init__(self, step: str, sample: str | None = None):
+        super().__init__()
+        self.step, self.sample = step, sample
+
+    def add(self, what: str, value: Any, reason: str, n_cells: int | None = None, n_genes: int | None = None) -> None:
+        """Record one decision and log it."""
+        from scvi_core.log import log
+
+        self.append(Decision(self.step, what, value, reason, self.sample, n_cells, n_genes))
+        log.info("%s%s = %s: %s", f"{self.sample}: " if self.sample else "", what, value, reason)
+
+    def write(self, path: str | Path) -> None:
+        """Write the decisions, one JSON object a line."""
+        with replacing(path) as temporary:
+            temporary.write_text("".join(canonical_json(dataclasses.asdict(d)) + "\n" for d in self))
+
+
+def read_decisions(path: str | Path) -> list[dict[str, Any]]:
+    """Read a file that :meth:`Decisions.write` wrote."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
