@@ -64,7 +64,9 @@ class QcConfig(Section):
     doublets: bool = Field(True, description="score doublets with Scrublet, sample by sample")
     expected_doublet_rate: float = Field(0.06, gt=0, lt=1)
     drop: tuple[
-        Literal["low_counts", "high_counts", "low_genes", "high_genes", "high_mito", "high_hb", "high_top50", "doublet"],
+        Literal[
+            "low_counts", "high_counts", "low_genes", "high_genes", "high_mito", "high_hb", "high_top50", "doublet"
+        ],
         ...,
     ] = Field(
         ("low_counts", "high_counts", "low_genes", "high_genes", "high_mito", "high_hb", "high_top50"),
@@ -76,7 +78,8 @@ class GenesConfig(Section):
     """Which genes the model sees."""
 
     n_top: int | Literal["auto", "all"] = Field(
-        "auto", description="highly variable genes to select; auto is 2000 or, with fewer genes, all that pass min_cells"
+        "auto",
+        description="highly variable genes to select; auto is 2000 or, with fewer genes, all that pass min_cells",
     )
     min_cells: int = Field(3, ge=1, description="genes detected in fewer kept cells are left out")
     per_batch: bool = Field(True, description="rank within each batch, then combine, as scanpy's batch_key does")
@@ -124,6 +127,7 @@ class TrainConfig(Section):
     max_epochs: int | Literal["auto"] = Field("auto", description="auto: by the number of cells")
     batch_size: int = Field(128, ge=2)
     learning_rate: float = Field(1e-3, gt=0)
+    schedule: Literal["constant", "cosine"] = Field("constant", description="of the learning rate")
     weight_decay: float = Field(1e-6, ge=0)
     adam_eps: float = Field(1e-2, gt=0)
     kl_weight: float = Field(1.0, gt=0, description="final weight of the KL term in the training loss")
@@ -193,7 +197,12 @@ class Config(Section):
     samples: str = Field("config/samples.tsv", description="the sample sheet: sample, path, batch, further columns")
     results: str = Field("results", description="folder that holds {atlas}/")
     seed: int = Field(0, ge=0, lt=2**31)
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one, and says so")
+    threads: int = Field(
+        2, ge=1, description="CPU threads of train, embed, cluster and de; here, as it decides the last bits of results"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto takes a GPU where there is one, and says so"
+    )
     input: InputConfig = InputConfig()
     qc: QcConfig = QcConfig()
     genes: GenesConfig = GenesConfig()

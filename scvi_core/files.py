@@ -131,12 +131,21 @@ class Decisions(list[Decision]):
         super().__init__()
         self.step, self.sample = step, sample
 
-    def add(self, what: str, value: Any, reason: str, n_cells: int | None = None, n_genes: int | None = None) -> None:
-        """Record one decision and log it."""
+    def add(
+        self,
+        what: str,
+        value: Any,
+        reason: str,
+        n_cells: int | None = None,
+        n_genes: int | None = None,
+        sample: str | None = None,
+    ) -> None:
+        """Record one decision and log it; `sample` where a step over all samples speaks of one."""
         from scvi_core.log import log
 
-        self.append(Decision(self.step, what, value, reason, self.sample, n_cells, n_genes))
-        log.info("%s%s = %s: %s", f"{self.sample}: " if self.sample else "", what, value, reason)
+        sample = sample or self.sample
+        self.append(Decision(self.step, what, value, reason, sample, n_cells, n_genes))
+        log.info("%s%s = %s: %s", f"{sample}: " if sample else "", what, value, reason)
 
     def write(self, path: str | Path) -> None:
         """Write the decisions, one JSON object a line."""

@@ -1,0 +1,362 @@
+"""What a notebook calls: ``fit``, ``load``, and the fitted :class:`Model` with its questions."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from scvi_core import posterior
+from scvi_core import train as training
+from scvi_core._version import __version__
+from scvi_core.config import DeConfig, ModelConfig, TrainConfig
+from scvi_core.counts import Counts, Schema, content_digest, fingerprint, pack
+from scvi_core.files import UserError, replacing, sha256_file, write_json, write_parquet
+from scvi_core.model import SCVI, build
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+FORMAT_VERSION = 1
+BUNDLE = ("model.safetensors", "model.json", "history.parquet")
+
+
+@dataclasses.dataclass
+class Model:
+    """A fitted model and all that is needed to use it on other cells.
+
+    Attributes
+    ----------
+    network : the weights, in eval mode.
+    schema : genes, batches and covariates in order.
+    model, train : the configuration it was fitted with.
+    seed : of the fit.
+    history : a row an epoch: epoch, seconds (NaN once loaded), train_elbo, validation_elbo, kl_weight, learning_rate.
+    gene_names : names to show for the schema's gene ids.
+    card : what else ``model.json`` says: fingerprint, metrics, samples, organism, device, software.
+    layer : where `fit` found the counts, so that the questions look there too.
+    """
+
+    network: SCVI
+    schema: Schema
+    model: ModelConfig
+    train: TrainConfig
+    seed: int
+    history: pd.DataFrame
+    gene_names: list[str]
+    card: dict[str, Any]
+    layer: str | None = None
+
+    @property
+    def gene_ids(self) -> list[str]:
+        """Identifiers of the model's genes, in order."""
+        return list(self.schema.gene_ids)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that decided the weights."""
+        return self.card["fingerprint"]
+
+    def _counts(self, adata: AnnData, unseen_batches: bool = False) -> Counts:
+        layer = self.layer if self.layer in adata.layers else None
+        counts = pack(adata, self.schema, layer, unseen_batches)
+        return counts.to(next(self.network.parameters()).device)
+
+    def latent(self, adata: AnnData) -> np.ndarray:
+        """Posterior means of z, (cells, latent) float32. The encoder does not see the batch: any batch will do."""
+        return posterior.latent(self.network, self._counts(adata, unseen_batches=True))
+
+    def elbo(self, adata: AnnData, n_samples: int = 10, seed: int = 0) -> np.ndarray:
+        """(cells,) float64, nats: reconstruction - KL, KL weight 1, averaged over `n_samples` draws."""
+        return posterior.elbo(self.network, self._counts(adata), n_samples, seed)
+
+    def marginal_log_likelihood(self, adata: AnnData, n_samples: int = 1000, seed: int = 0) -> np.ndarray:
+        """(cells,) float64, nats: log p(x) by importance sampling with the posterior as proposal."""
+        return posterior.marginal_log_likelihood(self.network, self._counts(adata), n_samples, seed)
+
+    def normalized_expression(
+        self,
+        adata: AnnData,
+        genes: Sequence[str] | None = None,
+        library_size: float | None = 1e4,
+        transform_batch: str | None = None,
+        n_samples: int = 10,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Posterior mean of rho × library size, a row a cell and a column a gene, float32.
+
+        Parameters
+        ----------
+        genes : ids or names wanted; None gives all.
+        library_size : counts a cell is scaled to; None gives each cell its own.
+        transform_batch : decode every cell under this batch; None means its own.
+        """
+        wanted = self.gene_ids if genes is None else list(genes)
+        place = {name: i for i, name in enumerate(self.gene_names)} | {g: i for i, g in enumerate(self.gene_ids)}
+        for gene in wanted:
+            if gene not in place:
+                raise UserError(f"genes: {gene!r} is not one of the model's {len(self.gene_ids)} genes")
+        if transform_batch is not None and transform_batch not in self.schema.batches:
+            raise UserError(f"transform_batch: {transform_batch!r} is not one of {', '.join(self.schema.batches)}")
+        values = posterior.normalized_expression(
+            self.network,
+            self._counts(adata),
+            np.array([place[gene] for gene in wanted], dtype=np.int64),
+            library_size,
+            None if transform_batch is None else self.schema.batches.index(transform_batch),
+            n_samples,
+            seed,
+        )
+        return pd.DataFrame(values, index=adata.obs_names, columns=wanted)
+
+    def differential_expression(
+        self, adata: AnnData, groupby: str, seed: int = 0, config: DeConfig | None = None
+    ) -> pd.DataFrame:
+        """Each group of a cell column against the rest; columns as ``de.parquet``.
+
+        See Also
+        --------
+        scvi_core.posterior.differential_expression : the method.
+        """
+        if groupby not in adata.obs:
+            raise UserError(f"groupby: no cell column '{groupby}' (columns: {', '.join(map(str, adata.obs.columns))})")
+        return posterior.differential_expression(
+            self.network,
+            self._counts(adata),
+            adata.obs[groupby],
+            self.gene_ids,
+            self.gene_names,
+            config or DeConfig(groupby=groupby),
+            seed,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the bundle: ``model.safetensors``, ``model.json``, ``history.parquet``. Whole, or not at all."""
+        with replacing(path) as folder:
+            folder.mkdir()
+            weights = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
+            save_file(weights, folder / "model.safetensors")
+            write_parquet(folder / "history.parquet", self.history.drop(columns="seconds"))
+            schema = dataclasses.asdict(self.schema)
+            about = {
+                "format_version": FORMAT_VERSION,
+                "package_version": __version__,
+                "model": self.model.model_dump(),
+                "train": self.train.model_dump(),
+                "seed": self.seed,
+                "gene_ids": schema.pop("gene_ids"),
+                "gene_names": self.gene_names,
+                "batches": schema.pop("batches"),
+                "batch_key": schema.pop("batch_key"),
+                "covariates": schema,
+                "n_genes": len(self.gene_ids),
+                "weights_sha256": sha256_file(folder / "model.safetensors"),
+            }
+            write_json(folder / "model.json", self.card | about)
+
+
+def load(path: str | Path, device: str = "cpu") -> Model:
+    """Load a bundle that :meth:`Model.save` wrote: safetensors and JSON, nothing that could run code.
+
+    Raises
+    ------
+    UserError
+        When a file is missing or not whole, the weights are not those that ``model.json`` names, or the format is
+        newer than this version of scvi-core.
+    """
+    path = Path(path)
+    for name in BUNDLE:
+        if not (path / name).is_file():
+            raise UserError(f"{path}: no {name}; a model is a folder with {', '.join(BUNDLE)}")
+    try:
+        about = json.loads((path / "model.json").read_text())
+        if about["format_version"] > FORMAT_VERSION:
+            raise UserError(
+                f"{path}/model.json: format {about['format_version']} is newer than this scvi-core {__version__} "
+                f"reads ({FORMAT_VERSION}); upgrade scvi-core"
+            )
+        if sha256_file(path / "model.safetensors") != about["weights_sha256"]:
+            raise UserError(f"{path}/model.safetensors: not the weights that model.json names; fetch the model again")
+        schema = Schema.from_dict({k: about[k] for k in ("gene_ids", "batch_key", "batches")} | about["covariates"])
+        model, fitted = ModelConfig(**about["model"]), TrainConfig(**about["train"])
+        network = _network(model, schema, about["seed"])
+        network.load_state_dict(load_file(path / "model.safetensors"))
+        history = pd.read_parquet(path / "history.parquet")
+    except (KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{path}: not a whole model ({str(error).splitlines()[0]}); fetch or train it again") from error
+    history.insert(1, "seconds", np.nan)
+    known = {"model", "train", "seed", "gene_ids", "gene_names", "batches", "batch_key", "covariates"}
+    card = {k: v for k, v in about.items() if k not in known}
+    network.eval().to(training.resolve_device(device) if device != "cpu" else "cpu")
+    return Model(network, schema, model, fitted, about["seed"], history, about["gene_names"], card)
+
+
+def fit(
+    adata: AnnData,
+    batch_key: str | None = None,
+    layer: str | None = None,
+    categorical_covariates: Sequence[str] = (),
+    continuous_covariates: Sequence[str] = (),
+    model: ModelConfig | None = None,
+    train: TrainConfig | None = None,
+    holdout: Sequence[int] | np.ndarray | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    progress: bool = True,
+) -> Model:
+    """Fit scVI to raw counts.
+
+    Parameters
+    ----------
+    adata : cells × genes with raw counts in ``X`` or in `layer`.
+    batch_key : cell column that holds the batch to correct for.
+    categorical_covariates, continuous_covariates : further cell columns that the decoder sees.
+    model, train : configuration; None takes the defaults.
+    holdout : positions of cells never trained on, which serve for validation; None sets
+        ``train.validation_fraction`` of the cells aside at random.
+    seed : of everything random. The same seed, data and configuration give the same weights on the same machine.
+    device : ``auto``, ``cpu`` or ``cuda``.
+
+    Examples
+    --------
+    >>> model = sv.fit(adata, batch_key="donor")
+    >>> adata.obsm["X_scvi"] = model.latent(adata)
+    """
+    model = model or ModelConfig()
+    if categorical_covariates or continuous_covariates:
+        model = model.model_copy(
+            update={
+                "categorical_covariates": tuple(categorical_covariates),
+                "continuous_covariates": tuple(continuous_covariates),
+            }
+        )
+    schema = Schema.of(adata, batch_key, model.categorical_covariates, model.continuous_covariates)
+    counts = pack(adata, schema, layer)
+    names = adata.var["gene_name"] if "gene_name" in adata.var else adata.var_names
+    fitted = fit_counts(
+        counts,
+        schema,
+        [str(name) for name in names],
+        {"cells": content_digest(adata, counts)},
+        model,
+        train or TrainConfig(),
+        holdout,
+        seed,
+        device,
+        progress,
+    )
+    fitted.layer = layer
+    return fitted
+
+
+def fit_counts(
+    counts: Counts,
+    schema: Schema,
+    gene_names: list[str],
+    data: Any,
+    model: ModelConfig,
+    train: TrainConfig,
+    holdout: Sequence[int] | np.ndarray | None,
+    seed: int,
+    device: str,
+    progress: bool = True,
+    checkpoint: Path | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    about: dict[str, Any] | None = None,
+) -> Model:
+    """Fit to packed counts: what :func:`fit` and ``scvi-core train`` share.
+
+    Parameters
+    ----------
+    data : digests of the counts, for the fingerprint.
+    checkpoint, stop : see :func:`scvi_core.train.train`.
+    about : further entries of the model card, such as samples and organism.
+    """
+    check_design(model, schema)
+    held = None if holdout is None else np.unique(np.asarray(holdout, dtype=np.int64))
+    if held is not None and len(held) and (held[0] < 0 or held[-1] >= len(counts)):
+        raise UserError(f"holdout: positions must lie in 0..{len(counts) - 1}")
+    identity = fingerprint_of(schema, data, model, train, seed, held)
+    if held is None:
+        order = np.random.default_rng([seed, 2**31]).permutation(len(counts))
+        held = np.sort(order[: round(train.validation_fraction * len(counts))])
+    train_rows = np.setdiff1d(np.arange(len(counts)), held)
+    where = training.resolve_device(device)
+    network = _network(model, schema, seed)
+    history = training.train(
+        network, counts, train_rows, held, train, seed, where, checkpoint, identity, progress, stop
+    )
+    kept = history["validation_elbo"].idxmax() if train.early_stopping and len(held) else len(history) - 1
+    last = history.iloc[-1]
+    metrics = {
+        "epochs": int(last["epoch"]),
+        "train_elbo": round(float(last["train_elbo"]), 4),
+        "validation_elbo": round(training.elbo_of(network, counts.to(where), held, seed), 4) if len(held) else None,
+        "kept_epoch": int(history["epoch"].iloc[kept]),
+        "n_train": len(train_rows),
+        "n_validation": len(held),
+        "n_parameters": sum(p.numel() for p in network.parameters()),
+        "kl_weight_final": float(last["kl_weight"]),
+    }
+    card = {
+        "fingerprint": identity,
+        "metrics": metrics,
+        "n_cells": len(counts),
+        "device": where.type,
+        "software": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+    } | (about or {})
+    return Model(network, schema, model, train, seed, history, gene_names, card)
+
+
+def fingerprint_of(
+    schema: Schema, data: Any, model: ModelConfig, train: TrainConfig, seed: int, holdout: np.ndarray | None = None
+) -> str:
+    """The fingerprint of a fit, known before it is made."""
+    if holdout is not None:
+        data = {"data": data, "holdout": holdout.tolist()}
+    return fingerprint(schema, data, ModelConfig(**_only(model)).model_dump(), train.model_dump(), seed, code_version())
+
+
+def code_version() -> str:
+    """Package version and a digest of the files whose code decides the weights."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for name in ("counts.py", "likelihood.py", "model.py", "train.py"):
+        digest.update((here / name).read_bytes())
+    return f"{__version__}+{digest.hexdigest()[:12]}"
+
+
+def check_design(model: ModelConfig, schema: Schema) -> None:
+    """Refuse a model that the data cannot bear: per-batch dispersion with one batch, a covariate of one level."""
+    if model.dispersion == "gene-batch" and len(schema.batches) < 2:
+        raise UserError("model.dispersion: 'gene-batch' needs two batches or more; this data has one; use 'gene'")
+    for column, levels in schema.categorical.items():
+        if len(levels) < 2:
+            raise UserError(f"model.categorical_covariates: '{column}' has one level ({levels[0]!r}); leave it out")
+
+
+def _only(model: ModelConfig) -> dict[str, Any]:
+    return {key: getattr(model, key) for key in ModelConfig.model_fields}
+
+
+def _network(model: ModelConfig, schema: Schema, seed: int) -> SCVI:
+    n_covariates = sum(len(levels) for levels in schema.categorical.values()) + len(schema.continuous)
+    return build(model, len(schema.gene_ids), len(schema.batches), n_covariates, seed)
+
+
+def bundle_bytes(model: Model) -> bytes:
+    """The weights' file as bytes; two fits are the same when these are."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(Path(folder) / "model")
+        return (Path(folder) / "model" / "model.safetensors").read_bytes()

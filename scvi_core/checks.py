@@ -1,0 +1,248 @@
+"""Checks on files that others made: nothing in them is trusted before it has been looked at.
+
+Each check raises :class:`~scvi_core.files.UserError` with one line that names the file, the field, the value and
+the remedy. Counts are read in blocks into the smallest unsigned integers that hold them, so that no copy in
+floating point is ever as large as the matrix.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from scvi_core.config import InputConfig
+from scvi_core.files import Decisions, UserError
+
+# what a reader gives: counts (cells, genes), the input's cell table and its gene table
+Read = tuple[sp.csr_matrix, pd.DataFrame, pd.DataFrame]
+Reader = Callable[[Path, InputConfig, Decisions], Read]
+
+BLOCK = 2**22  # values read at a time: 32 MB as float64
+DAMAGED = "it is damaged or was made to harm; fetch or write it again"
+FIND_COUNTS = "find the raw counts, before any normalisation"
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Names as a line's part."""
+    return ", ".join(map(str, names))
+
+
+def nearest(name: str, valid: Iterable[Any]) -> str:
+    """The valid name closest to a wrong one, as a line's part; "" if none is close."""
+    near = difflib.get_close_matches(name, [str(v) for v in valid], n=1, cutoff=0.5)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def check_size(n_values: int, stored: int, where: str) -> None:
+    """Refuse arrays that declare far more values than any compression packs into the bytes there are.
+
+    deflate packs 1032 bytes into one at best, zstd some thousands where all values are equal.
+    """
+    if n_values > 2**24 and n_values > 5000 * stored:
+        raise UserError(f"{where}: declares {n_values:,} values, but the file has {stored:,} bytes; {DAMAGED}")
+
+
+def check_hdf5(file: h5py.File, path: str | Path) -> None:
+    """Walk an HDF5 file and refuse whatever reaches outside it: links, external storage, virtual datasets.
+
+    Soft links stay inside the file once no external link is left to pass through; they are not followed here.
+    """
+    stored = os.path.getsize(path)
+    todo, seen = [file["/"]], set()
+    while todo:
+        group = todo.pop()
+        address = h5py.h5o.get_info(group.id).addr
+        if address in seen:  # hard links may make rings
+            continue
+        seen.add(address)
+        for name in group:
+            where = f"{path}: {group.name.rstrip('/')}/{name}"
+            link = group.get(name, getlink=True)
+            if isinstance(link, h5py.ExternalLink):
+                raise UserError(f"{where} is a link to another file ({link.filename!r}); copy the data into one file")
+            if not isinstance(link, h5py.HardLink):
+                continue
+            item = group[name]
+            if isinstance(item, h5py.Group):
+                todo.append(item)
+            elif isinstance(item, h5py.Dataset):
+                if item.external:
+                    raise UserError(f"{where} keeps its values in other files ({item.external[0][0]!r}); copy them in")
+                if item.is_virtual:
+                    raise UserError(f"{where} is a virtual dataset, made of other files; copy the data into one file")
+                check_size(item.size or 0, stored, where)
+
+
+def check_zarr(path: Path) -> None:
+    """Look through a zarr folder's metadata: no pickle codecs, no links out of the folder, no absurd shapes."""
+    root, stored, metadata = path.resolve(), 0, []
+    for folder, folders, names in os.walk(root):
+        for name in [*folders, *names]:
+            item = Path(folder, name)
+            if item.is_symlink() and not item.resolve().is_relative_to(root):
+                raise UserError(f"{path}: {item.relative_to(root)} is a link out of the folder; copy the data in")
+            if name in names and item.exists():
+                stored += item.stat().st_size
+                if name in ("zarr.json", ".zarray", ".zgroup", ".zmetadata"):
+                    metadata.append(item)
+    for item in metadata:
+        where = f"{path}: {item.relative_to(root)}"
+        try:
+            content = json.loads(item.read_text())
+        except (ValueError, RecursionError):
+            raise UserError(f"{where} is not valid JSON; {DAMAGED}") from None
+        for name, value in _pairs(content):
+            if name in ("id", "name") and isinstance(value, str) and value.rpartition(".")[2].lower() == "pickle":
+                raise UserError(f"{where} asks for pickled objects, which can run code; write the store without them")
+            if name in ("shape", "chunks", "chunk_shape") and isinstance(value, list):
+                check_size(math.prod(int(n) for n in value), stored, where)
+
+
+def _pairs(content: Any) -> list[tuple[str, Any]]:
+    """All (key, value) of nested JSON but the users' own attributes."""
+    pairs, todo = [], [content]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, list):
+            todo.extend(item)
+        elif isinstance(item, dict):
+            inner = [(k, v) for k, v in item.items() if k != "attributes" and not k.endswith(".zattrs")]
+            pairs.extend(inner)
+            todo.extend(v for _, v in inner)
+    return pairs
+
+
+def pack_counts(values: Any, where: str, remedy: str) -> np.ndarray:
+    """Read one-dimensional `values` block by block, check that they are counts, pack them.
+
+    Parameters
+    ----------
+    values : array with a shape: numpy, HDF5 or zarr; any numeric type.
+    where : file and field, for the message.
+    remedy : what to do if they are not counts.
+
+    Returns
+    -------
+    numpy.ndarray
+        uint8, uint16 or uint32, the smallest that holds all of them.
+
+    Raises
+    ------
+    UserError
+        For text, non-finite, negative or fractional values, and counts beyond 32 bits.
+    """
+    packed = np.empty(values.shape[0], np.uint8)
+    for start in range(0, len(packed), BLOCK):
+        block = np.asarray(values[start : start + BLOCK])
+        if block.dtype.kind not in "biuf":
+            raise UserError(f"{where} holds {block.dtype}, not numbers; {remedy}")
+        if block.dtype.kind == "f" and not np.isfinite(block).all():
+            bad = block[~np.isfinite(block)][0]
+            raise UserError(f"{where} has values that are not finite (such as {bad}, or missing); {remedy}")
+        if block.dtype.kind in "if" and block.min() < 0:
+            raise UserError(
+                f"{where} has negative values (such as {block.min():.6g}), so these are not counts: they look scaled "
+                f"or corrected; {remedy}"
+            )
+        if block.dtype.kind == "f" and (fraction := block != np.floor(block)).any():
+            raise UserError(
+                f"{where} has values that are not whole numbers (such as {block[fraction][0]:.6g}), so these are not "
+                f"counts: they look normalised or log-transformed; {remedy}"
+            )
+        top = int(block.max())
+        if top >= 2**32:
+            raise UserError(f"{where} has the value {top}, beyond what a count can be (32 bits); {remedy}")
+        packed = packed.astype(np.promote_types(packed.dtype, np.min_scalar_type(top)), copy=False)
+        packed[start : start + len(block)] = block
+    return packed
+
+
+def compressed_counts(
+    data: Any, indices: Any, indptr: Any, shape: tuple[int, int], where: str, remedy: str
+) -> sp.csr_matrix:
+    """Checked CSR matrix of counts from its three stored arrays (for CSC: give the transposed shape).
+
+    Returns
+    -------
+    scipy.sparse.csr_matrix
+        (rows, columns) as `shape`; smallest unsigned integers, sorted indices, no stored zeros.
+
+    Raises
+    ------
+    UserError
+        For arrays that contradict each other, and for values that are no counts.
+    """
+    n_rows, n_columns = (int(n) for n in shape)
+    bounds = np.asarray(indptr[...])
+    if bounds.dtype.kind not in "iu" or bounds.ndim != 1 or len(bounds) != n_rows + 1:
+        raise UserError(
+            f"{where}/indptr has the shape {bounds.shape} where {n_rows:,} rows need {n_rows + 1:,}; {DAMAGED}"
+        )
+    bounds = bounds.astype(np.int64, copy=False)
+    if bounds[0] != 0 or (np.diff(bounds) < 0).any():
+        raise UserError(f"{where}/indptr does not rise from 0; {DAMAGED}")
+    if not data.shape == indices.shape == (bounds[-1],):
+        raise UserError(
+            f"{where} has {data.shape} values, {indices.shape} indices, and an indptr that ends at {bounds[-1]:,}; "
+            f"these should be one number: {DAMAGED}"
+        )
+    columns = np.empty(indices.shape[0], np.int32 if n_columns < 2**31 else np.int64)
+    for start in range(0, len(columns), BLOCK):
+        block = np.asarray(indices[start : start + BLOCK])
+        if block.dtype.kind not in "iu" or block.min() < 0 or block.max() >= n_columns:
+            raise UserError(f"{where}/indices has {block.max()} where {n_columns:,} columns end; {DAMAGED}")
+        columns[start : start + len(block)] = block
+    counts = sp.csr_matrix((pack_counts(data, where, remedy), columns, bounds), shape=(n_rows, n_columns))
+    return canonical(counts, where)
+
+
+def canonical(counts: sp.csr_matrix, where: str) -> sp.csr_matrix:
+    """Sort indices, drop stored zeros, pack; refuse an entry that is stored twice. Works on the arrays in place."""
+    counts = sp.csr_matrix((counts.data, counts.indices, counts.indptr), shape=counts.shape)  # no flag is believed
+    counts.sort_indices()
+    if not counts.has_canonical_format:
+        rows = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
+        twice = np.flatnonzero((np.diff(counts.indices) == 0) & (np.diff(rows) == 0))[0]
+        raise UserError(
+            f"{where} stores the entry at row {rows[twice]}, column {counts.indices[twice]} (from 0) twice; {DAMAGED}"
+        )
+    counts.eliminate_zeros()
+    return smallest(counts)
+
+
+def smallest(counts: sp.csr_matrix) -> sp.csr_matrix:
+    """The same matrix with the smallest unsigned integer type that holds its values."""
+    counts.data = counts.data.astype(np.min_scalar_type(int(counts.data.max(initial=0))), copy=False)
+    return counts
+
+
+def dense_counts(values: Any, where: str, remedy: str) -> sp.csr_matrix:
+    """Checked CSR matrix of counts from a dense two-dimensional array, read some rows at a time."""
+    n_rows, n_columns = values.shape
+    step = max(1, BLOCK // max(1, n_columns))
+    parts = []
+    for start in range(0, n_rows, step):
+        block = np.asarray(values[start : start + step])
+        if block.dtype.kind not in "biuf":
+            raise UserError(f"{where} holds {block.dtype}, not numbers; {remedy}")
+        part = sp.csr_matrix(block)
+        part.data = pack_counts(part.data, where, remedy)
+        parts.append(part)
+    return stacked(parts, n_columns, where)
+
+
+def stacked(parts: list[sp.csr_matrix], n_columns: int, where: str) -> sp.csr_matrix:
+    """Blocks of rows, one under the other; none at all gives a matrix without rows."""
+    if not parts:
+        return sp.csr_matrix((0, n_columns), dtype=np.uint8)
+    return canonical(sp.vstack(parts, format="csr"), where)

@@ -1,0 +1,672 @@
+"""``scvi-core COMMAND``: one subcommand a step, from files to files. Snakemake's rules call nothing else."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from scvi_core._version import __version__
+from scvi_core.config import Config, Sample, load_config, load_samples
+from scvi_core.files import Decisions, UserError, replacing, write_json, write_parquet
+from scvi_core.log import log
+
+RUN_AGAIN = 75  # sysexits' EX_TEMPFAIL: interrupted with a checkpoint on disk; the same command goes on
+
+app = typer.Typer(
+    help="From raw single-cell RNA-seq counts to a gene expression atlas that others can query and reuse.\n\n"
+    "Run the whole with `snakemake --cores N`, or each step by hand: every subcommand goes from files to files.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+models = typer.Typer(help="The registry: list, show and promote registered models.", no_args_is_help=True)
+app.add_typer(models, name="models")
+
+ConfigOption = Annotated[
+    str, typer.Option("--config", help="config.yaml, or the part of it that matters as JSON text ('{...}')")
+]
+Out = Annotated[Path, typer.Option("--out", help="what to write")]
+DecisionsOption = Annotated[
+    Path | None, typer.Option("--decisions", help="where to write the choices made, one JSON object a line")
+]
+Tracking = Annotated[str, typer.Option("--tracking-uri", help="MLflow tracking URI of the registry")]
+TRACKING = "sqlite:///results/mlflow.db"
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="print the version and leave")] = False) -> None:
+    if version:
+        print(f"scvi-core {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def validate(
+    config: ConfigOption = "config/config.yaml",
+    schemas: Annotated[
+        Path | None, typer.Option("--schemas", help="write the JSON schemas of config and sample sheet here, no more")
+    ] = None,
+) -> None:
+    """Check configuration, sample sheet and inputs; run nothing.
+
+    Example: scvi-core validate --config config/config.yaml
+    """
+    if schemas is not None:
+        _write_schemas(schemas)
+        return
+    settings = load_config(config)
+    samples = load_samples(settings.samples)
+    for sample in samples:
+        if not Path(sample.path).exists():
+            raise UserError(f"{settings.samples}: sample '{sample.sample}': no file {sample.path}; mend the path")
+    columns = {*samples[0].metadata, *settings.input.metadata, "sample", "batch", "n_counts", "n_genes", "pct_mito"}
+    asked = {
+        "model.categorical_covariates": settings.model.categorical_covariates,
+        "model.continuous_covariates": settings.model.continuous_covariates,
+        "report.labels": settings.report.labels,
+        "de.groupby": (settings.de.groupby,),
+    }
+    clusters = {"cluster", *(f"cluster_r{r:g}" for r in settings.cluster.resolutions[1:])}
+    for key, names in asked.items():
+        allowed = columns | clusters if key in ("de.groupby", "report.labels") else columns
+        for name in names:
+            if name not in allowed:
+                raise UserError(
+                    f"{config}: {key}: no cell column '{name}' (there are {', '.join(sorted(allowed))}); add it to the "
+                    "sample sheet or to input.metadata"
+                )
+    if settings.model.dispersion == "gene-batch" and len({s.batch for s in samples}) < 2:
+        raise UserError(f"{config}: model.dispersion: 'gene-batch' needs two batches; {settings.samples} has one")
+    batches = len({s.batch for s in samples})
+    log.info("valid: atlas '%s', %d samples in %d batches", settings.atlas, len(samples), batches)
+
+
+@app.command()
+def ingest(
+    path: Annotated[Path, typer.Argument(help="h5ad, zarr, 10x .h5, 10x mtx folder, loom, CSV or TSV")],
+    sample: Annotated[str, typer.Option(help="the sample's name")],
+    batch: Annotated[str, typer.Option(help="the sample's batch")],
+    out: Out,
+    metadata: Annotated[str, typer.Option(help="further columns for every cell, as a JSON object")] = "{}",
+    config: ConfigOption = "{}",
+    decisions: DecisionsOption = None,
+) -> None:
+    """Read one sample's counts from any supported format, check them, and write AnnData.
+
+    Example: scvi-core ingest data/donor1.h5 --sample donor1 --batch lab_a --out donor1/counts.h5ad
+    """
+    from pydantic import ValidationError
+
+    from scvi_core.io import ingest as read
+    from scvi_core.io import write_h5ad
+
+    try:
+        row = Sample(sample=sample, path=str(path), batch=batch, metadata=json.loads(metadata))
+    except (ValidationError, ValueError) as error:
+        raise UserError(f"--sample {sample!r}, --batch {batch!r} or --metadata: {_first(error)}") from None
+    adata, made = read(path, row, load_config(config).input)
+    write_h5ad(out, adata)
+    _write_decisions(made, decisions)
+
+
+@app.command()
+def qc(
+    counts: Annotated[Path, typer.Argument(help="counts.h5ad of one sample")],
+    out: Out,
+    config: ConfigOption = "{}",
+    figure: Annotated[Path | None, typer.Option(help="violin and scatter plots, PNG")] = None,
+    decisions: DecisionsOption = None,
+) -> None:
+    """Measure and flag one sample's cells.
+
+    Example: scvi-core qc donor1/counts.h5ad --out donor1/qc.parquet --figure donor1/qc.png
+    """
+    import anndata as ad
+
+    from scvi_core import figures
+    from scvi_core.qc import qc as judge
+
+    settings = load_config(config)
+    frame, made = judge(ad.read_h5ad(counts), settings.qc, settings.seed)
+    write_parquet(out, frame)
+    if figure is not None:
+        with replacing(figure) as temporary:
+            temporary.write_bytes(figures.png(figures.qc_figure(frame, made)))
+    _write_decisions(made, decisions)
+
+
+@app.command()
+def genes(
+    counts: Annotated[list[Path], typer.Argument(help="every sample's counts.h5ad; qc.parquet stands beside each")],
+    out: Out,
+    config: ConfigOption = "{}",
+    decisions: DecisionsOption = None,
+) -> None:
+    """Choose the genes that the model sees, in one streaming pass over all samples.
+
+    Example: scvi-core genes samples/*/counts.h5ad --out genes.parquet
+    """
+    from scvi_core.genes import select_genes
+
+    settings = load_config(config)
+    frame, made = select_genes(counts, _beside(counts), settings.input, settings.genes)
+    write_parquet(out, frame)
+    _write_decisions(made, decisions)
+
+
+@app.command()
+def store(
+    counts: Annotated[list[Path], typer.Argument(help="every sample's counts.h5ad; qc.parquet stands beside each")],
+    genes: Annotated[Path, typer.Option(help="genes.parquet")],
+    out: Out,
+    config: ConfigOption = "{}",
+    decisions: DecisionsOption = None,
+) -> None:
+    """Pack kept cells × selected genes of all samples into one AnnData zarr store.
+
+    Example: scvi-core store samples/*/counts.h5ad --genes genes.parquet --out counts.zarr
+    """
+    import pandas as pd
+
+    from scvi_core.store import write_store
+
+    metadata = load_config(config).input.metadata
+    made = write_store(out, counts, _beside(counts), pd.read_parquet(genes), metadata)
+    _write_decisions(made, decisions)
+
+
+@app.command()
+def lookup(
+    store: Annotated[Path, typer.Option(help="counts.zarr")],
+    out: Annotated[Path, typer.Option(help="folder for lookup.json and, if found, the model")],
+    config: ConfigOption = "{}",
+    decisions: DecisionsOption = None,
+) -> None:
+    """Look in the registry for a model of the same fingerprint, and fetch it if model.reuse allows.
+
+    Example: scvi-core lookup --store counts.zarr --config config/config.yaml --out found
+    """
+    from scvi_core import registry
+
+    settings = load_config(config)
+    wanted = _planned(store, settings).fingerprint
+    found = None
+    if settings.model.reuse != "never":
+        found = registry.find(settings.tracking_uri, wanted)
+    made = Decisions("lookup")
+    if found is None and settings.model.reuse == "require":
+        raise UserError(
+            f"model.reuse: 'require', but {settings.tracking_uri} has no model of fingerprint {wanted[:12]}...; "
+            "set model.reuse: exact to train one"
+        )
+    why = {
+        "never": "model.reuse: never, so the registry was not asked",
+        "exact": "no registered model has this fingerprint, so one is trained",
+        "require": "",
+    }[settings.model.reuse]
+    made.add(
+        "model",
+        "registered model" if found else "to be trained",
+        "a registered model has the same fingerprint, so it is taken instead of training" if found else why,
+    )
+    with replacing(out) as folder:
+        folder.mkdir()
+        if found is not None:
+            registry.fetch(settings.tracking_uri, found, folder / "model")
+        about = {"name": found.name, "version": str(found.version), "run_id": found.run_id} if found else None
+        write_json(folder / "lookup.json", {"fingerprint": wanted, "found": about})
+    _write_decisions(made, decisions)
+
+
+@app.command()
+def train(
+    store: Annotated[Path, typer.Option(help="counts.zarr")],
+    out: Annotated[Path, typer.Option(help="the model's folder")],
+    config: ConfigOption = "{}",
+    found: Annotated[Path | None, typer.Option(help="folder that `scvi-core lookup` wrote")] = None,
+    run: Annotated[Path | None, typer.Option(help="times, host and device of this run, JSON")] = None,
+    checkpoints: Annotated[
+        Path | None, typer.Option(help="folder that keeps the state of an unfinished fit; the same command goes on")
+    ] = None,
+    decisions: DecisionsOption = None,
+) -> None:
+    """Fit the model, or take the registered one that `lookup` found.
+
+    Sent SIGTERM or SIGUSR1 it writes a checkpoint and exits with 75; the same command then goes on where it was.
+
+    Example: scvi-core train --store counts.zarr --config config/config.yaml --out model --checkpoints .checkpoints
+    """
+    from scvi_core import api
+    from scvi_core.train import Interrupted
+
+    settings = load_config(config)
+    _use_threads(settings.threads)
+    plan = _planned(store, settings)
+    made = Decisions("train")
+    began = time.time()
+    if found is not None and (looked := json.loads((found / "lookup.json").read_text()))["found"]:
+        if looked["fingerprint"] != plan.fingerprint:
+            raise UserError(f"{found}: was looked up for another store or configuration; run `scvi-core lookup` again")
+        model = api.load(found / "model")
+        made.add("training", "skipped", f"the registered model has the fingerprint {plan.fingerprint[:12]}")
+        model.save(out)
+        _write_run(run, settings, began, None, model, reused=True)
+        _write_decisions(made, decisions)
+        return
+    made.add("library", settings.model.library, _library_reason(settings.model.library))
+    stopping = _stop_on_signals()
+    checkpoint = None if checkpoints is None else checkpoints / f"{plan.fingerprint}.safetensors"
+    if checkpoint is not None:
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        model = api.fit_counts(
+            plan.counts,
+            plan.schema,
+            plan.gene_names,
+            plan.data,
+            plan.model,
+            settings.train,
+            None,
+            settings.seed,
+            settings.device,
+            checkpoint=checkpoint,
+            stop=lambda: bool(stopping),
+            about=plan.about,
+        )
+    except Interrupted:
+        log.warning("train: stopped by signal %s; %s", stopping[0], f"{checkpoint} is kept" if checkpoint else "")
+        raise typer.Exit(RUN_AGAIN) from None
+    numbers = model.card["metrics"]
+    made.add("device", model.card["device"], f"asked for: {settings.device}")
+    made.add("epochs", numbers["epochs"], f"the weights of epoch {numbers['kept_epoch']} are kept")
+    model.save(out)
+    _write_run(run, settings, began, model.history, model, reused=False)
+    _write_decisions(made, decisions)
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+
+
+@app.command()
+def embed(
+    store: Annotated[Path, typer.Option(help="counts.zarr")],
+    model: Annotated[Path, typer.Option(help="the model's folder")],
+    out: Out,
+    config: ConfigOption = "{}",
+) -> None:
+    """Embed the store's cells: posterior means of the latent state.
+
+    Example: scvi-core embed --store counts.zarr --model model --out latent.parquet
+    """
+    from scvi_core import api
+    from scvi_core.store import read_store
+
+    settings = load_config(config)
+    _use_threads(settings.threads)
+    adata = read_store(store)
+    write_parquet(out, _latent_frame(adata.obs_names, api.load(model, settings.device).latent(adata)))
+
+
+@app.command()
+def cluster(
+    store: Annotated[Path, typer.Option(help="counts.zarr")],
+    latent: Annotated[Path, typer.Option(help="latent.parquet")],
+    out: Out,
+    config: ConfigOption = "{}",
+    decisions: DecisionsOption = None,
+) -> None:
+    """Cluster and draw the embedded cells; write the table of cells.
+
+    Example: scvi-core cluster --store counts.zarr --latent latent.parquet --out cells.parquet
+    """
+    import pandas as pd
+
+    from scvi_core.cluster import cluster as group
+    from scvi_core.store import read_store
+
+    settings = load_config(config)
+    _use_threads(settings.threads)
+    obs, z = read_store(store).obs, pd.read_parquet(latent)
+    if list(z["cell_id"]) != list(obs.index):
+        raise UserError(f"{latent}: its cells are not those of {store}; run `scvi-core embed` again")
+    made = Decisions("cluster")
+    found = group(z.drop(columns="cell_id").to_numpy("float32"), settings.cluster, settings.seed, made)
+    write_parquet(out, _cells_table(obs, found))
+    _write_decisions(made, decisions)
+
+
+@app.command()
+def de(
+    store: Annotated[Path, typer.Option(help="counts.zarr")],
+    model: Annotated[Path, typer.Option(help="the model's folder")],
+    cells: Annotated[Path, typer.Option(help="cells.parquet")],
+    out: Out,
+    config: ConfigOption = "{}",
+    decisions: DecisionsOption = None,
+) -> None:
+    """Differential expression of every group of cells against the rest, by sampling the posterior.
+
+    Example: scvi-core de --store counts.zarr --model model --cells cells.parquet --out de.parquet
+    """
+    import pandas as pd
+
+    from scvi_core import api
+    from scvi_core.store import read_store
+
+    settings = load_config(config)
+    _use_threads(settings.threads)
+    adata, table = read_store(store), pd.read_parquet(cells)
+    groupby = settings.de.groupby
+    if groupby not in table:
+        raise UserError(f"de.groupby: no column '{groupby}' in {cells} (columns: {', '.join(table.columns)})")
+    adata.obs["_group"] = table.set_index("cell_id")[groupby].reindex(adata.obs_names)
+    adata.obs["_group"] = adata.obs["_group"].astype("string")
+    sizes = adata.obs["_group"].value_counts()
+    made = Decisions("de")
+    small = sorted(map(str, sizes.index[sizes < settings.de.min_cells]))
+    if small:
+        made.add("groups left out", small, f"fewer than {settings.de.min_cells} cells", n_cells=int(sizes[small].sum()))
+    frame = api.load(model, settings.device).differential_expression(adata, "_group", settings.seed, settings.de)
+    made.add("groups compared", int(frame["group"].nunique()), f"each group of '{groupby}' against the rest")
+    called = f"expected false discovery proportion {settings.de.fdr:g}"
+    made.add("genes called", int(frame["is_de"].sum()), f"(group, gene) pairs, {settings.de.mode} mode, {called}")
+    write_parquet(out, frame)
+    _write_decisions(made, decisions)
+
+
+@app.command()
+def register(
+    folder: Annotated[Path, typer.Argument(help="results/{atlas}")],
+    config: ConfigOption = "{}",
+    out: Annotated[Path | None, typer.Option("--out", help="default: model_ref.json in the folder")] = None,
+) -> None:
+    """Register the model with its metrics and figures in MLflow; write model_ref.json.
+
+    Running it again makes no second version: the same fingerprint and weights are one version.
+
+    Example: scvi-core register results/pancreas --config config/config.yaml
+    """
+    import tempfile
+
+    import pandas as pd
+
+    from scvi_core import figures, registry
+
+    settings = load_config(config)
+    card = json.loads((folder / "model" / "model.json").read_text())
+    run = json.loads((folder / "logs" / "train_run.json").read_text())
+    with tempfile.TemporaryDirectory() as scratch:
+        pictures = []
+        if settings.registry.figures:
+            cells = pd.read_parquet(folder / "cells.parquet")
+            history = pd.read_parquet(folder / "model" / "history.parquet")
+            drawn = {"training": figures.training_figure(history, card["metrics"]["kept_epoch"])}
+            if cells["umap_1"].notna().any():
+                drawn |= {f"umap_{c}": figures.umap_figure(cells, c) for c in ("cluster", "batch")}
+            for name, figure in drawn.items():
+                pictures.append(Path(scratch) / f"{name}.png")
+                pictures[-1].write_bytes(figures.png(figure))
+        reference = registry.register(
+            settings.tracking_uri,
+            settings.registered_name,
+            folder / "model",
+            train_run=run,
+            dataset={"name": settings.atlas, "digest": card["data_sha256"], "source": str(folder / "counts.zarr")},
+            config=settings.model_dump(mode="json"),
+            experiment=settings.registry.experiment or f"scvi-core/{settings.atlas}",
+            atlas=settings.atlas,
+            organism=settings.registry.organism or card["organism"],
+            figures=pictures,
+        )
+    write_json(out or folder / "model_ref.json", reference)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="results/{atlas}")],
+    config: ConfigOption = "{}",
+) -> None:
+    """Write the report, metrics, decisions and manifest of an atlas from the files in its folder.
+
+    Example: scvi-core report results/pancreas --config config/config.yaml
+    """
+    from scvi_core.report import build_report
+
+    build_report(folder, load_config(config))
+
+
+@app.command("map")
+def map_(
+    query: Annotated[Path, typer.Argument(help="new cells, in any format that ingest reads")],
+    model: Annotated[str, typer.Option(help="a model's folder, models:/NAME/VERSION or models:/NAME@ALIAS")],
+    out: Out,
+    config: ConfigOption = "{}",
+    tracking_uri: Tracking = TRACKING,
+) -> None:
+    """Embed new cells with a fitted model: latent.parquet of the query, in the atlas' own space.
+
+    Example: scvi-core map new.h5ad --model models:/pancreas@champion --out query/latent.parquet
+    """
+    import tempfile
+
+    from scvi_core import api, registry
+    from scvi_core.io import read_counts
+    from scvi_core.mapping import embed
+
+    settings = load_config(config)
+    cells = read_counts(query, settings.input, Decisions("map"))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = registry.resolve(tracking_uri, model, Path(scratch) / "model")
+        write_parquet(out, embed(api.load(folder, settings.device), cells))
+
+
+@models.command("list")
+def models_list(tracking_uri: Tracking = TRACKING) -> None:
+    """List registered models and their versions.
+
+    Example: scvi-core models list
+    """
+    from scvi_core.registry import list_models
+
+    frame = list_models(tracking_uri)
+    print("no models are registered" if frame.empty else frame.to_string(index=False))
+
+
+@models.command("show")
+def models_show(
+    name: Annotated[str, typer.Argument(help="the registered model's name")],
+    version: Annotated[str | None, typer.Argument(help="a version or an alias; default: the newest")] = None,
+    tracking_uri: Tracking = TRACKING,
+) -> None:
+    """Show one version of a registered model as JSON.
+
+    Example: scvi-core models show pancreas champion
+    """
+    from scvi_core.registry import show_model
+
+    print(json.dumps(show_model(tracking_uri, name, version), indent=2, sort_keys=True))
+
+
+@models.command("promote")
+def models_promote(
+    name: Annotated[str, typer.Argument(help="the registered model's name")],
+    version: Annotated[str, typer.Argument(help="the version")],
+    alias: Annotated[str, typer.Option(help="the alias to point at it")] = "champion",
+    tracking_uri: Tracking = TRACKING,
+) -> None:
+    """Point an alias at a version, so that models:/NAME@ALIAS finds it.
+
+    Example: scvi-core models promote pancreas 2 --alias champion
+    """
+    from scvi_core.registry import promote
+
+    promote(tracking_uri, name, version, alias)
+    log.info("models:/%s@%s is version %s", name, alias, version)
+
+
+def _planned(store: Path, settings: Config) -> Any:
+    """What a fit of this store by this configuration would be made of, its fingerprint included."""
+    from types import SimpleNamespace
+
+    from scvi_core import api
+    from scvi_core.config import ModelConfig
+    from scvi_core.counts import Schema, pack
+    from scvi_core.files import canonical_json, sha256_text
+    from scvi_core.store import read_store
+
+    adata = read_store(store)
+    model = ModelConfig(**{key: getattr(settings.model, key) for key in ModelConfig.model_fields})
+    schema = Schema.of(adata, "batch", model.categorical_covariates, model.continuous_covariates)
+    api.check_design(model, schema)
+    samples = json.loads(adata.uns["samples"])
+    used = ["batch", *model.categorical_covariates, *model.continuous_covariates]
+    columns = {name: sha256_text("\n".join(adata.obs[name].astype(str))) for name in used}
+    data = {"samples": samples, "columns": columns}
+    about = {
+        "samples": {name: entry["n_cells"] for name, entry in samples.items()},
+        "organism": str(adata.uns["organism"]),
+        "data_sha256": sha256_text(canonical_json(data)),
+    }
+    names = [str(name) for name in adata.var["gene_name"]]
+    return SimpleNamespace(
+        counts=pack(adata, schema),
+        schema=schema,
+        gene_names=names,
+        data=data,
+        model=model,
+        about=about,
+        fingerprint=api.fingerprint_of(schema, data, model, settings.train, settings.seed),
+    )
+
+
+def _latent_frame(cell_ids: Any, z_nk: Any) -> Any:
+    import pandas as pd
+
+    frame = pd.DataFrame(z_nk, columns=[f"z_{k}" for k in range(z_nk.shape[1])])
+    frame.insert(0, "cell_id", [str(c) for c in cell_ids])
+    return frame
+
+
+def _cells_table(obs: Any, found: Any) -> Any:
+    """cells.parquet: the fixed columns, the user's own, then t-SNE and further resolutions."""
+    import pandas as pd
+
+    fixed = ["sample", "batch", "n_counts", "n_genes", "pct_mito", "doublet_score"]
+    front = ["cluster", "umap_1", "umap_2"]
+    own = [column for column in obs.columns if column not in fixed]
+    found = found.set_index(obs.index)
+    table = pd.concat([obs[fixed], found[front], obs[own], found.drop(columns=front)], axis=1)
+    for column in table.columns:
+        if isinstance(table[column].dtype, pd.CategoricalDtype):  # text reads the same in every Parquet reader
+            table[column] = table[column].astype(object).where(table[column].notna(), None)
+    table.insert(0, "cell_id", [str(c) for c in obs.index])
+    return table.reset_index(drop=True)
+
+
+def _write_run(path: Path | None, settings: Config, began: float, history: Any, model: Any, reused: bool) -> None:
+    """Everything about a training run that differs between runs, for MLflow; kept out of the results."""
+    import datetime
+    import platform
+    import resource
+    import subprocess
+
+    import torch
+
+    if path is None:
+        return
+    revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    seconds = time.time() - began
+    epochs = [] if history is None else [round(float(s), 4) for s in history["seconds"]]
+    n_train = model.card["metrics"]["n_train"]
+    write_json(
+        path,
+        {
+            "started": datetime.datetime.fromtimestamp(began, datetime.UTC).isoformat(timespec="seconds"),
+            "seconds": round(seconds, 2),
+            "seconds_per_epoch": epochs,
+            "cells_per_second": round(n_train * len(epochs) / max(sum(epochs), 1e-9)) if epochs else None,
+            "host": platform.node(),
+            "device": model.card["device"],
+            "threads": torch.get_num_threads(),
+            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            "git_revision": revision.stdout.strip() or None,
+            "reused": reused,
+        },
+    )
+
+
+def _library_reason(library: str) -> str:
+    if library == "observed":
+        return "the count total determines a cell's size to within a few per cent; a latent l adds an encoder, not fit"
+    return "as in the paper: log-normal prior by batch; the posterior of l is inferred"
+
+
+def _stop_on_signals() -> list[str]:
+    """A list that is empty until SIGTERM or SIGUSR1 comes."""
+    seen: list[str] = []
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda got, _: seen.append(signal.Signals(got).name))
+    return seen
+
+
+def _use_threads(threads: int) -> None:
+    """Run torch and numba on this many threads: how sums are split decides their last bits."""
+    os.environ["NUMBA_NUM_THREADS"] = str(threads)  # before numba is imported
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _beside(counts: list[Path]) -> list[Path]:
+    paths = [path.parent / "qc.parquet" for path in counts]
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path}: not there; run `scvi-core qc` on the counts.h5ad beside it")
+    return paths
+
+
+def _write_decisions(made: Decisions, path: Path | None) -> None:
+    if path is not None:
+        made.write(path)
+
+
+def _write_schemas(folder: Path) -> None:
+    import yaml
+
+    for name, model in (("config", Config), ("samples", Sample)):
+        text = yaml.safe_dump(model.model_json_schema(), sort_keys=False, width=110, allow_unicode=True)
+        with replacing(folder / f"{name}.schema.yaml") as temporary:
+            temporary.write_text("# Written by `scvi-core validate --schemas` from scvi_core/config.py.\n" + text)
+
+
+def _first(error: Exception) -> str:
+    errors = getattr(error, "errors", None)
+    return errors()[0]["msg"] if callable(errors) else str(error)
+
+
+def main() -> None:
+    """Entry point: a :class:`UserError` becomes one line and exit code 1; what is unexpected keeps its traceback."""
+    try:
+        app()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except MemoryError:
+        sys.exit("error: out of memory; give the step more (resources: mem_mb) or choose fewer genes (genes.n_top)")
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error.filename}: no such file; run the step before, or mend the path")
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            sys.exit(f"error: {error.filename or os.getcwd()}: no space left on the device; free some, then run again")
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""Packed counts in memory: a compressed sparse row matrix of small integers, from which minibatches are gathered.
+
+Nothing is ever densified but one minibatch. The cells' batch and covariates travel along as integer codes and
+standardised numbers, by the :class:`Schema` that is stored with the model, so that new cells are coded alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+
+from scvi_core.files import UserError, canonical_json, sha256_text
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+
+@dataclasses.dataclass(frozen=True)
+class Schema:
+    """What the columns of a model's input mean: genes, batches and covariates in order.
+
+    Attributes
+    ----------
+    gene_ids : (genes,) identifiers in the order of the decoder's output.
+    batch_key : cell column that holds the batch, or None for one batch.
+    batches : category names of the batch, sorted.
+    categorical : covariate column -> its category names, sorted.
+    continuous : covariate column -> (mean, standard deviation) over the training cells.
+    """
+
+    gene_ids: tuple[str, ...]
+    batch_key: str | None
+    batches: tuple[str, ...]
+    categorical: dict[str, tuple[str, ...]]
+    continuous: dict[str, tuple[float, float]]
+
+    @staticmethod
+    def of(
+        adata: AnnData, batch_key: str | None, categorical: tuple[str, ...] = (), continuous: tuple[str, ...] = ()
+    ) -> Schema:
+        """Read the schema off the cells a model is to be fitted to."""
+        names = [batch_key] if batch_key else []
+        for column in (*names, *categorical, *continuous):
+            _column(adata, column)
+        moments = {}
+        for column in continuous:
+            values = _numbers(adata, column)
+            spread = float(values.std())
+            if spread == 0:
+                raise UserError(f"covariate '{column}': the same value in every cell; leave it out")
+            moments[column] = (float(values.mean()), spread)
+        return Schema(
+            gene_ids=tuple(map(str, adata.var_names)),
+            batch_key=batch_key,
+            batches=_levels(adata, batch_key) if batch_key else ("all",),
+            categorical={column: _levels(adata, column) for column in categorical},
+            continuous=moments,
+        )
+
+    @staticmethod
+    def from_dict(value: dict[str, Any]) -> Schema:
+        """Rebuild a schema from the JSON that :func:`dataclasses.asdict` gave."""
+        return Schema(
+            gene_ids=tuple(value["gene_ids"]),
+            batch_key=value["batch_key"],
+            batches=tuple(value["batches"]),
+            categorical={k: tuple(v) for k, v in value["categorical"].items()},
+            continuous={k: (float(v[0]), float(v[1])) for k, v in value["continuous"].items()},
+        )
+
+
+@dataclasses.dataclass
+class Minibatch:
+    """Some cells, ready for the model.
+
+    Attributes
+    ----------
+    x_ng : (cells, genes) float32 counts.
+    library_n : (cells,) float32, total counts over the model's genes.
+    batch_n : (cells,) int64 batch codes.
+    covariates_nc : (cells, columns) float32: one-hot categorical covariates, then standardised continuous ones.
+    """
+
+    x_ng: torch.Tensor
+    library_n: torch.Tensor
+    batch_n: torch.Tensor
+    covariates_nc: torch.Tensor
+
+
+@dataclasses.dataclass
+class Counts:
+    """Cells × genes counts, packed, with the cells' codes. All tensors live on one device.
+
+    Attributes
+    ----------
+    indptr_n : (cells + 1,) int64.
+    genes_m : (non-zeros,) int32 column of each non-zero.
+    values_m : (non-zeros,) uint8, int16 or int32 counts.
+    batch_n : (cells,) int64. categories_nc : (cells, covariates) int64. continuous_nc : (cells, covariates) float32.
+    n_genes : columns. levels : number of categories of each categorical covariate.
+    """
+
+    indptr_n: torch.Tensor
+    genes_m: torch.Tensor
+    values_m: torch.Tensor
+    batch_n: torch.Tensor
+    categories_nc: torch.Tensor
+    continuous_nc: torch.Tensor
+    n_genes: int
+    levels: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.indptr_n) - 1
+
+    def to(self, device: torch.device) -> Counts:
+        """The same cells on another device."""
+        moved = {
+            f.name: value.to(device)
+            for f in dataclasses.fields(self)
+            if isinstance(value := getattr(self, f.name), torch.Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+    def library(self) -> torch.Tensor:
+        """(cells,) float64 total counts of every cell."""
+        total_m = torch.cat([self.values_m.new_zeros(1, dtype=torch.float64), self.values_m.double().cumsum(0)])
+        return total_m[self.indptr_n[1:]] - total_m[self.indptr_n[:-1]]
+
+    def gather(self, rows_n: torch.Tensor) -> Minibatch:
+        """The cells at positions `rows_n` (int64, on the same device), in that order, without Python per cell."""
+        starts_n = self.indptr_n[rows_n]
+        lengths_n = self.indptr_n[rows_n + 1] - starts_n
+        n_cells = len(rows_n)
+        row_m = torch.repeat_interleave(torch.arange(n_cells, device=rows_n.device), lengths_n)
+        first_n = lengths_n.cumsum(0) - lengths_n
+        place_m = torch.arange(len(row_m), device=rows_n.device) + (starts_n - first_n)[row_m]
+        flat_m = row_m * self.n_genes + self.genes_m[place_m]
+        x_ng = torch.zeros(n_cells * self.n_genes, device=rows_n.device)
+        x_ng[flat_m] = self.values_m[place_m].float()
+        x_ng = x_ng.view(n_cells, self.n_genes)
+        one_hots = [
+            torch.nn.functional.one_hot(self.categories_nc[rows_n, i], n).float() for i, n in enumerate(self.levels)
+        ]
+        return Minibatch(
+            x_ng=x_ng,
+            library_n=x_ng.sum(1),
+            batch_n=self.batch_n[rows_n],
+            covariates_nc=torch.cat([*one_hots, self.continuous_nc[rows_n]], 1),
+        )
+
+
+def pack(adata: AnnData, schema: Schema, layer: str | None = None, unseen_batches: bool = False) -> Counts:
+    """Pack the counts of an AnnData by a model's schema.
+
+    Parameters
+    ----------
+    adata : cells × genes, raw counts in ``X`` or `layer`. Its genes may be more than the schema's and in another
+        order, but none of the schema's may be missing.
+    schema : of the model.
+    unseen_batches : code batches that the schema does not know as the first one, for what does not depend on the
+        batch (the encoder does not see it); otherwise they are an error.
+
+    Raises
+    ------
+    UserError
+        For counts that are negative, fractional or not finite, for missing genes or columns, for unknown batches
+        or categories, and for cells with no counts in the model's genes.
+    """
+    have = {str(gene): i for i, gene in enumerate(adata.var_names)}
+    if len(have) < adata.n_vars:
+        raise UserError("adata.var_names: gene names repeat; make them unique first")
+    missing = [gene for gene in schema.gene_ids if gene not in have]
+    if missing:
+        raise UserError(
+            f"adata: {len(missing)} of the model's {len(schema.gene_ids)} genes are missing (such as {missing[0]!r}); "
+            "name genes by the model's ids, or use `scvi-core map`, which says how to fill what was not measured"
+        )
+    if layer is not None and layer not in adata.layers:
+        raise UserError(f"adata: no layer '{layer}' (layers: {', '.join(adata.layers) or 'none'})")
+    x = sp.csr_matrix(adata.layers[layer] if layer is not None else adata.X)
+    if tuple(map(str, adata.var_names)) != schema.gene_ids:
+        x = x[:, [have[gene] for gene in schema.gene_ids]]
+    values = check_counts(x.data, "adata")
+    if not x.has_canonical_format or (values == 0).any():
+        x = x.copy()
+        x.sum_duplicates()
+        x.eliminate_zeros()
+        values = check_counts(x.data, "adata")
+    empty = np.flatnonzero(np.diff(x.indptr) == 0)
+    if len(empty):
+        raise UserError(
+            f"adata: {len(empty)} cells have no counts in the model's genes (such as {adata.obs_names[empty[0]]!r}); "
+            "drop them first"
+        )
+    top = int(values.max(initial=0))
+    small = np.uint8 if top < 2**8 else np.int16 if top < 2**15 else np.int32
+    codes = [_codes(adata, column, levels) for column, levels in schema.categorical.items()]
+    numbers = [
+        ((_numbers(adata, column) - mean) / spread).astype(np.float32)
+        for column, (mean, spread) in schema.continuous.items()
+    ]
+    n_cells = adata.n_obs
+    if schema.batch_key is None:
+        batch = np.zeros(n_cells, dtype=np.int64)
+    else:
+        batch = _codes(adata, schema.batch_key, schema.batches, fallback=unseen_batches)
+    return Counts(
+        indptr_n=torch.from_numpy(x.indptr.astype(np.int64)),
+        genes_m=torch.from_numpy(x.indices.astype(np.int32)),
+        values_m=torch.from_numpy(values.astype(small)),
+        batch_n=torch.from_numpy(batch),
+        categories_nc=torch.from_numpy(np.stack(codes, 1) if codes else np.zeros((n_cells, 0), dtype=np.int64)),
+        continuous_nc=torch.from_numpy(np.stack(numbers, 1) if numbers else np.zeros((n_cells, 0), dtype=np.float32)),
+        n_genes=len(schema.gene_ids),
+        levels=tuple(len(levels) for levels in schema.categorical.values()),
+    )
+
+
+def check_counts(values: np.ndarray, where: str) -> np.ndarray:
+    """Return `values` if they are counts.
+
+    Raises
+    ------
+    UserError
+        When a value is not finite, negative, or not a whole number.
+    """
+    if values.dtype.kind not in "uib":
+        if not np.isfinite(values).all():
+            raise UserError(f"{where}: counts that are not finite (NaN or infinite)")
+        fractional = values != np.rint(values)
+        if fractional.any():
+            example = values[fractional.argmax()]
+            raise UserError(
+                f"{where}: counts are not whole numbers (such as {example:.4g}): they look normalised; give raw counts, "
+                "in X or by naming their layer"
+            )
+    if values.size and values.min() < 0:
+        raise UserError(f"{where}: negative counts (such as {values.min():g}); give raw counts")
+    if values.size and values.max() >= 2**31:
+        raise UserError(f"{where}: a count of {values.max():g} is beyond 2^31")
+    return values
+
+
+def content_digest(adata: AnnData, counts: Counts) -> str:
+    """SHA-256 of the cells' names, counts and codes: which data a model was fitted to."""
+    digest = hashlib.sha256(sha256_text("\n".join(map(str, adata.obs_names))).encode())
+    for tensor in (counts.indptr_n, counts.genes_m.long(), counts.values_m.long(), counts.batch_n):
+        digest.update(tensor.numpy().tobytes())
+    digest.update(counts.categories_nc.numpy().tobytes())
+    digest.update(counts.continuous_nc.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def fingerprint(schema: Schema, data: Any, model: dict, train: dict, seed: int, code: str) -> str:
+    """SHA-256 of the canonical JSON of everything that decides the weights.
+
+    Parameters
+    ----------
+    schema : genes in order, batches and covariates.
+    data : digests of the counts and of the kept barcodes (JSON-able).
+    model, train : the configuration sections as mappings.
+    seed : of initialisation, sampler and noise.
+    code : version of the code that trains.
+
+    Notes
+    -----
+    Device and library versions are left out: they decide the last bits of the weights, not the model, and one who
+    looks a model up on a laptop should find what a GPU has trained. They are on record in ``model.json``.
+    """
+    return sha256_text(
+        canonical_json(
+            {
+                "schema": dataclasses.asdict(schema),
+                "data": data,
+                "model": model,
+                "train": train,
+                "seed": seed,
+                "code": code,
+            }
+        )
+    )
+
+
+def _column(adata: AnnData, column: str) -> Any:
+    if column not in adata.obs:
+        import difflib
+
+        near = difflib.get_close_matches(column, map(str, adata.obs.columns), n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"columns: {', '.join(map(str, adata.obs.columns)) or 'none'}"
+        raise UserError(f"adata.obs: no column '{column}'; {hint}")
+    values = adata.obs[column]
+    if values.isna().any():
+        raise UserError(f"adata.obs['{column}']: {int(values.isna().sum())} cells have no value; fill or drop them")
+    return values
+
+
+def _levels(adata: AnnData, column: str) -> tuple[str, ...]:
+    return tuple(sorted(set(_column(adata, column).astype(str))))
+
+
+def _codes(adata: AnnData, column: str, levels: tuple[str, ...], fallback: bool = False) -> np.ndarray:
+    place = {level: code for code, level in enumerate(levels)}
+    if fallback and column not in adata.obs:
+        return np.zeros(adata.n_obs, dtype=np.int64)
+    values = _column(adata, column).astype(str).to_numpy()
+    unknown = sorted(set(values) - set(place))
+    if unknown and not fallback:
+        raise UserError(
+            f"adata.obs['{column}']: {unknown[0]!r} is not one the model was trained on ({', '.join(levels[:8])}"
+            + (", ...)" if len(levels) > 8 else ")")
+        )
+    return np.fromiter((place.get(value, 0) for value in values), dtype=np.int64, count=len(values))
+
+
+def _numbers(adata: AnnData, column: str) -> np.ndarray:
+    try:
+        values = _column(adata, column).astype(float).to_numpy()
+    except (TypeError, ValueError):
+        raise UserError(f"adata.obs['{column}']: not numbers; list it under categorical_covariates instead") from None
+    if not np.isfinite(values).all():
+        raise UserError(f"adata.obs['{column}']: values that are not finite")
+    return values

@@ -1,0 +1,325 @@
+"""Pictures: each a plain function from data frames to a matplotlib Figure; :func:`png` makes bytes of it.
+
+No pyplot and no global state: a Figure is made and drawn inside one style, so that the same data give the same
+bytes wherever matplotlib and its own font (DejaVu Sans) are the same. Names come from strangers' files: they are
+never read as mathematics, and are cut where they are long (:func:`label`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from scvi_core.style import THEMES, colours, label, png, scale_axis, short, styled
+from scvi_core.viewer import PALETTE, levels
+
+__all__ = [
+    "composition_figure", "genes_figure", "markers_figure", "png", "qc_figure", "qc_overview", "thresholds",
+    "training_figure", "umap_figure",
+]  # fmt: skip
+METRICS = {  # column of qc.parquet: (title, logarithmic)
+    "n_counts": ("counts", True),
+    "n_genes": ("genes", True),
+    "pct_mito": ("mitochondrial %", False),
+    "pct_top50": ("top-50 genes %", False),
+    "doublet_score": ("doublet score", False),
+}
+
+
+def thresholds(decisions: Iterable[Any], sample: str | None = None) -> dict[str, list[float]]:
+    """Read QC's limits from its decisions, such as ``high_mito.mad``: for each metric, the limits in force.
+
+    Takes Decision objects or the mappings that ``read_decisions`` gives. Those of other samples are left out.
+    """
+    metric = {"counts": "n_counts", "genes": "n_genes", "doublet": "doublet_score"}
+    found: dict[str, list[float]] = {}
+    for d in decisions:
+        what, value, of = (d.get(k) if isinstance(d, Mapping) else getattr(d, k) for k in ("what", "value", "sample"))
+        match = re.fullmatch(r"(?:low_|high_)?(counts|genes|mito|hb|top50|doublet)\.\w+", str(what))
+        if not match or isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if sample is None or of in (None, sample):
+            found.setdefault(metric.get(match[1], f"pct_{match[1]}"), []).append(float(value))
+    return found
+
+
+def _violins(ax: Axes, groups: list[np.ndarray], logarithmic: bool, theme: str) -> None:
+    """Draw horizontal violins with the median, the first group on top; on a log scale the density is that of log10."""
+    for i, values in enumerate(groups):
+        values = values[np.isfinite(values)]
+        values = np.log10(np.maximum(values, 1)) if logarithmic else values
+        if not len(values):
+            ax.text(0.02, i, "not scored", va="center", color=THEMES[theme]["soft"], transform=ax.get_yaxis_transform())
+            continue
+        if np.ptp(values) > 0:
+            body = ax.violinplot([values], [i], orientation="horizontal", widths=0.86, showextrema=False)["bodies"][0]
+            body.set(facecolor=THEMES[theme]["main"], alpha=0.55, edgecolor="none")
+        low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+        ax.plot([low, high], [i, i], color=THEMES[theme]["ink"], lw=2.2, solid_capstyle="round")
+        ax.plot([middle], [i], "o", ms=4.2, mfc=THEMES[theme]["paper"], mec=THEMES[theme]["ink"], mew=1)
+    if ax.dataLim.xmax <= 0 and not logarithmic:  # all zero: no share to speak of
+        ax.set_xlim(-0.05, 1)
+    scale_axis(ax.xaxis)
+    if logarithmic:  # the axis is linear in log10: ticks at 1, 2, 5 or at powers of ten
+        low, high = ax.get_xlim()
+        steps = (0.0,) if high - low > 2.2 else (0.0, np.log10(5)) if high - low > 1.2 else tuple(np.log10([1, 2, 5]))
+        ticks = [e + s for e in range(int(low) - 1, int(high) + 1) for s in steps if low <= e + s <= high]
+        ax.set_xticks(ticks, [short(float(f"{10**t:.1g}")) for t in ticks])
+    ax.set_ylim(len(groups) - 0.4, -0.6)
+    ax.tick_params(axis="y", length=0)
+
+
+@styled
+def qc_overview(qc: Mapping[str, pd.DataFrame], decisions: Iterable[Any], theme: str = "light") -> Figure:
+    """Draw violins of all barcodes before QC, a row a sample, with each sample's limits as dashes."""
+    decisions, names = list(decisions), list(qc)
+    fig = Figure(figsize=(10, 1.1 + 0.42 * len(names)), layout="constrained")
+    for ax, (metric, (title, log)) in zip(fig.subplots(1, 5, sharey=True), METRICS.items(), strict=True):
+        _violins(ax, [qc[s][metric].to_numpy(float) for s in names], log, theme)
+        ax.set_title(title)
+        for i, sample in enumerate(names):
+            for limit in thresholds(decisions, sample).get(metric, []):
+                at = np.log10(max(limit, 1)) if log else limit
+                low, high = ax.get_xlim()
+                if low <= at <= high:
+                    ax.plot([at, at], [i - 0.4, i + 0.4], color=PALETTE[4], lw=1.6)
+                    ax.set_xlim(low, high)
+    fig.axes[0].set_yticks(range(len(names)), [label(s, 24) for s in names])
+    return fig
+
+
+@styled
+def qc_figure(qc: pd.DataFrame, decisions: Iterable[Any] = (), theme: str = "light") -> Figure:
+    """Draw one sample's QC: five violins, two scatters of kept and dropped barcodes, and the flags; limits dashed.
+
+    Parameters
+    ----------
+    qc : rows of ``samples/{sample}/qc.parquet``.
+    decisions : the ``qc`` step's decisions, which hold the limits.
+    """
+    t, sample = THEMES[theme], str(qc["sample"].iloc[0]) if len(qc) else None
+    limits, keep = thresholds(decisions, sample), qc["keep"].to_numpy(bool)
+    fig = Figure(figsize=(10, 5.2), layout="constrained")
+    top, bottom = fig.subfigures(2, 1, height_ratios=[1, 2.3])
+    for part in (fig, top, bottom):
+        part.patch.set_visible(part is fig)
+    for ax, (metric, (title, log)) in zip(top.subplots(1, 5), METRICS.items(), strict=True):
+        _violins(ax, [qc[metric].to_numpy(float)], log, theme)
+        ax.set(title=title, yticks=[])
+        ax.spines["left"].set_visible(False)
+        low, high = ax.get_xlim()
+        for limit in limits.get(metric, []):
+            at = np.log10(max(limit, 1)) if log else limit
+            if low <= at <= high:
+                ax.axvline(at, color=PALETTE[4], lw=1.2, ls=(0, (4, 2)))
+        ax.set_xlim(low, high)
+    axes = bottom.subplots(1, 3, width_ratios=[1, 1, 0.8])
+    for ax, metric, log in ((axes[0], "n_genes", True), (axes[1], "pct_mito", False)):
+        for mask, colour, layer in ((keep, t["main"], 2), (~keep, PALETTE[4], 3)):
+            x = np.maximum(qc["n_counts"].to_numpy(float)[mask], 1)
+            y = qc[metric].to_numpy(float)[mask]
+            ax.scatter(x, np.maximum(y, 1) if log else y, s=5, c=colour, alpha=0.45, lw=0, zorder=layer)
+        scale_axis(ax.xaxis, True)
+        scale_axis(ax.yaxis, log)
+        ax.set(xlabel="counts", ylabel=METRICS[metric][0])
+        if not log and not (qc[metric] > 0).any():
+            ax.set_ylim(-0.05, 1)
+        box = ax.get_xlim(), ax.get_ylim()
+        for draw, name in ((ax.axvline, "n_counts"), (ax.axhline, metric)):
+            for limit in limits.get(name, []):
+                if limit > 0 or not log:
+                    draw(limit, color=t["soft"], lw=0.9, ls=(0, (4, 2)))
+        ax.set(xlim=box[0], ylim=box[1])
+    dots = [Line2D([], [], marker="o", ls="", ms=5, mew=0, color=c) for c in (t["main"], PALETTE[4])]
+    bottom.legend(
+        dots, [f"kept {keep.sum():,}", f"dropped {(~keep).sum():,}"], loc="outside upper left", ncols=2, handletextpad=0
+    )
+    counts = qc["flags"].fillna("").str.split(",").explode()
+    counts = counts[counts != ""].value_counts().sort_index(ascending=False)
+    axes[2].barh(range(len(counts)), counts.to_numpy(), color=PALETTE[4], height=0.6, alpha=0.85)
+    axes[2].set_ylim(len(counts) - max(len(counts), 6) - 0.6, len(counts) - 0.4)
+    for i, n in enumerate(counts):
+        axes[2].text(n, i, f" {n:,}", va="center", color=t["soft"])
+    axes[2].set_yticks(range(len(counts)), [label(flag) for flag in counts.index])
+    axes[2].set_title("flags" if len(counts) else "no barcode was flagged")
+    axes[2].set(xticks=[], xlim=(0, max([*counts, 1]) * 1.25))
+    axes[2].spines[["left", "bottom"]].set_visible(False)
+    axes[2].tick_params(length=0)
+    return fig
+
+
+@styled
+def genes_figure(genes: pd.DataFrame, theme: str = "light") -> Figure:
+    """Draw mean against variance, and against the standardised variance that ranks genes; the selected in colour."""
+    fig = Figure(figsize=(10, 3.7), layout="constrained")
+    chosen, seen = genes["selected"].to_numpy(bool), genes["mean"].to_numpy(float) > 0
+    names = (("variance", "variance"), ("variances_norm", "standardised variance"))
+    for ax, (column, title) in zip(fig.subplots(1, 2), names, strict=True):
+        y = genes[column].to_numpy(float)
+        for mask, colour, alpha in ((~chosen, THEMES[theme]["faint"], 0.5), (chosen, THEMES[theme]["main"], 0.7)):
+            mask = mask & seen & (y > 0)
+            ax.scatter(genes["mean"].to_numpy(float)[mask], y[mask], s=5, c=colour, alpha=alpha, lw=0)
+        scale_axis(ax.xaxis, True)
+        scale_axis(ax.yaxis, True)
+        ax.set(xlabel="mean counts a cell", ylabel=title)
+    dots = [
+        Line2D([], [], marker="o", ls="", ms=5, mew=0, color=c) for c in (THEMES[theme]["main"], THEMES[theme]["faint"])
+    ]
+    texts = [f"selected {chosen.sum():,}", f"not selected {(~chosen).sum():,}"]
+    fig.axes[0].legend(dots, texts, loc="upper left", handletextpad=0)
+    return fig
+
+
+@styled
+def training_figure(history: pd.DataFrame, best_epoch: int | None = None, theme: str = "light") -> Figure:
+    """Draw the evidence lower bound on training and validation cells, an epoch a point, and the KL weight below."""
+    fig = Figure(figsize=(10, 4), layout="constrained")
+    top, bottom = fig.subplots(2, 1, sharex=True, height_ratios=[3.4, 1])
+    epoch, curves = history["epoch"].to_numpy(float), []
+    for column, text, colour in (
+        ("train_elbo", "training", THEMES[theme]["main"]),
+        ("validation_elbo", "validation", PALETTE[4]),
+    ):
+        y = history[column].to_numpy(float) if column in history else np.full(len(history), np.nan)
+        if np.isfinite(y).any():
+            top.plot(epoch, y, color=colour, lw=1.6, label=text, marker="o" if len(y) < 3 else None)
+            curves.append(y[np.isfinite(y)])
+    tails = [y[min(len(y) // 20, 10) :] for y in curves]  # the first steps are so far off that they hide the rest
+    if tails and len(epoch) > 20:
+        low, high = min(y.min() for y in tails), max(y.max() for y in tails)
+        top.set_ylim(low - 0.04 * (high - low), high + 0.06 * (high - low) + 1e-9)
+    for ax in (top, bottom):
+        if best_epoch is not None:
+            ax.axvline(best_epoch, color=THEMES[theme]["soft"], lw=0.9, ls=(0, (4, 2)))
+        scale_axis(ax.yaxis)
+    if best_epoch is not None:
+        top.plot(
+            [], [], color=THEMES[theme]["soft"], lw=0.9, ls=(0, (4, 2)), label=f"weights kept (epoch {best_epoch})"
+        )
+    if curves or best_epoch is not None:
+        fig.legend(*top.get_legend_handles_labels(), loc="outside upper left", ncols=3)
+    top.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.5g}"))
+    top.set_ylabel("ELBO, nats a cell")
+    bottom.plot(epoch, history["kl_weight"].to_numpy(float), color=PALETTE[2], lw=1.6)
+    bottom.set(xlabel="epoch", ylabel="KL weight", ylim=(-0.05, max(1.0, history["kl_weight"].max()) * 1.1))
+    bottom.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    return fig
+
+
+@styled
+def umap_figure(cells: pd.DataFrame, column: str, basis: str = "umap", theme: str = "light") -> Figure:
+    """Draw cells on ``{basis}_1``, ``{basis}_2`` coloured by a column; cluster names are written on the clusters.
+
+    Up to 36 categories have a line in the legend; colours repeat beyond, and the title says how many there are.
+    """
+    names, codes = levels(cells[column])
+    xy = cells[[f"{basis}_1", f"{basis}_2"]].to_numpy(float)
+    colour, shown = np.array(colours(names, theme)), min(len(names), len(PALETTE))
+    order = np.random.default_rng(0).permutation(len(cells))  # so that no category lies on top of all others
+    columns = -(-shown // 18)
+    fig = Figure(figsize=(3.7 + 1.5 * columns, 3.8), layout="constrained")
+    ax = fig.subplots()
+    size = float(np.clip(9000 / max(len(cells), 1), 0.4, 10))
+    ax.scatter(*xy[order].T, s=size, c=colour[codes[order]], lw=0, alpha=0.85)
+    if column.startswith("cluster"):
+        for i, name in enumerate(names):
+            x, y = np.median(xy[codes == i], axis=0)
+            box = {"boxstyle": "round,pad=.18", "fc": THEMES[theme]["paper"], "ec": "none", "alpha": 0.75}
+            ax.text(x, y, label(name, 12), ha="center", va="center", weight="bold", fontsize=8, bbox=box)
+    more = f", the first {shown} of {len(names)}" if shown < len(names) else ""
+    ax.set_title(label(column, 40) + more)
+    ax.set(xticks=[], yticks=[])
+    title = {"umap": "UMAP", "tsne": "t-SNE"}.get(basis, basis)
+    ax.set_xlabel(f"{title} 1", loc="left")
+    ax.set_ylabel(f"{title} 2", loc="bottom")
+    ax.set_aspect("equal", "box")
+    ax.spines[:].set_visible(False)
+    dots = [Line2D([], [], marker="o", ls="", ms=6, mew=0, color=c) for c in colour[:shown]]
+    texts = [label(n, 22) for n in names[:shown]]
+    fig.legend(dots, texts, loc="outside right center", ncols=columns, handletextpad=0, columnspacing=0.8, fontsize=7.5)
+    return fig
+
+
+@styled
+def composition_figure(cells: pd.DataFrame, column: str, theme: str = "light") -> Figure:
+    """Draw each cluster's cells by sample or batch, as shares of the cluster; cell counts at the right."""
+    clusters, rows = levels(cells["cluster"])
+    names, codes = levels(cells[column])
+    table = np.zeros((len(clusters), len(names)))
+    np.add.at(table, (rows, codes), 1)
+    total, shade, shown = table.sum(axis=1), colours(names, theme), min(len(names), len(PALETTE))
+    fig = Figure(figsize=(10, 1 + 0.24 * len(clusters) + 0.2 * -(-shown // 5)), layout="constrained")
+    ax, left = fig.subplots(), np.zeros(len(clusters))
+    for j in range(len(names)):
+        share = table[:, j] / total
+        ax.barh(range(len(clusters)), share, left=left, color=shade[j], height=0.78, ec=THEMES[theme]["paper"], lw=0.5)
+        left += share
+    for i, n in enumerate(total):
+        ax.text(1.01, i, f"{int(n):,}", va="center", color=THEMES[theme]["soft"], fontsize=8)
+    ax.set_yticks(range(len(clusters)), [label(c, 16) for c in clusters])
+    ax.set(ylim=(len(clusters) - 0.4, -0.6), xlim=(0, 1), xticks=[0, 0.25, 0.5, 0.75, 1], ylabel="cluster")
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0%}"))
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    dots = [Line2D([], [], marker="s", ls="", ms=7, mew=0, color=c) for c in shade[:shown]]
+    texts = [label(n, 24) for n in names[:shown]]
+    fig.legend(dots, texts, loc="outside upper left", ncols=min(5, shown), handletextpad=0.2)
+    return fig
+
+
+@styled
+def markers_figure(de: pd.DataFrame, markers: Mapping[str, list[str]], theme: str = "light") -> Figure:
+    """Draw a dot plot: area = share of the group's cells with a count, colour = expression over the gene's highest.
+
+    Parameters
+    ----------
+    de : ``de.parquet``.
+    markers : for each group, the gene ids to show. Long lists are broken into several rows of panels.
+    """
+    groups, _ = levels(de["group"])
+    shade = matplotlib.colormaps["viridis_r" if theme == "light" else "viridis"]
+    scale = de.pivot(index="gene_id", columns="group", values="scale_group")[groups]
+    share = de.pivot(index="gene_id", columns="group", values="nonzero_group")[groups]
+    title = de.drop_duplicates("gene_id").set_index("gene_id")["gene_name"]
+    relative = scale.div(scale.max(axis=1).replace(0, np.nan), axis=0)
+    seen: dict[str, str] = {}
+    for group in groups:
+        for gene in markers.get(group, []):
+            seen.setdefault(gene, group)
+    genes, width = list(seen), 42
+    blocks = [genes[i : i + width] for i in range(0, len(genes), width)] or [[]]
+    tall = 0.2 * len(groups) + 0.85
+    fig = Figure(figsize=(10, tall * len(blocks) + 0.5), layout="constrained")
+    last = None
+    for ax, block in zip(np.atleast_1d(fig.subplots(len(blocks), 1)), blocks, strict=True):
+        y, x = np.divmod(np.arange(len(groups) * len(block)), max(len(block), 1))
+        area = share.loc[block].to_numpy(float).T.ravel()
+        tint = relative.loc[block].to_numpy(float).T.ravel()
+        ok = np.isfinite(area) & np.isfinite(tint)
+        last = ax.scatter(x[ok], y[ok], s=70 * area[ok], c=tint[ok], cmap=shade, vmin=0, vmax=1, lw=0)
+        ax.set_xticks(range(len(block)), [label(title.get(g) or g, 16) for g in block], rotation=90)
+        ax.set_yticks(range(len(groups)), [label(g, 18) for g in groups])
+        edges = [i for i in range(1, len(block)) if seen[block[i]] != seen[block[i - 1]]]
+        for edge in edges:
+            ax.axvline(edge - 0.5, color=THEMES[theme]["line"], lw=0.6)
+        ax.set(xlim=(-0.7, min(width, max(len(genes), 12)) - 0.3), ylim=(len(groups) - 0.4, -0.6))
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+    dots = [
+        Line2D([], [], marker="o", ls="", ms=np.sqrt(70 * p), mew=0, color=THEMES[theme]["soft"])
+        for p in (0.25, 0.5, 1)
+    ]
+    fig.legend(dots, ["25% of cells", "50%", "100%"], loc="outside upper left", ncols=3, handletextpad=0.4)
+    bar = fig.colorbar(last, ax=fig.axes, shrink=min(1, 1.8 / (tall * len(blocks))), aspect=14, pad=0.01, anchor=(0, 1))
+    bar.set_label("expression ÷ gene's highest")
+    bar.outline.set_visible(False)
+    return fig

@@ -1,0 +1,271 @@
+"""Count matrices in, one checked form out: the sample file that all later steps start from.
+
+What a file is, is told by its content; its name only has to agree. :func:`read_counts` reads, :func:`ingest` adds
+gene identity, cell ids and metadata, :func:`write_h5ad` writes the same bytes for the same counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import io
+import re
+import warnings
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from scvi_core import checks, identity, io_hdf5, io_text
+from scvi_core.checks import Reader, listed, nearest
+from scvi_core.config import RESERVED, InputConfig, Sample
+from scvi_core.files import Decisions, UserError, replacing
+from scvi_core.identity import as_text
+
+HDF5 = b"\x89HDF\r\n\x1a\n"
+HDF5_NAMES = (".h5", ".h5ad", ".hdf5", ".hdf", ".loom")
+TEXT_NAMES = (".csv", ".tsv", ".txt", ".tab", ".mtx")
+
+
+def read_counts(path: str | Path, config: InputConfig, decisions: Decisions) -> anndata.AnnData:
+    """Read the raw counts of one input, whatever its format, and check them.
+
+    Parameters
+    ----------
+    path : AnnData ``.h5ad`` or zarr folder; 10x ``.h5`` (Cell Ranger 2, 3 and later); a 10x folder of ``matrix.mtx``,
+        ``barcodes.tsv`` and ``genes.tsv`` or ``features.tsv``, or that ``matrix.mtx`` itself; loom; CSV or TSV.
+        All text formats may be gzipped.
+    config : which layer, and what a row of a CSV or TSV is.
+    decisions : what was chosen, dropped or taken for granted is added.
+
+    Returns
+    -------
+    anndata.AnnData
+        X : CSR (cells, genes), the smallest unsigned integers, sorted indices, no stored zeros; obs : the input's
+        cell table, indexed by barcode (unique); var : the input's gene table (may repeat).
+
+    Raises
+    ------
+    UserError
+        One line, for a file that is missing, damaged, mis-named, hostile or empty, and for values that are no counts.
+    """
+    path = Path(path)
+    with _one_line(path):
+        kind, reader = _format(path)
+        counts, obs, var = reader(path, config, decisions)
+    n_cells, n_genes = counts.shape
+    decisions.add("format", kind, f"told by its content: {n_cells:,} cells x {n_genes:,} genes, {counts.nnz:,} entries")
+    if config.layer != "X" and kind not in ("AnnData h5ad", "AnnData zarr", "loom"):
+        decisions.add("layer", "X", f"input.layer is {config.layer!r}, but a file of this format has only one matrix")
+    if not n_cells or not n_genes:
+        raise UserError(
+            f"{path}: no {'genes' if n_cells else 'cells'} in it; check the export, or leave the sample out"
+        )
+    if len(obs) != n_cells or len(var) != n_genes:
+        raise UserError(
+            f"{path}: {n_cells:,} x {n_genes:,} counts, but {len(obs):,} cell names and {len(var):,} gene names; "
+            f"{checks.DAMAGED}"
+        )
+    if counts.nnz == 0:
+        raise UserError(f"{path}: all counts are zero; check the export, or leave the sample out")
+    barcodes = as_text(obs.index)
+    index = pd.Index(barcodes)
+    if index.has_duplicates:
+        twice = index[index.duplicated()]
+        raise UserError(
+            f"{path}: barcode {twice[0]!r} appears more than once ({len(twice):,} such rows); make barcodes unique, or "
+            "give each library its own row of the sample sheet"
+        )
+    odd = [b for b in barcodes if not b or re.search(r"[\x00-\x1f\x7f]", b)]
+    if odd:
+        raise UserError(f"{path}: barcode {odd[0]!r} is empty or has control characters; give every cell a plain name")
+    obs.index, var.index = index, pd.Index(as_text(var.index))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # gene names may repeat here
+        return anndata.AnnData(counts, obs=obs, var=var)
+
+
+@contextlib.contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    """Turn what the reading libraries raise on damaged files into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except PermissionError:
+        raise UserError(f"{path}: may not be read; check its permissions") from None
+    except MemoryError as error:
+        raise UserError(f"{path}: needs more memory than there is ({error}); give the step more") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: truncated or damaged gzip data ({error}); fetch the file again") from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: not UTF-8 text (byte {error.start}); convert it, or name the file by its format"
+        ) from error
+    except Exception as error:  # h5py, zarr, anndata, scipy and pandas raise every type there is on damaged files
+        line = " ".join(str(error).split())[:300]
+        truncated = "truncated" in line or "unexpected end" in line.lower()
+        what = "the file is truncated" if truncated else f"cannot be read ({type(error).__name__}: {line})"
+        raise UserError(f"{path}: {what}; fetch or write it again") from error
+
+
+def _format(path: Path) -> tuple[str, Reader]:
+    """What an input is, by its first bytes and its keys, and which function reads it."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; check column 'path' of the sample sheet")
+    if path.is_dir():
+        if any((path / name).exists() for name in ("zarr.json", ".zgroup", ".zattrs")):
+            return "AnnData zarr", io_hdf5.read_zarr
+        if io_text.matrices(path):
+            return "10x mtx", io_text.read_mtx
+        found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+        raise UserError(f"{path}: a folder with neither matrix.mtx nor a zarr store in it (found: {found}); name one")
+    if not path.is_file():
+        raise UserError(f"{path}: neither a file nor a folder; check column 'path' of the sample sheet")
+    with open(path, "rb") as handle:
+        start = handle.read(512)
+    if not start:
+        raise UserError(f"{path}: an empty file (0 bytes); fetch it again")
+    if io_text.zipped(path):
+        with gzip.open(path) as handle:
+            start = handle.read(512)
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    if start[:8] == HDF5:
+        if io_text.zipped(path):
+            raise UserError(f"{path}: an HDF5 file that was gzipped; gunzip it first")
+        if suffix in TEXT_NAMES:
+            raise UserError(f"{path}: named {suffix}, but it is an HDF5 file; give it its own name (.h5ad, .h5, .loom)")
+        return io_hdf5.hdf5_format(path)
+    for magic, what in (
+        (b"PK\x03\x04", "a zip archive; unpack it"),
+        (b"\x80", "a Python pickle, which can run code when read; export it as h5ad"),
+        (b"RDX", "an R object; export it from R as h5ad or mtx"),
+        (b"X\n\x00\x00\x00", "an R object (.rds); export it from R as h5ad or mtx"),
+        (b"%PDF", "a PDF"),
+    ):
+        if start.startswith(magic):
+            raise UserError(f"{path}: {what}")
+    if start[257:262] == b"ustar":
+        raise UserError(f"{path}: a tar archive; unpack it, and name the folder or file inside")
+    if suffix in HDF5_NAMES:
+        raise UserError(
+            f"{path}: named {suffix}, but it is not an HDF5 file (it starts with {start[:12]!r}); rename it"
+        )
+    if start.startswith(b"%%MatrixMarket"):
+        return "10x mtx", io_text.read_mtx
+    if suffix == ".mtx":
+        raise UserError(f"{path}: named .mtx, but does not start with %%MatrixMarket; fetch it again, or rename it")
+    if b"\x00" in start:
+        raise UserError(f"{path}: not a format that is read here (it starts with {start[:12]!r}); see config/README.md")
+    return "text table", io_text.read_table
+
+
+def ingest(path: str | Path, sample: Sample, config: InputConfig) -> tuple[anndata.AnnData, Decisions]:
+    """Read one sample and bring it into the form that every later step reads (``counts.h5ad``).
+
+    Parameters
+    ----------
+    path : the input; see :func:`read_counts`.
+    sample : its row of the sample sheet.
+    config : how to read it.
+
+    Returns
+    -------
+    adata : X : CSR (cells, genes), the smallest unsigned integers; obs : index ``{sample}:{barcode}``, columns
+        barcode, sample, batch, the sample sheet's further columns, the input's own columns that config names;
+        var : index gene id (unique), column gene_name; uns : gene_ids, organism, content_sha256.
+    decisions : what was chosen, dropped and merged.
+
+    Raises
+    ------
+    UserError
+        As :func:`read_counts`; also for unknown, repeated or reserved metadata columns.
+    """
+    decisions = Decisions("ingest", sample.sample)
+    adata = read_counts(path, config, decisions)
+    barcodes = adata.obs_names.to_numpy(object)
+    obs = pd.DataFrame(
+        {"barcode": barcodes}, index=pd.Index([f"{sample.sample}:{b}" for b in barcodes], name="cell_id")
+    )
+    for column, value in {"sample": sample.sample, "batch": sample.batch, **sample.metadata}.items():
+        if column in RESERVED or (column in sample.metadata and column in ("sample", "batch")):
+            raise UserError(f"sample sheet: column {column!r} is one that scvi-core writes itself; rename it")
+        obs[column] = pd.Categorical.from_codes(np.zeros(len(obs), np.int8), [value])
+    for column in config.metadata:
+        if column not in adata.obs:
+            raise UserError(
+                f"{path}: input.metadata names the cell column {column!r}, which is not there"
+                f"{nearest(column, list(adata.obs))}; found {listed(list(adata.obs)[:20]) or 'no columns'}"
+            )
+        if column in obs or column in RESERVED or re.fullmatch(r"cluster_r[\d.]+", column):
+            raise UserError(
+                f"{path}: input.metadata names {column!r}, a column that scvi-core or the sample sheet writes itself; "
+                "rename it in the file, or leave it out"
+            )
+        obs[column] = _clean_column(adata.obs[column], obs.index)
+    ids, names, kind = identity.gene_identity(adata.var, config.gene_ids, str(path), decisions)
+    counts, ids, names = identity.merge_genes(adata.X, ids, names, decisions)
+    if counts.nnz == 0:
+        raise UserError(f"{path}: no counts left after genes without a name were dropped; name the genes")
+    organism = identity.guess_organism(ids, names)
+    decisions.add("organism", organism, "guessed from gene ids and how symbols are written")
+    var = pd.DataFrame({"gene_name": names}, index=pd.Index(ids, name="gene_id"))
+    result = anndata.AnnData(counts, obs=obs, var=var, uns={"gene_ids": kind, "organism": organism})
+    result.uns["content_sha256"] = content_sha256(result)
+    return result, decisions
+
+
+def _clean_column(column: pd.Series, index: pd.Index) -> pd.Series:
+    """A cell column as one plain type: booleans, integers, floats, else categories in sorted order."""
+    missing = column.isna().to_numpy()
+    kind = getattr(column.dtype, "kind", "O")
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        kind = "O"
+    if kind == "b" and not missing.any():
+        return pd.Series(column.to_numpy(bool), index)
+    if kind in "iu" and not missing.any() and column.max() < 2**63:
+        return pd.Series(column.to_numpy(np.int64), index)
+    if kind in "iuf":
+        return pd.Series(column.astype(object).where(~missing, np.nan).to_numpy(np.float64), index)
+    text = as_text(column)
+    levels = sorted(set(text[~missing]))
+    codes = np.where(missing, -1, np.searchsorted(np.array(levels, object), text) if levels else -1)
+    return pd.Series(pd.Categorical.from_codes(codes, pd.Index(levels, dtype=object)), index)
+
+
+def content_sha256(adata: anndata.AnnData) -> str:
+    """Digest of what a sample is: cell ids, gene ids, counts. The same whatever integer type holds them.
+
+    Over the lengths and newline-joined ids as UTF-8, then indptr, indices and data of the canonical CSR matrix as
+    little-endian int64.
+    """
+    counts = adata.X if sp.issparse(adata.X) and adata.X.format == "csr" else sp.csr_matrix(adata.X)
+    if not counts.has_canonical_format or not np.all(counts.data):
+        counts = counts.copy()
+        counts.sum_duplicates()
+        counts.eliminate_zeros()
+    digest = hashlib.sha256()
+    for names in (adata.obs_names, adata.var_names):
+        digest.update(f"{len(names)}\n{chr(10).join(names)}\n".encode())
+    for array in (counts.indptr, counts.indices, counts.data):
+        for start in range(0, len(array), checks.BLOCK):
+            digest.update(array[start : start + checks.BLOCK].astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def write_h5ad(path: str | Path, adata: anndata.AnnData) -> None:
+    """Write an AnnData file that is whole or absent; equal content gives equal bytes. gzip, read by plain anndata.
+
+    The compressed file is put together in memory: HDF5 itself does not survive a disk that fills up under it.
+    """
+    image = io.BytesIO()
+    with h5py.File(image, "w") as file:
+        anndata.io.write_elem(file, "/", adata, dataset_kwargs={"compression": "gzip", "compression_opts": 1})
+    with replacing(path) as temporary:
+        temporary.write_bytes(image.getbuffer())

@@ -1,0 +1,65 @@
+"""What an atlas is made of, for anyone to check: digests of its files, software versions, configuration, seed."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from scvi_core.config import Config
+from scvi_core.files import UserError, sha256_file, sha256_text
+
+PACKAGES = (
+    "scvi-core anndata duckdb h5py igraph leidenalg matplotlib mlflow numpy openTSNE pandas pyarrow "
+    "safetensors scanpy scikit-learn scikit-misc scipy torch umap-learn zarr"
+)
+
+
+def public_config(config: Config) -> dict[str, Any]:
+    """Give the configuration without places (results, sample sheet, tracking URI), which differ between machines."""
+    out = config.model_dump(mode="json", exclude={"results", "samples"})
+    del out["registry"]["tracking_uri"]
+    return out
+
+
+def software_versions() -> dict[str, str]:
+    """Give the versions of Python and of the packages that the numbers depend on, without importing them."""
+    out = {"python": platform.python_version()}
+    for package in PACKAGES.split():
+        try:
+            out[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return out
+
+
+def manifest(folder: Path, config: Config, names: list[str]) -> dict[str, Any]:
+    """List SHA-256 and size of every file of the atlas, with software, configuration and seed.
+
+    Left out is what varies between two runs of the same build: ``model_ref.json``, ``logs/``, ``benchmarks/``. A store
+    (a folder) has one digest: of the lines ``{sha256 of the file}  {path in the store}``, sorted by path.
+    """
+    paths = [f"samples/{s}/{file}" for s in names for file in ("counts.h5ad", "qc.parquet")]
+    paths += ["cells.parquet", "genes.parquet", "counts.zarr", "latent.parquet", "de.parquet", "metrics.json"]
+    paths += ["model/model.safetensors", "model/model.json", "model/history.parquet", "decisions.jsonl", "report.html"]
+    files: dict[str, dict[str, Any]] = {}
+    for name in paths:
+        path = folder / name
+        if path.is_dir():
+            inside = sorted((p.relative_to(path).as_posix(), p) for p in path.rglob("*") if p.is_file())
+            lines = "".join(f"{sha256_file(p)}  {relative}\n" for relative, p in inside)
+            size = sum(p.stat().st_size for _, p in inside)
+            files[name] = {"tree_sha256": sha256_text(lines), "size": size, "n_files": len(inside)}
+        elif path.exists():
+            files[name] = {"sha256": sha256_file(path), "size": path.stat().st_size}
+        else:
+            raise UserError(f"{path}: missing, so the manifest cannot be written; run the step that writes it")
+    return {
+        "format_version": 1,
+        "atlas": config.atlas,
+        "seed": config.seed,
+        "config": public_config(config),
+        "software": software_versions(),
+        "files": files,
+    }

@@ -1,0 +1,190 @@
+"""The model of Lopez et al. (Nature Methods 2018), in plain PyTorch.
+
+Generative process, for cell n and gene g:
+
+    z_n ~ Normal(0, I)                                latent state
+    l_n ~ LogNormal(m_s, v_s), or the observed total  library size; m_s, v_s of the cell's batch s
+    rho_n = softmax(f(z_n, s_n))                      expected share of each gene
+    x_ng ~ ZINB(l_n rho_ng, theta_g, pi_ng)           counts; pi = sigmoid(h(z_n, s_n)); or NB, or Poisson
+
+q(z_n | x_n) and q(l_n | x_n) are diagonal Gaussians (of log l_n) whose moments a network gives. Only what the
+chosen likelihood reads is built. Suffixes give shapes: n cells, g genes, k latent, h hidden, s batches, c covariates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from scvi_core import likelihood
+from scvi_core.config import ModelConfig
+from scvi_core.counts import Minibatch
+
+
+class Layer(nn.Module):
+    """Linear, batch norm, ReLU, dropout; `covariates` columns are seen besides the input."""
+
+    def __init__(self, n_in: int, n_covariates: int, n_out: int, dropout: float):
+        super().__init__()
+        self.linear = nn.Linear(n_in + n_covariates, n_out)
+        self.norm = nn.BatchNorm1d(n_out, momentum=0.01, eps=1e-3)
+        self.dropout = dropout
+
+    def forward(self, x: torch.Tensor, noise: torch.Generator | None) -> torch.Tensor:
+        h = torch.relu(self.norm(self.linear(x)))
+        if self.training and self.dropout:
+            # its own generator: a step's noise depends on seed and step alone, so that a resumed fit is the same
+            keep = torch.empty_like(h).bernoulli_(1 - self.dropout, generator=noise)
+            h = h * keep / (1 - self.dropout)
+        return h
+
+
+class Gaussian(nn.Module):
+    """Counts -> mean and variance of a diagonal Gaussian: q(z | x), or q(log l | x)."""
+
+    def __init__(self, n_genes: int, n_hidden: int, n_layers: int, n_out: int, dropout: float):
+        super().__init__()
+        widths = [n_genes] + [n_hidden] * n_layers
+        self.layers = nn.ModuleList(Layer(a, 0, b, dropout) for a, b in zip(widths, widths[1:], strict=False))
+        self.mean = nn.Linear(n_hidden, n_out)
+        self.log_variance = nn.Linear(n_hidden, n_out)
+
+    def forward(self, x_ng: torch.Tensor, noise: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor]:
+        h = torch.log1p(x_ng)
+        for layer in self.layers:
+            h = layer(h, noise)
+        return self.mean(h), self.log_variance(h).exp() + 1e-4
+
+
+@dataclasses.dataclass
+class Posterior:
+    """q(z, log l | x) of some cells: means and variances. The library's are None where it is observed."""
+
+    mean_nk: torch.Tensor
+    variance_nk: torch.Tensor
+    library_mean_n: torch.Tensor | None
+    library_variance_n: torch.Tensor | None
+
+
+class SCVI(nn.Module):
+    """The generative model and its inference networks.
+
+    Parameters
+    ----------
+    config : likelihood, dispersion, library, sizes.
+    n_genes, n_batches, n_covariates : columns of the counts, of the batch's and of the covariates' design.
+    library_mean_s, library_variance_s : (batches,) moments of log library size within each batch: the prior of l.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        n_genes: int,
+        n_batches: int,
+        n_covariates: int,
+        library_mean_s: torch.Tensor,
+        library_variance_s: torch.Tensor,
+    ):
+        super().__init__()
+        self.config, self.n_batches = config, n_batches
+        # a single batch tells the decoder nothing
+        n_design = (n_batches if n_batches > 1 else 0) + n_covariates
+        self.encoder = Gaussian(n_genes, config.n_hidden, config.n_layers, config.n_latent, config.dropout)
+        if config.library == "latent":
+            self.library_encoder = Gaussian(n_genes, config.n_hidden, 1, 1, config.dropout)
+            self.register_buffer("library_mean_s", library_mean_s.float())
+            self.register_buffer("library_variance_s", library_variance_s.float())
+        widths = [config.n_latent] + [config.n_hidden] * config.n_layers
+        self.decoder = nn.ModuleList(Layer(a, n_design, b, 0.0) for a, b in zip(widths, widths[1:], strict=False))
+        self.rho = nn.Linear(config.n_hidden, n_genes)
+        if config.likelihood == "zinb":
+            self.dropout_logit = nn.Linear(config.n_hidden, n_genes)
+        if config.likelihood != "poisson":
+            if config.dispersion == "gene-cell":
+                self.log_theta = nn.Linear(config.n_hidden, n_genes)
+            else:
+                rows = n_batches if config.dispersion == "gene-batch" else 1
+                self.log_theta_sg = nn.Parameter(torch.randn(rows, n_genes))
+
+    def encode(self, cells: Minibatch, noise: torch.Generator | None = None) -> Posterior:
+        """q(z, log l | x)."""
+        mean_nk, variance_nk = self.encoder(cells.x_ng, noise)
+        if self.config.library == "observed":
+            return Posterior(mean_nk, variance_nk, None, None)
+        mean_n1, variance_n1 = self.library_encoder(cells.x_ng, noise)
+        return Posterior(mean_nk, variance_nk, mean_n1[:, 0], variance_n1[:, 0])
+
+    def hidden(self, z_nk: torch.Tensor, batch_n: torch.Tensor, covariates_nc: torch.Tensor) -> torch.Tensor:
+        """(cells, hidden) input of the decoder's heads; batch and covariates are seen by every layer before them."""
+        design = [covariates_nc]
+        if self.n_batches > 1:
+            design.insert(0, nn.functional.one_hot(batch_n, self.n_batches).to(z_nk.dtype))
+        h = z_nk
+        for layer in self.decoder:
+            h = layer(torch.cat([h, *design], 1), None)
+        return h
+
+    def log_rho(self, hidden_nh: torch.Tensor) -> torch.Tensor:
+        """(cells, genes) log of the expected shares: log softmax over genes."""
+        return torch.log_softmax(self.rho(hidden_nh), 1)
+
+    def log_likelihood(self, cells: Minibatch, z_nk: torch.Tensor, log_library_n: torch.Tensor) -> torch.Tensor:
+        """log p(x_n | z_n, l_n, s_n), (cells,), summed over genes."""
+        hidden_nh = self.hidden(z_nk, cells.batch_n, cells.covariates_nc)
+        log_mu_ng = self.log_rho(hidden_nh) + log_library_n[:, None]
+        if self.config.likelihood == "poisson":
+            return likelihood.poisson(cells.x_ng, log_mu_ng).sum(1)
+        if self.config.dispersion == "gene-cell":
+            log_theta_ng = self.log_theta(hidden_nh)
+        elif self.config.dispersion == "gene-batch":
+            log_theta_ng = self.log_theta_sg[cells.batch_n]
+        else:
+            log_theta_ng = self.log_theta_sg[0]
+        if self.config.likelihood == "nb":
+            return likelihood.negative_binomial(cells.x_ng, log_mu_ng, log_theta_ng).sum(1)
+        logit_pi_ng = self.dropout_logit(hidden_nh)
+        return likelihood.zero_inflated_negative_binomial(cells.x_ng, log_mu_ng, log_theta_ng, logit_pi_ng).sum(1)
+
+    def sample(
+        self, cells: Minibatch, q: Posterior, noise: torch.Generator | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One draw of (z_nk, log l_n) from q, reparameterised; log l_n is the observed one where it is observed."""
+        z_nk = q.mean_nk + q.variance_nk.sqrt() * _normal_like(q.mean_nk, noise)
+        if q.library_mean_n is None:
+            return z_nk, cells.library_n.log()
+        return z_nk, q.library_mean_n + q.library_variance_n.sqrt() * _normal_like(q.library_mean_n, noise)
+
+    def elbo_terms(
+        self, cells: Minibatch, noise: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The evidence lower bound in its parts, (cells,) nats each, by one draw from q.
+
+        Returns
+        -------
+        reconstruction_n : log p(x | z, l, s).
+        kl_z_n : KL(q(z) || p(z)).
+        kl_l_n : KL(q(log l) || p(log l | s)), zero where the library size is observed.
+        """
+        q = self.encode(cells, noise)
+        z_nk, log_library_n = self.sample(cells, q, noise)
+        reconstruction_n = self.log_likelihood(cells, z_nk, log_library_n)
+        kl_z_n = 0.5 * (q.mean_nk**2 + q.variance_nk - 1 - q.variance_nk.log()).sum(1)
+        if q.library_mean_n is None:
+            return reconstruction_n, kl_z_n, torch.zeros_like(kl_z_n)
+        mean_n, variance_n = self.library_mean_s[cells.batch_n], self.library_variance_s[cells.batch_n]
+        ratio_n = q.library_variance_n / variance_n
+        kl_l_n = 0.5 * (ratio_n + (q.library_mean_n - mean_n) ** 2 / variance_n - 1 - ratio_n.log())
+        return reconstruction_n, kl_z_n, kl_l_n
+
+
+def _normal_like(like: torch.Tensor, noise: torch.Generator | None) -> torch.Tensor:
+    return torch.empty_like(like).normal_(generator=noise)
+
+
+def build(config: ModelConfig, n_genes: int, n_batches: int, n_covariates: int, seed: int) -> SCVI:
+    """A model with fresh weights, the same for the same seed; the library prior is to be filled by the trainer."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return SCVI(config, n_genes, n_batches, n_covariates, torch.zeros(n_batches), torch.ones(n_batches))

@@ -1,0 +1,294 @@
+"""The page and its companions: report.html, metrics.json, decisions.jsonl, manifest.json and figures/.
+
+Everything is read from the files of ``results/{atlas}/`` and nothing that varies between two runs of the same build
+goes in (times, host, device of the run, registry version): that is in ``model_ref.json`` and ``logs/``. So the same
+build gives the same bytes. :func:`build_report` is the way in; read it first.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from scvi_core import figures
+from scvi_core._version import __version__
+from scvi_core.config import Config, load_samples
+from scvi_core.files import Decisions, UserError, canonical_json, read_decisions, replacing, write_json
+from scvi_core.manifest import manifest, public_config, software_versions
+from scvi_core.sentences import kept_epoch, model_card, snippets, training_decisions, verdicts
+from scvi_core.viewer import CELL_COLUMNS, MISSING, continuous, label_table, levels, viewer_data
+
+BEFORE, AFTER = ("ingest", "qc", "genes", "store"), ("embed", "cluster", "de", "report")  # steps, around training
+TOLD = ("mitochondrial_genes", "ribosomal_genes", "haemoglobin_genes", "genes_harmonised")  # counted, yet no loss
+TABLE_MARKERS = 25  # genes a group in the page's table
+
+
+def build_report(folder: Path, config: Config) -> None:
+    """Write ``decisions.jsonl``, ``metrics.json``, ``figures/*.png``, ``report.html`` and, last, ``manifest.json``.
+
+    Parameters
+    ----------
+    folder : ``results/{atlas}``, with the files of all steps before this one.
+    config : the configuration of the build.
+
+    Raises
+    ------
+    UserError
+        When a file of an earlier step is missing, or a column of ``report.labels`` is not in ``cells.parquet``.
+    """
+    folder = Path(folder)
+    data = read_atlas(folder, config)
+    own = Decisions("report")
+    viewer = viewer_data(data["cells"], config.report.labels, own)
+    own.write(folder / "decisions" / "report.jsonl")
+    decisions = data["decisions"] = collect_decisions(folder, data["names"], data["model"])
+    with replacing(folder / "decisions.jsonl") as temporary:
+        temporary.write_text("".join(canonical_json(d) + "\n" for d in decisions))
+    numbers = _metrics(data, config)
+    write_json(folder / "metrics.json", numbers)
+    pictures = draw(folder, data, config)
+    with replacing(folder / "report.html") as temporary:
+        temporary.write_text(render(data, config, numbers, viewer, pictures), encoding="utf-8")
+    write_json(folder / "manifest.json", manifest(folder, config, data["names"]))
+
+
+def read_atlas(folder: Path, config: Config) -> dict[str, Any]:
+    """Read every file the page is made of.
+
+    Returns
+    -------
+    cells, genes, de, history : data frames; model : ``model.json``; names : samples in sheet order;
+    qc : a frame a sample; decisions : a list, in the order of the flow; n_latent : an integer.
+    """
+
+    def need(name: str) -> Path:
+        if not (folder / name).exists():
+            raise UserError(f"{folder / name}: missing, and the report is made of it; run the step that writes it")
+        return folder / name
+
+    cells = pd.read_parquet(need("cells.parquet"))
+    names = sample_names(folder, config, cells)
+    for column in config.report.labels:
+        if column not in cells:
+            have = ", ".join(c for c in cells if c not in ("cell_id", *CELL_COLUMNS))
+            raise UserError(f"config report.labels: no column '{column}' in cells.parquet; there are {have}")
+    model = json.loads(need("model/model.json").read_text())
+    return {
+        "cells": cells,
+        "genes": pd.read_parquet(need("genes.parquet")),
+        "de": pd.read_parquet(need("de.parquet")).astype({"group": str}),
+        "n_latent": sum(c.startswith("z_") for c in _parquet_columns(need("latent.parquet"))),
+        "history": pd.read_parquet(need("model/history.parquet")),
+        "model": model,
+        "names": names,
+        "qc": {s: pd.read_parquet(need(f"samples/{s}/qc.parquet")) for s in names},
+        "decisions": collect_decisions(folder, names, model),
+    }
+
+
+def _parquet_columns(path: Path) -> list[str]:
+    import pyarrow.parquet as pq
+
+    return pq.read_schema(path).names
+
+
+def sample_names(folder: Path, config: Config, cells: pd.DataFrame) -> list[str]:
+    """Give the samples in the order of the sheet; where the sheet is gone, as the folder has them."""
+    if Path(config.samples).is_file():
+        return [s.sample for s in load_samples(config.samples)]
+    found = sorted(p.parent.name for p in folder.glob("samples/*/qc.parquet"))
+    order = list(dict.fromkeys(cells["sample"].astype(str)))
+    return [s for s in order if s in found] + [s for s in found if s not in order]
+
+
+def collect_decisions(folder: Path, names: list[str], model: dict[str, Any]) -> list[dict[str, Any]]:
+    """Gather the decisions of all steps in the order of the flow, samples in that of the sheet.
+
+    Those on training are told from ``model.json``, not from the ``lookup`` and ``train`` steps' own files: these say
+    whether this run trained or took a registered model, which is no part of the atlas.
+    """
+
+    def read(steps: tuple[str, ...]) -> list[dict[str, Any]]:
+        paths = [folder / "decisions" / f"{step}{s}.jsonl" for step in steps for s in ("", *(f".{n}" for n in names))]
+        return [d for path in paths if path.exists() for d in read_decisions(path)]
+
+    return read(BEFORE) + [dataclasses.asdict(d) for d in training_decisions(model)] + read(AFTER)
+
+
+def metrics(folder: Path, config: Config) -> dict[str, Any]:
+    """Compute the numbers of the run from the files in `folder`: the content of ``metrics.json``."""
+    return _metrics(read_atlas(Path(folder), config), config)
+
+
+def _metrics(data: dict[str, Any], config: Config) -> dict[str, Any]:
+    cells, genes, de = data["cells"], data["genes"], data["de"]
+    samples = {}
+    for name, qc in data["qc"].items():
+        kept = qc[qc["keep"]]
+        row: dict[str, Any] = {"cells_before": len(qc), "cells_after": len(kept)}
+        for column in ("n_counts", "n_genes", "pct_mito"):
+            row[f"median_{column}_before"] = number(qc[column].median())
+            row[f"median_{column}_after"] = number(kept[column].median())
+        row["predicted_doublets"] = int(qc["predicted_doublet"].sum())
+        row["flags"], row["reasons"] = _tally(qc["flags"]), _tally(qc["reason"])
+        samples[name] = row
+    clusters, rows = levels(cells["cluster"])
+    sizes = np.bincount(rows, minlength=len(clusters))
+    batches, codes = levels(cells["batch"])
+    table = np.zeros((len(clusters), len(batches)), dtype=np.int64)
+    np.add.at(table, (rows, codes), 1)
+    significant = de[de["is_de"] & (de["lfc_mean"] > 0)].groupby("group").size()
+    return {
+        "cells": {
+            "before": sum(s["cells_before"] for s in samples.values()),
+            "after": len(cells),
+        },
+        "samples": samples,
+        "batches": len(batches),
+        "genes": {
+            "harmonised": len(genes),
+            "selected": int(genes["selected"].sum()),
+            "in_all_samples": int((genes["n_samples"] == len(samples)).sum()),
+            "excluded": int(genes["note"].fillna("").str.startswith("excluded").sum()),
+            "below_min_cells": int((genes["note"] == "below min_cells").sum()),
+        },
+        "model": {"epochs": None, "train_elbo": None, "validation_elbo": None}
+        | {k: number(v) if isinstance(v, float) else v for k, v in data["model"].get("metrics", {}).items()},
+        "clusters": {
+            "n": len(clusters),
+            "sizes": {name: int(n) for name, n in zip(clusters, sizes, strict=True)},
+            "one_batch": [c for c, row in zip(clusters, table, strict=True) if row.max() >= 0.9 * row.sum()],
+            "by_column": {c: int(cells[c].nunique()) for c in cells if re.fullmatch(r"cluster(_r[\d.]+)?", c)},
+        },
+        "labels": {c: agreement(cells["cluster"], cells[c]) for c in config.report.labels if not continuous(cells[c])},
+        "de": {
+            "groupby": config.de.groupby,
+            "upregulated": {g: int(significant.get(g, 0)) for g in levels(de["group"])[0]},
+        },
+    }
+
+
+def number(value: Any) -> float | None:
+    """Give a finite float, or None (JSON has no NaN)."""
+    return float(value) if value is not None and np.isfinite(value) else None
+
+
+def _tally(flags: pd.Series) -> dict[str, int]:
+    each = flags.fillna("").str.split(",").explode()
+    return {str(k): int(v) for k, v in each[each != ""].value_counts().sort_index().items()}
+
+
+def agreement(clusters: pd.Series, labels: pd.Series) -> dict[str, Any]:
+    """Compare clusters with a label over the labelled cells: adjusted Rand index, normalised mutual information."""
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+    names, codes = levels(labels)
+    has = codes != (names.index(MISSING) if MISSING in names else -1)
+    if not has.any():
+        return {"levels": 0, "labelled_cells": 0, "ari": None, "nmi": None}
+    pair = levels(clusters)[1][has], codes[has]
+    ari, nmi = adjusted_rand_score(*pair), normalized_mutual_info_score(*pair)
+    return {
+        "levels": len(names) - (MISSING in names),
+        "labelled_cells": int(has.sum()),
+        "ari": round(float(ari), 6),
+        "nmi": round(float(nmi), 6),
+    }
+
+
+def markers(de: pd.DataFrame, n: int) -> dict[str, pd.DataFrame]:
+    """Give each group's `n` first genes by rank among those higher in the group and significant."""
+    up = de[de["is_de"] & (de["lfc_mean"] > 0)].sort_values(["group", "rank", "gene_id"])
+    return {g: up[up["group"] == g].head(n) for g in levels(de["group"])[0]}
+
+
+def draw(folder: Path, data: dict[str, Any], config: Config) -> dict[str, dict[str, str]]:
+    """Draw every picture twice: light, as ``figures/{name}.png`` and for the page; dark, for the page. Give base64."""
+    cells, out, files = data["cells"], {}, {}
+
+    def add(name: str, function: Any, *arguments: Any) -> None:
+        themes = {t: figures.png(function(*arguments, theme=t)) for t in ("light", "dark")}
+        files[name] = themes["light"]
+        out[name] = {t: base64.b64encode(data).decode() for t, data in themes.items()}
+
+    add("qc", figures.qc_overview, data["qc"], data["decisions"])
+    for name, qc in data["qc"].items():
+        add(f"qc_{name}", figures.qc_figure, qc, [d for d in data["decisions"] if d["step"] == "qc"])
+    add("genes", figures.genes_figure, data["genes"])
+    add("training", figures.training_figure, data["history"], kept_epoch(data["model"]))
+    for basis in ("umap", "tsne"):
+        if f"{basis}_1" in cells and cells[f"{basis}_1"].notna().any():
+            for column in dict.fromkeys(["cluster", "sample", "batch", *config.report.labels]):
+                if not continuous(cells[column]):
+                    add(f"{basis}_{slug(column)}", figures.umap_figure, cells, column, basis)
+    for column in ("sample", "batch"):
+        add(f"composition_{column}", figures.composition_figure, cells, column)
+    chosen = {g: list(top["gene_id"]) for g, top in markers(data["de"], config.report.n_markers).items()}
+    add("markers", figures.markers_figure, data["de"], chosen)
+    with replacing(folder / "figures") as temporary:
+        temporary.mkdir()
+        for name, content in files.items():
+            (temporary / f"{name}.png").write_bytes(content)
+    return out
+
+
+def slug(name: str) -> str:
+    """Make a column's name fit for a file name."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", name)[:60]
+
+
+def render(
+    data: dict[str, Any],
+    config: Config,
+    numbers: dict[str, Any],
+    viewer: dict[str, Any] | None,
+    pictures: dict[str, dict[str, str]],
+) -> str:
+    """Fill the template. Every name is escaped, and the page's policy lets only its own script run."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    env = Environment(
+        loader=PackageLoader("scvi_core", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    env.filters["digest"] = lambda text: base64.b64encode(hashlib.sha256(str(text).encode()).digest()).decode()
+    env.filters["count"] = lambda n: "-" if n is None else f"{n:,.0f}"
+    env.filters["num"] = lambda n, digits=2: "-" if n is None or not np.isfinite(n) else f"{n:,.{digits}f}"
+    env.filters["slug"] = slug
+    cells, decisions = data["cells"], data["decisions"]
+    top = markers(data["de"], TABLE_MARKERS)
+    limits = {s: figures.thresholds([d for d in decisions if d["step"] == "qc"], s) for s in data["names"]}
+    batch_of = cells.astype({"sample": str, "batch": str}).groupby("sample")["batch"].unique()
+    return env.get_template("report.html.j2").render(
+        config=config, m=numbers, model=data["model"], n_latent=data["n_latent"], viewer=viewer, pictures=pictures,
+        verdicts=verdicts(numbers, data, config), card=model_card(data, config),
+        snippets=snippets(data["model"], config),
+        reasons=sorted({r for s in numbers["samples"].values() for r in s["reasons"]}), table_markers=TABLE_MARKERS,
+        limit_text={s: ", ".join(f"{k} {' and '.join(f'{x:,.4g}' for x in v)}" for k, v in found.items())
+                    for s, found in limits.items()},
+        batch_of={s: ", ".join(b) for s, b in batch_of.items()},
+        same_batch=len(batch_of) == numbers["batches"] and all(len(b) == 1 for b in batch_of),
+        limits=limits,
+        losses=[d for d in decisions if (d["n_cells"] or d["n_genes"]) and d["what"] not in TOLD],
+        kept_epoch=kept_epoch(data["model"]),
+        tables={c: label_table(cells, c) for c in numbers["labels"]},
+        markers=[row for frame in top.values() for row in frame.to_dict("records")],
+        unmarked=[g for g, frame in top.items() if frame.empty],
+        decisions=[{**d, "text": _text(d["value"])} for d in decisions],
+        software=software_versions(), package_version=__version__,
+        settings=yaml.safe_dump(public_config(config), sort_keys=False, allow_unicode=True),
+    )  # fmt: skip
+
+
+def _text(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 400 else text[:400] + " …"

@@ -1,0 +1,120 @@
+"""A sample on disk: everything but its counts in memory, the counts of kept cells read chunk by chunk."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from scvi_core.files import UserError
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
+CHUNK = 2_000_000  # stored counts read at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleFile:
+    """What ``samples/{sample}/counts.h5ad`` and its ``qc.parquet`` say about a sample, the counts left on disk.
+
+    Attributes
+    ----------
+    path : of counts.h5ad.
+    name : the sample.
+    kind : ``"ensembl"`` or ``"symbol"``.
+    organism, content_sha256 : as in the file's uns.
+    gene_ids, gene_names : (genes,) texts.
+    keep : (cells,) bool, from qc.parquet.
+    batch : (cells,) texts.
+    """
+
+    path: Path
+    name: str
+    kind: str
+    organism: str
+    content_sha256: str
+    gene_ids: np.ndarray
+    gene_names: np.ndarray
+    keep: np.ndarray
+    batch: np.ndarray
+
+
+def open_samples(h5ads: Sequence[Path], qcs: Sequence[Path]) -> list[SampleFile]:
+    """Read everything but the counts of each sample.
+
+    Raises
+    ------
+    UserError
+        For a file that is missing or not as scvi-core writes it, or a pair that does not belong together.
+    """
+    return [_open(Path(h5ad), Path(table)) for h5ad, table in zip(h5ads, qcs, strict=True)]
+
+
+def _open(h5ad: Path, table: Path) -> SampleFile:
+    import h5py
+    import pyarrow.parquet as pq
+    from anndata.io import read_elem
+
+    try:
+        with h5py.File(h5ad) as file:
+            var, ids = read_elem(file["var"]), read_elem(file["obs"][file["obs"].attrs["_index"]])
+            uns = {key: str(read_elem(file["uns"][key])) for key in ("gene_ids", "organism", "content_sha256")}
+            shape = tuple(file["X"].attrs["shape"])
+        names = var["gene_name"].astype(str).to_numpy()
+        if shape != (len(ids), len(var)):
+            raise ValueError(f"X is {shape}, the tables {(len(ids), len(var))}")
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"{h5ad}: not a sample that `scvi-core ingest` wrote ({error}); run ingest again") from None
+    try:
+        judged = pq.read_table(table, columns=["cell_id", "sample", "batch", "keep"])
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"{table}: not a table that `scvi-core qc` wrote ({error}); run qc again") from None
+    if not np.array_equal(judged["cell_id"].to_numpy(), np.asarray(ids, dtype=object)) or not len(ids):
+        raise UserError(f"{table}: its cells are not those of {h5ad}; run qc again")
+    return SampleFile(
+        path=h5ad,
+        name=judged["sample"][0].as_py(),
+        kind=uns["gene_ids"],
+        organism=uns["organism"],
+        content_sha256=uns["content_sha256"],
+        gene_ids=var.index.astype(str).to_numpy(),
+        gene_names=names,
+        keep=judged["keep"].to_numpy().astype(bool),
+        batch=judged["batch"].to_numpy(),
+    )
+
+
+def kept_chunks(sample: SampleFile, keep: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, csr_matrix]]:
+    """Yield (rows, counts): kept cells' positions in the file and their counts, a chunk of ``CHUNK`` at a time.
+
+    Parameters
+    ----------
+    sample : whose counts.
+    keep : (cells,) bool in place of the sample's own.
+
+    Yields
+    ------
+    rows : (n,) int, ascending.
+    counts : (n, genes of the file) CSR in the file's integer type.
+    """
+    import h5py
+    from scipy.sparse import csr_matrix
+
+    keep = sample.keep if keep is None else keep
+    with h5py.File(sample.path) as file:
+        X = file["X"]
+        indptr = X["indptr"][:].astype(np.int64)
+        start = 0
+        while start < len(keep):
+            stop = max(start + 1, int(np.searchsorted(indptr, indptr[start] + CHUNK, side="right")) - 1)
+            rows = start + np.flatnonzero(keep[start:stop])
+            if rows.size:  # whole stretches are read, as HDF5 reads them best, and the kept rows taken
+                first, last = rows[0], rows[-1] + 1
+                span = slice(indptr[first], indptr[last])
+                parts = X["data"][span], X["indices"][span], indptr[first : last + 1] - indptr[first]
+                yield rows, csr_matrix(parts, shape=(last - first, len(sample.gene_ids)))[rows - first]
+            start = stop

@@ -1,0 +1,128 @@
+"""The page in words: what came out, what the model is, how to load it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from scvi_core.config import Config
+from scvi_core.files import Decisions
+
+
+def verdicts(numbers: dict[str, Any], data: dict[str, Any], config: Config) -> list[tuple[str, str]]:
+    """Say in plain sentences what came out: ``("good" or "look", sentence)``; "look" asks for the reader's eye."""
+    cells, model, clusters, out = numbers["cells"], numbers["model"], numbers["clusters"], []
+    lost = cells["before"] - cells["after"]
+    share = lost / max(cells["before"], 1)
+    tally = pd.DataFrame([s["reasons"] for s in numbers["samples"].values()]).sum()
+    why = f", most often for {tally.idxmax()}" if len(tally) else ""
+    text = f"QC kept {cells['after']:,} of {cells['before']:,} barcodes and dropped {lost:,} ({share:.1%}{why})."
+    out.append(("look" if share > 0.3 else "good", text))
+    rates = {n: 1 - s["cells_after"] / max(s["cells_before"], 1) for n, s in numbers["samples"].items()}
+    worst = max(rates, key=lambda n: rates[n])
+    if rates[worst] > max(0.3, 2 * share):
+        out.append(("look", f"Sample {worst} lost {rates[worst]:.0%} of its barcodes, far more than the others."))
+    elbo, best, epochs = model.get("validation_elbo"), kept_epoch(data["model"]), model.get("epochs")
+    if elbo is not None:
+        text = f"The ELBO on held-out cells is {elbo:,.1f} nats a cell; on training cells {model['train_elbo']:,.1f}."
+        gap = (model["train_elbo"] - elbo) / max(abs(elbo), 1e-9)
+        more = " The gap is wide: few cells for so large a model, or cells unlike the rest." if gap > 0.1 else ""
+        out.append(("look" if more else "good", text + more))
+    if config.train.early_stopping and best is not None and best == epochs:
+        out.append(("look", "The last epoch was the best one: more epochs (train.max_epochs) may fit better."))
+    sizes = clusters["sizes"]
+    text = f"{clusters['n']} clusters, of {min(sizes.values()):,} to {max(sizes.values()):,} cells."
+    out.append(("good" if clusters["n"] > 1 else "look", text))
+    if numbers["batches"] > 1:
+        names = ", ".join(clusters["one_batch"][:12])
+        one = f"At least 90% of cells are of one batch in cluster {names}: biology of that batch, or a batch effect."
+        good = "No cluster has 90% or more of its cells from one batch."
+        out.append(("look", one) if names else ("good", good))
+    for column, a in numbers["labels"].items():
+        if a["ari"] is not None:
+            text = f"Clusters and the labels {column} agree with an adjusted Rand index of {a['ari']:.2f}"
+            out.append(("good", f"{text} (1: identical, 0: as by chance)."))
+    counts = numbers["de"]["upregulated"]
+    few = [g for g, n in counts.items() if n < 3]
+    text = f"{sum(counts.values()):,} significant markers over {len(counts)} groups of {config.de.groupby}."
+    out.append(("good", text))
+    if few:
+        out.append(
+            ("look", f"Fewer than three markers for group {', '.join(few[:12])}: perhaps not a group of its own.")
+        )
+    return out
+
+
+def model_card(data: dict[str, Any], config: Config) -> list[tuple[str, str]]:
+    """List what the model is and was trained on, as (term, text)."""
+    m, c, t = data["model"], data["model"]["model"], data["model"].get("metrics", {})
+
+    def listed(names: list[Any]) -> str:
+        return ", ".join(map(str, names[:40])) + (f" and {len(names) - 40} more" if len(names) > 40 else "")
+
+    covariates = [*c.get("categorical_covariates", []), *c.get("continuous_covariates", [])]
+    elbo = t.get("validation_elbo")
+    library = "observed count total" if c.get("library") == "observed" else "latent, log-normal prior of the batch"
+    return [
+        ("Registered name", config.registered_name),
+        ("Fingerprint", m["fingerprint"]),
+        ("Trained on", f"{m['n_cells']:,} cells of {len(data['names'])} samples: {listed(data['names'])}"),
+        ("Organism", str(m.get("organism") or "unknown")),
+        ("Batches", f"{len(m['batches'])}: {listed(m['batches'])}"),
+        ("Genes", f"{m['n_genes']:,}, listed in model.json"),
+        ("Likelihood", f"{c.get('likelihood')}, dispersion by {c.get('dispersion')}"),
+        ("Library size", library),
+        ("Covariates", listed(covariates) or "none besides the batch"),
+        ("Networks", f"{c.get('n_latent')} latent dimensions, {c.get('n_layers')} x {c.get('n_hidden')} hidden units"),
+        ("Parameters", f"{t['n_parameters']:,}" if "n_parameters" in t else "see model.json"),
+        (
+            "Held-out ELBO",
+            "no validation cells" if elbo is None or elbo != elbo else f"{elbo:,.2f} nats a cell (higher is better)",
+        ),
+        ("Seed", str(m.get("seed"))),
+        ("Weights", f"model/model.safetensors, SHA-256 {m.get('weights_sha256', 'in manifest.json')}"),
+    ]
+
+
+def snippets(model: dict[str, Any], config: Config) -> dict[str, str]:
+    """Write the code that loads the model: from the folder, and from the registry by version, alias, fingerprint."""
+    name, fingerprint = config.registered_name, model["fingerprint"]
+    return {
+        "folder": f"""import anndata
+import scvi_core as sv
+
+model = sv.load("model")                     # the folder beside this page
+cells = anndata.read_zarr("counts.zarr")     # or your own: raw counts, the same genes
+z = model.latent(cells)                      # (cells, {model["model"].get("n_latent", "latent")}) float32
+rho = model.normalized_expression(cells)     # denoised, corrected for batch""",
+        "registry": f"""import json
+import mlflow
+
+ref = json.load(open("model_ref.json"))
+mlflow.set_tracking_uri(ref["tracking_uri"])
+
+# this build's version; or, once promoted with `scvi-core models promote`, "models:/{name}@champion"
+model = mlflow.pyfunc.load_model(f"models:/{name}/{{ref['version']}}")
+z = model.predict(cells)
+
+# any version with the same fingerprint
+mlflow.search_model_versions(filter_string="tag.fingerprint = '{fingerprint}'")""",
+    }
+
+
+def kept_epoch(model: dict[str, Any]) -> int | None:
+    """Give the epoch whose weights ``model.json`` says were kept."""
+    return model.get("metrics", {}).get("kept_epoch", model.get("metrics", {}).get("best_epoch"))
+
+
+def training_decisions(model: dict[str, Any]) -> Decisions:
+    """Tell from ``model.json`` what was decided in training: the same whether it was trained here or registered."""
+    made, numbers, kept = Decisions("train"), model.get("metrics", {}), kept_epoch(model)
+    library = model["model"].get("library")
+    made.add("library", library, "model.library: the size of a cell is its count total, or inferred with a prior")
+    made.add("device", model.get("device"), "the kind of device that fitted these weights")
+    stopping = model.get("train", {}).get("early_stopping") and numbers.get("validation_elbo") is not None
+    text = "the best validation ELBO" if stopping else "the last, as nothing was held out to stop early by"
+    made.add("epochs", numbers.get("epochs"), f"the weights kept are those of epoch {kept}: {text}")
+    return made

@@ -1,0 +1,476 @@
+"""Every format gives the same counts; every bad or hostile input gives one clear line."""
+
+import gzip
+import json
+import pickle
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.io
+import scipy.sparse as sp
+
+from scvi_core import checks, identity, io
+from scvi_core.config import InputConfig, Sample
+from scvi_core.files import Decisions, UserError
+
+N_CELLS, N_GENES = 7, 5
+BARCODES = [f"{'ACGT'[i % 4] * 8}{'ACGTACGT'[: i + 1]}-1" for i in range(N_CELLS)]
+IDS = [f"ENSG0000000000{i}" for i in range(N_GENES)]
+NAMES = ["ACTB", "GAPDH", "MALAT1", "B2M", "FTL"]
+X = np.random.default_rng(0).poisson(1.0, (N_CELLS, N_GENES))
+X[0, 0] = 300  # needs 16 bits
+
+
+def h5ad(path, x=None, obs=None, var=None, **more):
+    x = sp.csr_matrix(X.astype(np.float32)) if x is None else x
+    obs = (
+        pd.DataFrame({"type": pd.Categorical(["b", "a"] * 3 + ["b"]), "n": range(N_CELLS)}, BARCODES)
+        if obs is None
+        else obs
+    )
+    var = pd.DataFrame({"gene_ids": IDS}, NAMES) if var is None else var
+    anndata.AnnData(x, obs=obs, var=var, **more).write_h5ad(path)
+    return path
+
+
+def tenx_v3(path, types=None, extra=0):
+    x = sp.csr_matrix(np.hstack([X, np.ones((N_CELLS, extra), int)]))
+    with h5py.File(path, "w") as file:
+        m = file.create_group("matrix")
+        m["data"], m["indices"], m["indptr"] = x.data.astype("i4"), x.indices.astype("i8"), x.indptr.astype("i8")
+        m["shape"] = np.array(x.shape[::-1], "i4")
+        m["barcodes"] = np.array(BARCODES, "S")
+        m["features/id"] = np.array(IDS + [f"CD{i}" for i in range(extra)], "S")
+        m["features/name"] = np.array(NAMES + [f"CD{i}" for i in range(extra)], "S")
+        m["features/feature_type"] = np.array(
+            types or ["Gene Expression"] * N_GENES + ["Antibody Capture"] * extra, "S"
+        )
+    return path
+
+
+def tenx_v2(path, genomes=("GRCh38",)):
+    x = sp.csr_matrix(X)
+    with h5py.File(path, "w") as file:
+        for genome in genomes:
+            g = file.create_group(genome)
+            g["data"], g["indices"], g["indptr"] = x.data, x.indices, x.indptr
+            g["shape"] = np.array(x.shape[::-1])
+            g["barcodes"], g["genes"], g["gene_names"] = (np.array(v, "S") for v in (BARCODES, IDS, NAMES))
+    return path
+
+
+def loom(path, x=X, **layers):
+    with h5py.File(path, "w") as file:
+        file["matrix"] = x.T
+        for name, layer in layers.items():
+            file[f"layers/{name}"] = layer.T
+        file["row_attrs/Gene"], file["row_attrs/Accession"] = NAMES, IDS
+        file["col_attrs/CellID"], file["col_attrs/n"] = BARCODES, np.arange(N_CELLS)
+    return path
+
+
+def mtx(folder, zipped=False, features="features.tsv", extra=0, prefix="", x=None, dense=False):
+    folder.mkdir()
+    x = np.hstack([X, np.ones((N_CELLS, extra), int)]).T if x is None else x
+    scipy.io.mmwrite(folder / f"{prefix}matrix.mtx", x if dense else sp.coo_matrix(x))
+    rows = [f"{i}\t{n}" + ("\tGene Expression" if "feat" in features else "") for i, n in zip(IDS, NAMES, strict=True)]
+    rows += [f"CD{i}\tCD{i}\tAntibody Capture" for i in range(extra)]
+    (folder / f"{prefix}{features}").write_text("\n".join(rows) + "\n")
+    (folder / f"{prefix}barcodes.tsv").write_text("\n".join(BARCODES) + "\n")
+    for file in list(folder.iterdir()) if zipped else []:
+        file.with_name(f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
+        file.unlink()
+    return folder
+
+
+def table(path, orientation="genes_as_rows", ids=IDS, corner=True, x=X):
+    frame = pd.DataFrame(x, BARCODES, ids)
+    frame = frame.T if orientation == "genes_as_rows" else frame
+    sep = "," if ".csv" in path.name else "\t"
+    text = frame.to_csv(sep=sep)
+    text = text if corner else text.removeprefix(sep)
+    path.write_bytes(gzip.compress(text.encode()) if path.name.endswith(".gz") else text.encode())
+    return path
+
+
+def zarr_store(path, **kwargs):
+    with anndata.settings.override(zarr_write_format=kwargs.pop("format", 2)):
+        adata = anndata.read_h5ad(h5ad(path.with_suffix(".h5ad"), **kwargs))
+        adata.write_zarr(path)
+    return path
+
+
+def ingest(path, **config):
+    return io.ingest(
+        path, Sample(sample="s1", path=str(path), batch="b1", metadata={"age": "7"}), InputConfig(**config)
+    )
+
+
+def other_layers(path, dense):
+    x = np.log1p(X).astype(np.float32)
+    return h5ad(path, x=x, layers={"counts": X if dense else sp.csc_matrix(X)})
+
+
+def with_raw(path):
+    adata = anndata.AnnData(
+        sp.csr_matrix(X), obs=pd.DataFrame(index=BARCODES), var=pd.DataFrame({"gene_ids": IDS}, NAMES)
+    )
+    adata.raw = adata
+    adata = adata[:, :3].copy()
+    adata.X = adata.X.astype(np.float32) * 0.5
+    adata.write_h5ad(path)
+    return path
+
+
+FORMATS = {
+    "h5ad": lambda d: (h5ad(d / "a.h5ad"), {}),
+    "h5ad dense float64": lambda d: (h5ad(d / "a.h5ad", x=X.astype(float)), {}),
+    "h5ad csc": lambda d: (h5ad(d / "a.h5ad", x=sp.csc_matrix(X.astype(np.float32))), {}),
+    "h5ad layer": lambda d: (other_layers(d / "a.h5ad", True), {"layer": "counts"}),
+    "h5ad csc layer": lambda d: (other_layers(d / "a.h5ad", False), {"layer": "counts"}),
+    "h5ad raw": lambda d: (with_raw(d / "a.h5ad"), {"layer": "raw"}),
+    "zarr 2": lambda d: (zarr_store(d / "a.zarr"), {}),
+    "zarr 3": lambda d: (zarr_store(d / "a.zarr", format=3), {}),
+    "zarr dense": lambda d: (zarr_store(d / "a.zarr", x=X.astype(np.float32)), {}),
+    "10x v3": lambda d: (tenx_v3(d / "a.h5"), {}),
+    "10x v3 antibodies": lambda d: (tenx_v3(d / "a.h5", extra=3), {}),
+    "10x v2": lambda d: (tenx_v2(d / "a.h5"), {}),
+    "loom": lambda d: (loom(d / "a.loom"), {}),
+    "loom layer": lambda d: (loom(d / "a.loom", np.log1p(X), counts=X), {"layer": "counts"}),
+    "mtx": lambda d: (mtx(d / "m"), {}),
+    "mtx gz": lambda d: (mtx(d / "m", zipped=True, extra=2), {}),
+    "mtx v2": lambda d: (mtx(d / "m", features="genes.tsv"), {}),
+    "mtx dense": lambda d: (mtx(d / "m", dense=True), {}),
+    "mtx cells as rows": lambda d: (mtx(d / "m", x=X), {}),
+    "mtx file": lambda d: (mtx(d / "m") / "matrix.mtx", {}),
+    "mtx prefix": lambda d: (mtx(d / "m", prefix="GSM1_", zipped=True), {}),
+    "csv": lambda d: (table(d / "a.csv"), {}),
+    "csv gz": lambda d: (table(d / "a.csv.gz"), {}),
+    "csv gz cells": lambda d: (table(d / "a.csv.gz", "cells_as_rows"), {"orientation": "cells_as_rows"}),
+    "tsv without corner": lambda d: (table(d / "a.tsv", corner=False), {}),
+    "txt": lambda d: (table(d / "a.txt.gz", "cells_as_rows"), {"orientation": "cells_as_rows"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_give_the_same_counts(tmp_path, name):
+    path, config = FORMATS[name](tmp_path)
+    adata, decisions = ingest(path, **config)
+    assert isinstance(adata.X, sp.csr_matrix) and adata.X.dtype == np.uint16
+    assert adata.X.has_canonical_format and (adata.X.data > 0).all()
+    np.testing.assert_array_equal(adata.X.toarray(), X)
+    assert list(adata.obs_names) == [f"s1:{b}" for b in BARCODES]
+    assert list(adata.var_names) == IDS and adata.uns["gene_ids"] == "ensembl" and adata.uns["organism"] == "human"
+    assert list(adata.var["gene_name"]) == (IDS if "csv" in name or "ts" in name or "txt" in name else NAMES)
+    assert list(adata.obs.columns) == ["barcode", "sample", "batch", "age"]
+    assert (
+        list(adata.obs["barcode"]) == BARCODES and set(adata.obs["batch"]) == {"b1"} and set(adata.obs["age"]) == {"7"}
+    )
+    assert {"format", "gene_ids", "organism"} <= {d.what for d in decisions}
+    assert adata.uns["content_sha256"] == DIGEST
+
+
+DIGEST = io.content_sha256(
+    anndata.AnnData(sp.csr_matrix(X), pd.DataFrame(index=[f"s1:{b}" for b in BARCODES]), pd.DataFrame(index=IDS))
+)
+
+
+def test_other_features_are_counted(tmp_path):
+    for path in (tenx_v3(tmp_path / "a.h5", extra=3), mtx(tmp_path / "m", extra=3)):
+        _, decisions = ingest(path)
+        dropped = next(d for d in decisions if d.what == "features_dropped")
+        assert dropped.n_genes == 3 and "3 Antibody Capture" in dropped.reason
+
+
+def test_written_bytes_are_the_same_and_read_back(tmp_path):
+    adata, _ = ingest(h5ad(tmp_path / "a.h5ad"), metadata=("type", "n"))
+    io.write_h5ad(tmp_path / "out" / "counts.h5ad", adata)
+    io.write_h5ad(tmp_path / "again.h5ad", ingest(tmp_path / "a.h5ad", metadata=("type", "n"))[0])
+    assert (tmp_path / "out" / "counts.h5ad").read_bytes() == (tmp_path / "again.h5ad").read_bytes()
+    back = anndata.read_h5ad(tmp_path / "again.h5ad")
+    assert back.X.dtype == np.uint16 and back.obs["n"].dtype == np.int64 and io.content_sha256(back) == DIGEST
+    assert back.obs_names.name == "cell_id" and back.var_names.name == "gene_id"
+    assert list(back.obs["type"].cat.categories) == ["a", "b"]
+    adata.X = adata.X.astype(np.float64)
+    assert io.content_sha256(adata) == DIGEST  # whatever type holds them
+    adata.X[0, 0] += 1
+    assert io.content_sha256(adata) != DIGEST
+
+
+def test_metadata_columns_become_plain_types(tmp_path):
+    mixed = pd.DataFrame(
+        {
+            "mixed": ["x", 1, None, "y", "x", 2.5, "z"],
+            "flag": [True, False] * 3 + [True],
+            "holes": pd.array([1, None, 3, 4, 5, 6, 7], "Int64"),
+            "float": np.float32([1, np.nan, 3, 4, 5, 6, 7]),
+            "empty": pd.Categorical([None] * 7),
+        },
+        BARCODES,
+    )
+    for name, kind in (("flag", bool), ("holes", np.float64), ("float", np.float64)):
+        assert io._clean_column(mixed[name], mixed.index).dtype == kind
+    assert list(io._clean_column(mixed["mixed"], mixed.index).cat.categories) == ["1", "2.5", "x", "y", "z"]
+    path = h5ad(tmp_path / "a.h5ad", obs=mixed.drop(columns="mixed"))
+    adata, _ = ingest(path, metadata=("flag", "holes", "float", "empty"))
+    io.write_h5ad(tmp_path / "b.h5ad", adata)
+    back = anndata.read_h5ad(tmp_path / "b.h5ad").obs
+    assert back["holes"].isna().sum() == 1 and back["empty"].isna().all()
+
+
+# --- gene identity ------------------------------------------------------------------------------------------------
+
+
+def identity_of(index, choice="auto", **columns):
+    decisions = Decisions("ingest")
+    ids, names, kind = identity.gene_identity(pd.DataFrame(columns, index=index), choice, "file", decisions)
+    return list(ids), list(names), kind, decisions
+
+
+def test_gene_identity():
+    ids, names, kind, _ = identity_of(NAMES)
+    assert (ids, names, kind) == (NAMES, NAMES, "symbol")
+    ids, names, kind, _ = identity_of(IDS, feature_name=NAMES)
+    assert (ids, names, kind) == (IDS, NAMES, "ensembl")
+    ids, names, kind, _ = identity_of(IDS, feature_name=NAMES, choice="symbol")
+    assert (ids, names, kind) == (NAMES, NAMES, "symbol")
+    ids, names, kind, _ = identity_of([str(i) for i in range(5)], whatever=IDS, Gene=NAMES, n=range(5))
+    assert (ids, names, kind) == (IDS, NAMES, "ensembl")
+    ids, names, kind, decisions = identity_of([f" {i}.{k}" for k, i in enumerate(IDS)])
+    assert (ids, names, kind) == (IDS, IDS, "ensembl")
+    assert next(d for d in decisions if d.what == "gene_versions_cut").n_genes == 5
+    ids, names, _, decisions = identity_of([*NAMES, "EGFP"], gene_ids=[*IDS, None])
+    assert ids == [*IDS, "EGFP"] and names == [*NAMES, "EGFP"]
+    assert next(d for d in decisions if d.what == "gene_ids_missing").n_genes == 1
+    ids, names, _, _ = identity_of(["ENSG00000182378.15_PAR_Y", *IDS, *(f"ENSMUSG0000000000{i}" for i in range(9))])
+    assert ids[0] == "ENSG00000182378_PAR_Y"
+    with pytest.raises(UserError, match=r"set input\.gene_ids to symbol"):
+        identity_of(NAMES, "ensembl", other=["x"] * 5)
+    with pytest.raises(UserError, match=r"set input\.gene_ids to ensembl"):
+        identity_of(IDS, "symbol")
+
+
+def test_genes_of_one_id_are_summed_and_nameless_ones_dropped(tmp_path):
+    x = np.full((N_CELLS, N_GENES), 200, np.uint8)
+    var = pd.DataFrame(index=["B", "A", "B", "", "B"])
+    adata, decisions = ingest(h5ad(tmp_path / "a.h5ad", x=sp.csr_matrix(x), var=var))
+    assert list(adata.var_names) == ["B", "A"] and adata.X.dtype == np.uint16
+    np.testing.assert_array_equal(adata.X.toarray(), [[600, 200]] * N_CELLS)
+    counted = {d.what: d.n_genes for d in decisions}
+    assert counted["genes_merged"] == 2 and counted["genes_without_name"] == 1
+
+
+def test_organism():
+    human = [f"{a}{b}{i}" for a in "ABC" for b in "DEF" for i in range(3)]
+    mouse = [f"{a}{b.lower()}x{i}" for a in "ABC" for b in "DEF" for i in range(3)]
+    empty = np.array([], object)
+    assert identity.guess_organism(np.array([f"ENSMUSG{i:011d}" for i in range(9)], object), empty) == "mouse"
+    assert identity.guess_organism(np.array([f"ENSRNOG{i:011d}" for i in range(9)], object), empty) == "unknown"
+    for names, organism in ((human, "unknown"), ([f"GENE{h}" for h in human], "human"), (mouse, "mouse")):
+        assert identity.guess_organism(np.array(names, object), np.array(names, object)) == organism
+
+
+# --- bad input: one clear line each -------------------------------------------------------------------------------
+
+
+def refused(path, match, **config):
+    with pytest.raises(UserError, match=match) as caught:
+        ingest(path, **config)
+    assert "\n" not in str(caught.value) and str(path.name) in str(caught.value)
+    return str(caught.value)
+
+
+def replaced(values, dtype=float):
+    x = X.astype(dtype)
+    x[0, : len(values)] = values
+    return x
+
+
+@pytest.mark.parametrize("form", [np.asarray, sp.csr_matrix, sp.csc_matrix])
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ([-3], "negative values.*-3.*not counts"),
+        ([0.5], r"not whole numbers \(such as 0.5\).*normalised or log-transformed.*layers?: counts|has counts, raw"),
+        ([np.nan], "not finite.*nan"),
+        ([np.inf], "not finite.*inf"),
+        ([2.0**33], "8589934592.*32 bits"),
+    ],
+)
+def test_values_that_are_no_counts(tmp_path, form, values, match):
+    path = tmp_path / "a.h5ad"
+    adata = anndata.AnnData(form(replaced(values)), obs=pd.DataFrame(index=BARCODES), var=pd.DataFrame(index=NAMES))
+    adata.layers["counts"] = X
+    adata.raw = adata
+    adata.write_h5ad(path)
+    assert "set input.layer" in refused(path, match)
+
+
+def test_samples_without_counts(tmp_path):
+    refused(h5ad(tmp_path / "a.h5ad", x=np.zeros((N_CELLS, N_GENES))), "all counts are zero")
+    refused(h5ad(tmp_path / "b.h5ad", x=X[:0], obs=pd.DataFrame(index=[])), "no cells")
+    refused(h5ad(tmp_path / "c.h5ad", x=X[:, :0], var=pd.DataFrame(index=[])), "no genes")
+    (tmp_path / "d.csv").write_text("," + ",".join(BARCODES) + "\n")
+    refused(tmp_path / "d.csv", "no row below the header")
+
+
+def test_cells_and_layers(tmp_path):
+    obs = pd.DataFrame({"celltype": ["a"] * 7, "n_counts": range(7)}, [*BARCODES[:-1], BARCODES[0]])
+    refused(h5ad(tmp_path / "a.h5ad", obs=obs), f"barcode '{BARCODES[0]}' appears more than once")
+    refused(h5ad(tmp_path / "n.h5ad", obs=obs.set_index(pd.Index([*BARCODES[:-1], "a\nb"]))), "control characters")
+    path = h5ad(tmp_path / "b.h5ad", obs=obs.set_index(pd.Index(BARCODES)), layers={"counts": X})
+    refused(path, "did you mean 'celltype'", metadata=("cell_type",))
+    refused(path, "n_counts.*rename", metadata=("n_counts",))
+    refused(path, "did you mean 'counts'", layer="count")
+    refused(path, "nothing in 'raw'.*X, counts", layer="raw")
+    refused(loom(tmp_path / "c.loom"), "no layer 'spliced'", layer="spliced")
+    with pytest.raises(UserError, match="'keep' is one that scvi-core writes"):
+        io.ingest(path, Sample(sample="s", path="p", batch="b", metadata={"keep": "1"}), InputConfig())
+
+
+def test_files_that_are_not_what_they_should_be(tmp_path):
+    refused(tmp_path / "none.h5ad", "no such file")
+    (tmp_path / "folder").mkdir()
+    refused(tmp_path / "folder", "neither matrix.mtx nor a zarr")
+    for name, content, match in (
+        ("empty.h5ad", b"", "empty file"),
+        ("text.h5ad", b"a,b\n1,2\n", "named .h5ad, but it is not an HDF5"),
+        ("text.mtx", b"1 2 3\n", "MatrixMarket"),
+        ("text.dat", b"a,b\n", "not named .csv"),
+        ("data.csv", pickle.dumps({"a": 1}), "pickle"),
+        ("data.rds", gzip.compress(b"X\n\x00\x00\x00\x03"), "R object"),
+        ("zip.csv", b"PK\x03\x04", "zip"),
+        ("noise.csv", b"ab\x00\xff", "not a format"),
+        ("latin.csv", "gène,x\na,1\n".encode("latin-1"), "not UTF-8"),
+        ("semi.csv", b"a;b\nc;1\n", "no comma"),
+        ("words.csv", b"gene,A,B\nx,1,2\ny,3,liver\n", "column 'B' has 'liver', not a number"),
+        ("holes.csv", b"gene,A,B\nx,1,2\ny,3,\n", "not finite"),
+        ("long.csv", b"gene,A,B\nx,1,2\ny,3,4,5\n", "Expected 3 fields"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        refused(tmp_path / name, match)
+    path = h5ad(tmp_path / "a.h5ad")
+    path.rename(tmp_path / "a.csv")
+    refused(tmp_path / "a.csv", "named .csv, but it is an HDF5")
+    (tmp_path / "cut.h5").write_bytes(tenx_v3(tmp_path / "t.h5").read_bytes()[:-2000])
+    refused(tmp_path / "cut.h5", "truncated")
+    (tmp_path / "cut.csv.gz").write_bytes(table(tmp_path / "t.csv.gz").read_bytes()[:-20])
+    refused(tmp_path / "cut.csv.gz", "truncated")
+    refused(tenx_v2(tmp_path / "v2.h5", ("hg19", "mm10")), "2 genomes")
+    refused(tenx_v3(tmp_path / "ab.h5", ["Antibody Capture"] * N_GENES), "no feature of type 'Gene Expression'")
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["stuff"] = [1]
+    refused(tmp_path / "other.h5", "not AnnData, 10x or loom")
+
+
+def test_orientation_the_wrong_way_round(tmp_path):
+    refused(table(tmp_path / "a.csv", "cells_as_rows"), "set input.orientation to cells_as_rows")
+    refused(table(tmp_path / "b.csv", ids=NAMES), "to genes_as_rows", orientation="cells_as_rows")
+
+
+def test_mtx_folders_that_do_not_fit(tmp_path):
+    folder = mtx(tmp_path / "m")
+    (folder / "barcodes.tsv").write_text("\n".join(BARCODES[:-1]) + "\n")
+    refused(folder, "5 features and 6 barcodes")
+    (folder / "barcodes.tsv").unlink()
+    refused(folder, "no barcodes.tsv")
+    folder = mtx(tmp_path / "twice")
+    text = (folder / "matrix.mtx").read_text().splitlines()
+    text[2:3] = [f"{N_GENES} {N_CELLS} {len(text) - 2}", text[-1]]
+    (folder / "matrix.mtx").write_text("\n".join(text) + "\n")
+    refused(folder, "stored twice")
+    folder = mtx(tmp_path / "cut")
+    (folder / "matrix.mtx").write_text("\n".join((folder / "matrix.mtx").read_text().splitlines()[:-2]))
+    refused(folder, "truncated|cannot be read")
+    (folder / "matrix.mtx").write_text("%%MatrixMarket matrix coordinate integer general\n5 7 999999999999\n1 1 1\n")
+    refused(folder, "declares 999,999,999,999 values")
+
+
+# --- hostile files ------------------------------------------------------------------------------------------------
+
+
+def test_hdf5_that_reaches_outside_is_refused(tmp_path):
+    outside = h5ad(tmp_path / "outside.h5ad")
+    (tmp_path / "raw.bin").write_bytes(b"\0" * 64)
+    layout = h5py.VirtualLayout((4,), "i4")
+    layout[:] = h5py.VirtualSource(str(outside), "X/data", (4,))[:]
+    makers = {
+        "link to another file": lambda f: f.__setitem__("uns/more", h5py.ExternalLink(str(outside), "/X")),
+        "in other files": lambda f: f.create_dataset("x", (4,), "i4", external=[(str(tmp_path / "raw.bin"), 0, 16)]),
+        "virtual dataset": lambda f: f.create_virtual_dataset("v", layout),
+        "declares 1,000,000,000,000 values": lambda f: f.create_dataset("b", (10**12,), "u1", chunks=(4096,)),
+    }
+    for i, (match, make) in enumerate(makers.items()):
+        path = h5ad(tmp_path / f"h{i}.h5ad")
+        with h5py.File(path, "a") as file:
+            make(file)
+        refused(path, match)
+
+
+def test_rings_of_links_end(tmp_path):
+    path = h5ad(tmp_path / "a.h5ad")
+    with h5py.File(path, "a") as file:
+        file["uns/ring"] = file["uns"]
+        file["uns/soft"] = h5py.SoftLink("/uns")
+    ingest(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "match"),
+    [
+        ("indptr", lambda a: a[:-1], "indptr has the shape"),
+        ("indptr", lambda a: np.r_[a[:2], a[1] - 1, a[3:]], "does not rise"),
+        ("indices", lambda a: np.r_[a[:-1], 99], "indices has 99"),
+        ("indices", lambda a: a[:-1], "should be one number"),
+        ("indices", lambda a: np.r_[a[1], a[1:]], "twice"),
+    ],
+)
+def test_sparse_arrays_that_contradict_each_other(tmp_path, key, change, match):
+    path = h5ad(tmp_path / "a.h5ad")
+    with h5py.File(path, "a") as file:
+        values = file[f"X/{key}"][()]
+        del file[f"X/{key}"]
+        file[f"X/{key}"] = change(values)
+    refused(path, match)
+
+
+@pytest.mark.parametrize("fmt", [2, 3])
+def test_hostile_zarr(tmp_path, fmt):
+    path = zarr_store(tmp_path / "a.zarr", format=fmt)
+    meta = path / "X" / "data" / ("zarr.json" if fmt == 3 else ".zarray")
+    clean = json.loads(meta.read_text())
+    evil = {"codecs": [{"name": "numcodecs.pickle"}]} if fmt == 3 else {"filters": [{"id": "pickle"}]}
+    meta.write_text(json.dumps(clean | evil))
+    refused(path, "pickled objects")
+    meta.write_text(json.dumps(clean | {"shape": [10**13]}))
+    refused(path, "declares 10,000,000,000,000")
+    meta.write_text(json.dumps(clean))
+    ingest(path)
+    (path / "X" / "link").symlink_to("/etc")
+    refused(path, "link out of the folder")
+
+
+def test_blocks_do_not_show(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "BLOCK", 4)
+    for name in ("h5ad", "h5ad dense float64", "10x v3", "loom", "csv"):
+        path, config = FORMATS[name](tmp_path)
+        assert ingest(path, **config)[0].uns["content_sha256"] == DIGEST
+
+
+# --- real files ---------------------------------------------------------------------------------------------------
+
+
+def test_real_10x_file_equals_its_h5ad(real_data):
+    first, decisions = ingest(real_data("pbmc_1k_citeseq.h5"))
+    second, _ = ingest(real_data("pbmc_1k_citeseq_scarf.h5ad"))
+    assert first.shape == (892, 36601) and first.uns == second.uns
+    assert next(d for d in decisions if d.what == "features_dropped").n_genes == 10
+
+
+def test_real_symbols(real_data):
+    adata, _ = ingest(real_data("baron_mouse_pancreas.h5ad"), metadata=("cell_type", "donor"))
+    assert adata.shape == (1886, 14877) and adata.uns["gene_ids"] == "symbol" and adata.uns["organism"] == "mouse"
+    assert adata.obs["cell_type"].nunique() == 13

@@ -1,0 +1,184 @@
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from _samples import sample, split
+from scipy.stats import median_abs_deviation
+
+from scvi_core.config import QcConfig
+from scvi_core.files import UserError
+from scvi_core.qc import FLAGS, MITOCHONDRIAL_IDS, PCT_MITO_FLOOR, in_group, qc
+
+COLUMNS = [
+    "cell_id", "barcode", "sample", "batch", "n_counts", "n_genes", "pct_mito", "pct_ribo", "pct_hb", "pct_top50",
+    "doublet_score", "predicted_doublet", "flags", "keep", "reason",
+]  # fmt: skip
+QUIET = QcConfig(doublets=False)
+
+
+def cells(n=120, g=300, mean=3.0, seed=0, mito=3):
+    rng = np.random.default_rng(seed)
+    rate = rng.gamma(0.5, 2 * mean, g) * rng.lognormal(0, 0.3, (n, 1))
+    names = [f"MT-{i}" for i in range(mito)] + [f"G{i}" for i in range(g - mito)]
+    rate[:, :mito] = 2.0
+    return rng.poisson(rate), names
+
+
+def decided(decisions, what):
+    return next(d for d in decisions if d.what == what)
+
+
+@pytest.mark.parametrize(
+    "group, yes, no",
+    [
+        ("mitochondrial", "MT-ND1 mt-Cytb Mt-co1 MT-TL1 mt:ND1", "MTOR MTND1P23 MTRNR2L1 MT1X GMT-1"),
+        (
+            "ribosomal",
+            "RPS2 RPL13A Rps3a1 RPS4X RPS4Y1 RPL36AL RPLP0 RPSA Rps27rt RPL7L1 RPL21P28 RPL22L1",
+            "RPS6KA1 RPS6KB1 RPS6KL1 RPS19BP1 MRPS2 MRPL10 RPN1 RPP14 RPL34-AS1 RPL34-DT RPSAX",
+        ),
+        ("haemoglobin", "HBA1 HBA2 HBB HBD HBE1 HBG2 HBM HBQ1 HBZ Hba-a1 Hbb-bs Hbb.bt Hbq1b", "HBEGF HBP1 HBS1L"),
+        (
+            "immunoglobulin",
+            "IGHM IGHD IGHE IGHA1 IGHG2 Ighg2b IGHGP IGHV1-2 IGHJ4 IGHD1-26 IGKC IGKV3-20 IGLC2 IGLV1-40",
+            "IGHMBP2 IGLL1 IGLON5 IGF1 IGSF8 IGKX",
+        ),
+        (
+            "tcr",
+            "TRAC TRBC1 TRDC TRGC2 TRAV1-2 TRAJ10 TRBV20-1 TRBD1 TRBJ2-7 TRGV9 TRDV1 Trbc2 TRGJP Tcrg-V1",
+            "TRADD TRAF1 TRAK1 TRABD TRDN TRDMT1 TRAP1 TRAPPC1 TRAM1 TCF7",
+        ),
+    ],
+)
+def test_gene_groups(group, yes, no):
+    for names, expected in ((yes.split(), True), (no.split(), False)):
+        found = in_group(group, np.array(names), np.array(names))
+        assert (found == expected).all(), [n for n, f in zip(names, found, strict=True) if f != expected]
+
+
+def test_mitochondrial_ids_without_names(real_data):
+    import h5py
+
+    assert len(MITOCHONDRIAL_IDS) == 30
+    with h5py.File(real_data("pbmc_1k_citeseq.h5")) as file:
+        ids, names = (file["matrix/features"][key][:].astype(str) for key in ("id", "name"))
+    by_name = in_group("mitochondrial", names, names)
+    assert by_name.sum() == 13
+    assert (in_group("mitochondrial", ids, ids) == by_name).all()
+
+
+def test_metrics_equal_scanpy():
+    import scanpy as sc
+
+    X, names = cells()
+    X[0] = 0
+    X[1, 5] = 200  # sums pass what 8 bits hold
+    names[4:9] = ["RPS2", "RPL3", "HBB", "RPS6KA1", "HBEGF"]
+    frame, decisions = qc(sample(X, gene_names=names), QUIET, 0)
+    assert list(frame.columns) == COLUMNS
+    var = pd.DataFrame({"mito": False, "ribo": False, "hb": False}, index=[str(i) for i in range(X.shape[1])])
+    var.iloc[:3, 0] = var.iloc[4:6, 1] = var.iloc[6, 2] = True
+    # dense: scanpy then needs no compilation
+    obs, _ = sc.pp.calculate_qc_metrics(ad.AnnData(X, var=var), qc_vars=["mito", "ribo", "hb"], percent_top=[50])
+    assert (frame["n_counts"] == obs["total_counts"].to_numpy()).all() and frame["n_counts"].dtype == np.int64
+    assert (frame["n_genes"] == obs["n_genes_by_counts"].to_numpy()).all() and frame["n_genes"].dtype == np.int32
+    for ours, theirs in (("mito", "mito"), ("ribo", "ribo"), ("hb", "hb"), ("top50", "in_top_50_genes")):
+        np.testing.assert_allclose(frame[f"pct_{ours}"], np.nan_to_num(obs[f"pct_counts_{theirs}"]), rtol=1e-6)
+        assert frame[f"pct_{ours}"].dtype == np.float32
+    assert frame["flags"][0] == "low_counts,low_genes" and frame["reason"][0] == frame["flags"][0]
+    assert not frame["keep"][0] and frame["doublet_score"].isna().all() and not frame["predicted_doublet"].any()
+    assert decided(decisions, "ribosomal_genes").n_genes == 2
+    assert decided(decisions, "cells_kept").n_cells == (~frame["keep"]).sum()
+
+
+def test_thresholds_are_median_and_scaled_mad():
+    X, names = cells(seed=1)
+    X[7] *= 40
+    X[8, :3] += 3000
+    frame, decisions = qc(sample(X, gene_names=names), QcConfig(doublets=False, n_mads=4, max_pct_mito=90), 0)
+    log = np.log1p(frame["n_counts"])
+    limit = np.expm1(np.median(log) + 4 * median_abs_deviation(log, scale="normal"))
+    made = decided(decisions, "high_counts.mad")
+    assert made.value == pytest.approx(limit, rel=1e-6) and made.n_cells == (frame["n_counts"] > limit).sum() >= 1
+    assert "high_counts" in frame["flags"][7] and "high_mito" in frame["flags"][8]
+    mito = decided(decisions, "high_mito.mad")
+    assert mito.value == PCT_MITO_FLOOR and "raised to the floor" in mito.reason
+    assert all(set(text.split(",")) <= {*FLAGS, ""} for text in frame["flags"])
+
+
+def test_fixed_limits_come_on_top():
+    X, names = cells(seed=2)
+    config = QcConfig(doublets=False, max_pct_mito=1, max_counts=1000, max_pct_hb=0.5, drop=("high_counts",))
+    names[5] = "HBB"
+    frame, decisions = qc(sample(X, gene_names=names), config, 0)
+    assert ((frame["pct_mito"] > 1) == frame["flags"].str.contains("high_mito")).all()
+    assert decided(decisions, "high_hb.max_pct_hb").n_cells == frame["flags"].str.contains("high_hb").sum() > 0
+    assert (frame["keep"] == ~frame["flags"].str.contains("high_counts")).all()
+    assert set(frame["reason"]) == {"", "high_counts"}
+
+
+def test_zero_mad_and_no_mitochondrial_genes_are_said():
+    X = np.full((60, 120), 4)
+    frame, decisions = qc(sample(X), QUIET, 0)
+    assert frame["keep"].all()
+    assert decided(decisions, "low_counts/high_counts.mad").value is None
+    assert "no threshold" in decided(decisions, "mitochondrial_genes").reason
+    assert not [d for d in decisions if d.what.startswith("high_mito")]
+
+
+def test_empty_droplets_do_not_set_the_median():
+    X, names = cells(seed=3)
+    droplets = np.zeros((500, X.shape[1]), dtype=int)
+    droplets[:, 5] = 2
+    alone, _ = qc(sample(X, gene_names=names), QUIET, 0)
+    frame, decisions = qc(sample(np.vstack([X, droplets]), gene_names=names), QUIET, 0)
+    assert list(frame["flags"][:120]) == list(alone["flags"]) and not frame["keep"][120:].any()
+    assert decided(decisions, "mad_cells").value == 120
+
+
+def test_nothing_left_names_sample_threshold_and_remedy():
+    X, names = cells()
+    with pytest.raises(UserError, match=r"sample a: .*low_counts.*120 of 120.*qc\.min_counts"):
+        qc(sample(X, gene_names=names), QcConfig(doublets=False, min_counts=10**6), 0)
+
+
+def test_doublets():
+    rng = np.random.default_rng(0)
+    kinds = rng.gamma(0.3, 4, (3, 400))
+    X = rng.poisson(kinds[np.arange(300) % 3])
+    for i in range(10):
+        X[i] = rng.poisson(kinds[i % 3] + kinds[(i + 1) % 3])
+    X[299] = 0
+    config = QcConfig(min_counts=10, drop=("low_counts", "doublet"))
+    frame, decisions = qc(sample(X), config, 3)
+    again, _ = qc(sample(X), config, 3)
+    pd.testing.assert_frame_equal(frame, again)
+    assert frame["doublet_score"].dtype == np.float32 and frame["predicted_doublet"].dtype == bool
+    assert np.isnan(frame["doublet_score"][299]) and frame["doublet_score"][:299].notna().all()
+    assert frame["predicted_doublet"][:10].sum() >= 8 and frame["predicted_doublet"][10:].sum() <= 4
+    assert (frame["reason"][frame["predicted_doublet"]] == "doublet").all()
+    assert decided(decisions, "doublet.scrublet").n_cells == frame["predicted_doublet"].sum()
+
+
+def test_doublets_skipped_or_failed_is_said(monkeypatch):
+    import scanpy as sc
+
+    X, names = cells(30)
+    _, decisions = qc(sample(X, gene_names=names), QcConfig(), 0)
+    assert decided(decisions, "doublets").value == "skipped"
+
+    def broken(*_, **__):
+        raise ValueError("no genes")
+
+    monkeypatch.setattr(sc.pp, "scrublet", broken)
+    X, names = cells(60)
+    frame, decisions = qc(sample(X, gene_names=names), QcConfig(), 0)
+    assert decided(decisions, "doublets").value == "failed" and frame["doublet_score"].isna().all()
+
+
+def test_real_mouse_marrow(real_data):
+    data = ad.read_h5ad(real_data("hemato_tusi.h5ad"))
+    frame, decisions = qc(split(data, "batch")[0], QUIET, 0)
+    assert frame["keep"].mean() > 0.8 and frame["pct_mito"].median() > 0
+    assert decided(decisions, "mitochondrial_genes").value >= 13
+    assert decided(decisions, "haemoglobin_genes").value >= 5

@@ -1,0 +1,306 @@
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from scvi_core import figures, report, style
+from scvi_core.config import load_config
+from scvi_core.files import Decisions, UserError, write_json, write_parquet
+from scvi_core.viewer import MISSING, PALETTE, levels
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "</script><img src=x onerror=alert(2)>",
+    "β-Zellen & $\\frac{",
+    "_leading",
+    "线粒体",
+]
+
+
+def write_atlas(folder, n_cells=240, n_clusters=5, labels=HOSTILE, n_genes=120, n_epochs=30):
+    """Write a results folder as the contracts describe it: three samples, names meant to break out of the page."""
+    rng = np.random.default_rng(1)
+    samples = ["donor1", "donor.2", "d3-x"]
+    kept, qc_rows = [], {}
+    for i, sample in enumerate(samples):
+        n = n_cells // 3
+        qc = pd.DataFrame(
+            {
+                "cell_id": [f"{sample}:B{j}" for j in range(n)],
+                "barcode": [f"B{j}" for j in range(n)],
+                "sample": sample,
+                "batch": HOSTILE[0] if i == 0 else "b2",
+                "n_counts": rng.lognormal(8 + i / 4, 0.6, n).astype("int64"),
+                "n_genes": rng.lognormal(7, 0.4, n).astype("int32"),
+                "pct_mito": rng.gamma(2, 2, n).astype("float32"),
+                "pct_ribo": rng.gamma(9, 2, n).astype("float32"),
+                "pct_hb": np.zeros(n, "float32"),
+                "pct_top50": rng.normal(35, 6, n).astype("float32"),
+                "doublet_score": np.full(n, np.nan, "float32") if i == 2 else rng.beta(1, 9, n).astype("float32"),
+                "predicted_doublet": rng.random(n) < 0.05,
+            }
+        )
+        high = qc["pct_mito"] > 9
+        qc["flags"] = np.where(high & qc["predicted_doublet"], "high_mito,doublet", np.where(high, "high_mito", ""))
+        qc["keep"], qc["reason"] = ~high, np.where(high, "high_mito", "")
+        qc_rows[sample] = qc
+        write_parquet(folder / f"samples/{sample}/qc.parquet", qc)
+        (folder / f"samples/{sample}/counts.h5ad").write_bytes(b"counts")
+        d = Decisions("qc", sample)
+        d.add("low_counts.mad", 800.0, "median - 5 MAD")
+        d.add("high_mito.mad", 9.0, "median + 5 MAD, within the fixed limit")
+        d.add("dropped", int(high.sum()), "flags listed in qc.drop", n_cells=int(high.sum()))
+        d.write(folder / f"decisions/qc.{sample}.jsonl")
+        kept.append(qc[qc["keep"]])
+    cells = pd.concat(kept, ignore_index=True)
+    cells = cells[["cell_id", "sample", "batch", "n_counts", "n_genes", "pct_mito", "doublet_score"]]
+    group = rng.integers(0, n_clusters, len(cells))
+    angle = group / n_clusters * 6.283
+    cells["cluster"] = group.astype(str)
+    cells["umap_1"] = (np.cos(angle) * 8 + rng.normal(0, 1, len(cells))).astype("float32")
+    cells["umap_2"] = (np.sin(angle) * 8 + rng.normal(0, 1, len(cells))).astype("float32")
+    cells["cell type"] = [None if rng.random() < 0.1 else labels[g % len(labels)] for g in group]
+    cells["age"] = rng.normal(50, 9, len(cells))
+    write_parquet(folder / "cells.parquet", cells)
+    latent = pd.DataFrame(rng.normal(size=(len(cells), 4)).astype("float32"), columns=[f"z_{i}" for i in range(4)])
+    latent.insert(0, "cell_id", cells["cell_id"])
+    write_parquet(folder / "latent.parquet", latent)
+    ids = [f"ENSG{i:011d}" for i in range(n_genes)]
+    names = [HOSTILE[0] if i == 3 else f"GENE{i}" for i in range(n_genes)]
+    mean = rng.lognormal(-2, 2, n_genes)
+    genes = pd.DataFrame(
+        {
+            "gene_id": ids,
+            "gene_name": names,
+            "n_samples": np.full(n_genes, 3, "int32"),
+            "n_cells": rng.integers(0, len(cells), n_genes),
+            "mean": mean,
+            "variance": mean + mean**2 * rng.lognormal(0, 1, n_genes),
+            "variances_norm": rng.lognormal(0, 0.5, n_genes),
+            "highly_variable_rank": np.where(np.arange(n_genes) % 2, np.nan, np.arange(n_genes)),
+            "highly_variable_nbatches": np.full(n_genes, 2, "int32"),
+            "note": np.where(np.arange(n_genes) == 1, "excluded: @mitochondrial", ""),
+            "selected": np.arange(n_genes) % 2 == 0,
+        }
+    )
+    write_parquet(folder / "genes.parquet", genes)
+    chosen = genes[genes["selected"]].reset_index(drop=True)
+    frames = []
+    for g in range(n_clusters):
+        lfc = rng.normal(-1, 1, len(chosen))
+        lfc[g * 4 : g * 4 + 4] = 4
+        scale = np.exp2(lfc) / 1000
+        de = pd.DataFrame({"group": str(g), "reference": "rest", "gene_id": chosen["gene_id"]})
+        de["gene_name"] = chosen["gene_name"]
+        de["lfc_mean"], de["lfc_median"], de["lfc_std"] = lfc, lfc, 0.5
+        de["lfc_ci_low"], de["lfc_ci_high"] = lfc - 1, lfc + 1
+        de["proba_de"] = np.clip(np.abs(lfc) / 4, 0, 1)
+        de["proba_not_de"] = 1 - de["proba_de"]
+        de["bayes_factor"] = 1.0
+        de["scale_group"], de["scale_reference"] = scale, 0.001
+        de["raw_mean_group"], de["raw_mean_reference"] = scale * 1000, 1.0
+        de["nonzero_group"], de["nonzero_reference"] = np.clip(lfc / 5 + 0.2, 0.01, 1), 0.2
+        de["is_de"] = (de["proba_de"] > 0.9) & (g != n_clusters - 1)
+        de["rank"] = (-lfc).argsort().argsort() + 1
+        frames.append(de)
+    write_parquet(folder / "de.parquet", pd.concat(frames, ignore_index=True))
+    epochs = np.arange(1, n_epochs + 1)
+    elbo = -900 - 600 * np.exp(-epochs / 6)
+    history = pd.DataFrame({"epoch": epochs, "train_elbo": elbo, "validation_elbo": elbo - 12})
+    history["kl_weight"], history["learning_rate"] = np.minimum(1, epochs / 15), 1e-3
+    (folder / "model").mkdir()
+    write_parquet(folder / "model/history.parquet", history)
+    (folder / "model/model.safetensors").write_bytes(b"weights")
+    config = load_config(
+        {"atlas": "test", "samples": "nowhere.tsv", "report": {"labels": ["cell type"], "title": "A & <b>"}}
+    )
+    model = {
+        "format_version": 1, "package_version": "0", "fingerprint": "ab" * 32, "seed": 0, "device": "cpu",
+        "model": config.model.model_dump(mode="json", exclude={"reuse"}), "train": config.train.model_dump(mode="json"),
+        "gene_ids": list(chosen["gene_id"]), "gene_names": list(chosen["gene_name"]),
+        "batches": [HOSTILE[0], "b2"], "covariates": {}, "organism": "human",
+        "samples": {s: int((cells["sample"] == s).sum()) for s in samples}, "n_cells": len(cells),
+        "n_genes": len(chosen), "weights_sha256": "cd" * 32,
+        "metrics": {"validation_elbo": -912.0, "train_elbo": -900.0, "kept_epoch": 28, "epochs": 30},
+        "software": {"torch": "2"},
+    }  # fmt: skip
+    write_json(folder / "model/model.json", model)
+    write_json(folder / "model_ref.json", {"version": "VERSION-7", "run_id": "RUN-ID", "reused": False})
+    (folder / "counts.zarr/X").mkdir(parents=True)
+    (folder / "counts.zarr/X/0").write_bytes(b"chunk")
+    for step, what, value in (("genes", "n_top", 60), ("train", "device", "cpu"), ("register", "version", "VERSION-7")):
+        d = Decisions(step)
+        d.add(what, value, f"because {HOSTILE[1]}", n_genes=60 if step == "genes" else None)
+        if step == "train":
+            d.add("training", "skipped", "VERSION-7 found in the registry")
+        d.write(folder / f"decisions/{step}.jsonl")
+    return config
+
+
+class Page(HTMLParser):
+    """Collects what a browser would act on."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.scripts, self.links, self.handlers, self.images = [], [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        attrs = dict(attrs)
+        if tag == "script":
+            self.scripts.append(attrs)
+        if tag == "img":
+            self.images.append(attrs)
+        self.links += [v for k, v in attrs.items() if k in ("src", "href", "srcset", "action")]
+        self.handlers += [k for k in attrs if k.startswith("on")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_pictures():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(style, "DPI", 40)
+        yield
+
+
+@pytest.fixture(scope="module")
+def atlas(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("a") / "results" / "test"
+    config = write_atlas(folder)
+    report.build_report(folder, config)
+    return folder, config
+
+
+def test_page_stands_alone_and_strangers_names_stay_text(atlas):
+    folder, _ = atlas
+    text = (folder / "report.html").read_text()
+    page = Page(text)
+    assert page.scripts == [{"type": "application/json", "id": "viewer-data"}, {}]
+    assert all(link.startswith(("data:", "#")) for link in page.links)
+    assert not page.handlers
+    assert all(image["alt"] and image["src"].startswith("data:image/png;base64,") for image in page.images)
+    assert "alert(1)" in text and "<script>alert" not in text and "<img src=x" not in text
+    assert "A &amp; &lt;b&gt;" in text
+    ids = set(re.findall(r'<section id="(\w+)"', text))
+    assert ids == {link[1:] for link in page.links if link.startswith("#")} and len(ids) == 11
+
+
+def test_viewer_data_are_those_of_the_table(atlas):
+    import base64
+
+    folder, _ = atlas
+    text = (folder / "report.html").read_text()
+    data = json.loads(re.search(r'id="viewer-data">(.*?)</script>', text, re.DOTALL)[1])
+    cells = pd.read_parquet(folder / "cells.parquet").set_index("cell_id").loc[data["ids"]]
+    column = {c["name"]: c for c in data["columns"]}
+    label = column["cell type"]
+    codes = np.frombuffer(base64.b64decode(label["codes"]), "<u2")
+    assert [label["names"][i] for i in codes] == cells["cell type"].fillna(MISSING).tolist()
+    assert label["names"][-1] == MISSING and sum(label["counts"]) == len(cells)
+    x = np.frombuffer(base64.b64decode(data["spaces"][0]["x"]), "<u2").astype(float)
+    assert np.corrcoef(x, cells["umap_1"])[0, 1] > 0.9999
+    assert {"age", "n_counts", "sample", "batch", "cluster"} <= set(column) and "values" in column["age"]
+
+
+def test_policy_names_the_hash_of_the_script(atlas):
+    import base64
+    import hashlib
+
+    text = (atlas[0] / "report.html").read_text()
+    script = text[text.rindex("<script>") + 8 : text.rindex("</script>")]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in text and "default-src 'none'" in text
+
+
+def test_same_build_in_another_folder_gives_the_same_bytes(atlas, tmp_path):
+    folder, config = atlas
+    other = tmp_path / "elsewhere" / "test"
+    write_atlas(other)
+    write_json(other / "model_ref.json", {"version": "8", "run_id": "other", "reused": True})
+    settings = config.model_dump(mode="json") | {"results": str(tmp_path / "elsewhere")}
+    settings["registry"]["tracking_uri"] = "http://elsewhere"
+    report.build_report(other, load_config(settings))
+    for name in ("report.html", "metrics.json", "decisions.jsonl", "manifest.json", "figures/umap_cluster.png"):
+        assert (folder / name).read_bytes() == (other / name).read_bytes(), name
+    text = (folder / "report.html").read_text() + (folder / "manifest.json").read_text()
+    assert "VERSION-7" not in text and "RUN-ID" not in text and str(folder) not in text
+
+
+def test_metrics_and_decisions(atlas):
+    folder, config = atlas
+    m = json.loads((folder / "metrics.json").read_text())
+    assert m == report.metrics(folder, config)
+    assert m["cells"]["before"] == 240 and m["cells"]["after"] == len(pd.read_parquet(folder / "cells.parquet"))
+    assert sum(s["reasons"].get("high_mito", 0) for s in m["samples"].values()) == 240 - m["cells"]["after"]
+    assert m["labels"]["cell type"]["ari"] == 1 and m["labels"]["cell type"]["levels"] == 5
+    assert m["de"]["upregulated"] == {"0": 4, "1": 4, "2": 4, "3": 4, "4": 0}
+    lines = [json.loads(line) for line in (folder / "decisions.jsonl").read_text().splitlines()]
+    assert [d["sample"] for d in lines if d["step"] == "qc"] == [
+        s for s in ("donor1", "donor.2", "d3-x") for _ in range(3)
+    ]
+    assert [d["what"] for d in lines if d["step"] != "qc"] == ["n_top", "library", "device", "epochs"]
+
+
+def test_manifest_lists_every_file_with_its_digest(atlas):
+    from scvi_core.files import sha256_file, sha256_text
+
+    folder, _ = atlas
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    assert files["report.html"]["sha256"] == sha256_file(folder / "report.html")
+    chunk = sha256_file(folder / "counts.zarr/X/0")
+    assert files["counts.zarr"] == {"tree_sha256": sha256_text(f"{chunk}  X/0\n"), "size": 5, "n_files": 1}
+    assert "model_ref.json" not in files and "model/model.safetensors" in files and "samples/d3-x/qc.parquet" in files
+
+
+def test_bad_input_is_one_line(atlas, tmp_path):
+    folder, config = atlas
+    wrong = load_config(config.model_dump(mode="json") | {"report": {"labels": ["celltype"]}})
+    with pytest.raises(UserError, match=r"report\.labels: no column 'celltype'"):
+        report.build_report(folder, wrong)
+    with pytest.raises(UserError, match=r"cells\.parquet: missing"):
+        report.build_report(tmp_path, config)
+
+
+def test_no_embedding_no_labels_one_cluster(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "png", lambda figure: b"picture")  # drawn, not rendered
+    folder = tmp_path / "r"
+    config = write_atlas(folder, n_cells=30, n_clusters=1, n_epochs=1)
+    cells = pd.read_parquet(folder / "cells.parquet")
+    cells[["umap_1", "umap_2"]] = np.nan
+    write_parquet(folder / "cells.parquet", cells)
+    history = pd.read_parquet(folder / "model/history.parquet")
+    write_parquet(folder / "model/history.parquet", history.assign(validation_elbo=np.nan))
+    report.build_report(folder, load_config(config.model_dump(mode="json") | {"report": {}}))
+    text = (folder / "report.html").read_text()
+    assert "Neither UMAP nor t-SNE" in text and 'id="viewer-data"' not in text
+
+
+def test_levels_order_and_missing():
+    names, codes = levels(pd.Series(["10", "2", None, "a", "", "2", "1" * 5000]))
+    assert names == ["2", "10", "1" * 5000, "a", MISSING] and codes.tolist() == [1, 0, 4, 3, 4, 0, 2]
+    assert levels(pd.Series([1.0, np.nan]).astype("Int64"))[0] == ["1", MISSING]
+    assert len(set(PALETTE)) == 36 == len(figures.colours([str(i) for i in range(36)]))
+
+
+def test_figures_are_figures_with_fixed_bytes(atlas):
+    folder, _ = atlas
+    cells = pd.read_parquet(folder / "cells.parquet")
+    many = cells.assign(**{"_x": [f"_{HOSTILE[i % 5]}{i % 90}" for i in range(len(cells))]})
+    figure = figures.umap_figure(many, "_x")
+    assert isinstance(figure, Figure) and figures.png(figure) == figures.png(figures.umap_figure(many, "_x"))
+    assert b"Software" not in figures.png(figure) and b"tEXt" not in figures.png(figure)
+    qc = pd.read_parquet(folder / "samples/d3-x/qc.parquet")
+    limits = Decisions("qc", "d3-x")
+    limits.add("high_mito.max_pct_mito", 9.0, "x")
+    limits.add("low_counts.min_counts", 100, "x")
+    assert figures.thresholds(limits) == {"pct_mito": [9.0], "n_counts": [100.0]}
+    for rows in (qc, qc.head(1), qc.head(0)):
+        assert figures.png(figures.qc_figure(rows, limits))[:4] == b"\x89PNG"
+    both = cells.assign(tsne_1=cells["umap_2"], tsne_2=np.nan)
+    assert figures.png(figures.umap_figure(both, "cluster", "tsne", theme="dark"))
+    history = pd.read_parquet(folder / "model/history.parquet")
+    assert figures.png(figures.training_figure(history, None, theme="dark"))

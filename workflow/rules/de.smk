@@ -1,0 +1,21 @@
+rule de:
+    input:
+        store=rules.store.output.store,
+        model=rules.train.output.model,
+        cells=rules.cluster.output.cells,
+    output:
+        de=f"{ATLAS}/de.parquet",
+        decisions=f"{ATLAS}/decisions/de.jsonl",
+    log:
+        f"{ATLAS}/logs/de.log",
+    benchmark:
+        f"{ATLAS}/benchmarks/de.tsv"
+    threads: CONFIG.threads
+    resources:
+        mem_mb=megabytes(3000, 20),
+        runtime=minutes(20, 0.2),
+    params:
+        config=part("seed", "threads", "device", "de"),
+    shell:
+        "scvi-core de --store {input.store:q} --model {input.model:q} --cells {input.cells:q} --config {params.config:q}"
+        " --out {output.de:q} --decisions {output.decisions:q} 2> {log:q}"

@@ -1,0 +1,41 @@
+rule embed:
+    input:
+        store=rules.store.output.store,
+        model=rules.train.output.model,
+    output:
+        f"{ATLAS}/latent.parquet",
+    log:
+        f"{ATLAS}/logs/embed.log",
+    benchmark:
+        f"{ATLAS}/benchmarks/embed.tsv"
+    threads: CONFIG.threads
+    resources:
+        mem_mb=megabytes(2500, 20),
+        runtime=minutes(10, 0.1),
+    params:
+        config=part("threads", "device"),
+    shell:
+        "scvi-core embed --store {input.store:q} --model {input.model:q} --config {params.config:q} --out {output:q}"
+        " 2> {log:q}"
+
+
+rule cluster:
+    input:
+        store=rules.store.output.store,
+        latent=rules.embed.output,
+    output:
+        cells=f"{ATLAS}/cells.parquet",
+        decisions=f"{ATLAS}/decisions/cluster.jsonl",
+    log:
+        f"{ATLAS}/logs/cluster.log",
+    benchmark:
+        f"{ATLAS}/benchmarks/cluster.tsv"
+    threads: CONFIG.threads
+    resources:
+        mem_mb=megabytes(3000, 20),
+        runtime=minutes(20, 1),
+    params:
+        config=part("seed", "threads", "cluster"),
+    shell:
+        "scvi-core cluster --store {input.store:q} --latent {input.latent:q} --config {params.config:q}"
+        " --out {output.cells:q} --decisions {output.decisions:q} 2> {log:q}"

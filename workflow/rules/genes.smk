@@ -1,0 +1,43 @@
+rule genes:
+    input:
+        counts=expand(rules.ingest.output.counts, sample=SAMPLES),
+        qc=expand(rules.qc.output.qc, sample=SAMPLES),
+    output:
+        genes=f"{ATLAS}/genes.parquet",
+        decisions=f"{ATLAS}/decisions/genes.jsonl",
+    log:
+        f"{ATLAS}/logs/genes.log",
+    benchmark:
+        f"{ATLAS}/benchmarks/genes.tsv"
+    threads: 1
+    resources:
+        mem_mb=megabytes(3000, 1),
+        runtime=minutes(15, 0.05),
+    params:
+        config=part("input", "genes"),
+    shell:
+        "scvi-core genes {input.counts:q} --config {params.config:q} --out {output.genes:q}"
+        " --decisions {output.decisions:q} 2> {log:q}"
+
+
+rule store:
+    input:
+        counts=expand(rules.ingest.output.counts, sample=SAMPLES),
+        qc=expand(rules.qc.output.qc, sample=SAMPLES),
+        genes=rules.genes.output.genes,
+    output:
+        store=directory(f"{ATLAS}/counts.zarr"),
+        decisions=f"{ATLAS}/decisions/store.jsonl",
+    log:
+        f"{ATLAS}/logs/store.log",
+    benchmark:
+        f"{ATLAS}/benchmarks/store.tsv"
+    threads: 1
+    resources:
+        mem_mb=megabytes(3000, 2),
+        runtime=minutes(10, 0.05),
+    params:
+        config=part("input"),
+    shell:
+        "scvi-core store {input.counts:q} --genes {input.genes:q} --config {params.config:q} --out {output.store:q}"
+        " --decisions {output.decisions:q} 2> {log:q}"

@@ -1,0 +1,21 @@
+rule ingest:
+    input:
+        lambda wildcards: SAMPLES[wildcards.sample].path,
+    output:
+        counts=f"{ATLAS}/samples/{{sample}}/counts.h5ad",
+        decisions=f"{ATLAS}/decisions/ingest.{{sample}}.jsonl",
+    log:
+        f"{ATLAS}/logs/ingest.{{sample}}.log",
+    benchmark:
+        f"{ATLAS}/benchmarks/ingest.{{sample}}.tsv"
+    threads: 1
+    resources:
+        mem_mb=megabytes(2000, 25),
+        runtime=minutes(10, 0.05),
+    params:
+        batch=lambda wildcards: SAMPLES[wildcards.sample].batch,
+        metadata=lambda wildcards: json.dumps(SAMPLES[wildcards.sample].metadata, sort_keys=True),
+        config=part("input"),
+    shell:
+        "scvi-core ingest {input:q} --sample {wildcards.sample:q} --batch {params.batch:q} --metadata {params.metadata:q}"
+        " --config {params.config:q} --out {output.counts:q} --decisions {output.decisions:q} 2> {log:q}"

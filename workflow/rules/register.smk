@@ -1,0 +1,20 @@
+rule register:
+    input:
+        model=rules.train.output.model,
+        run=rules.train.output.run,
+        cells=rules.cluster.output.cells,
+    output:
+        f"{ATLAS}/model_ref.json",
+    log:
+        f"{ATLAS}/logs/register.log",
+    benchmark:
+        f"{ATLAS}/benchmarks/register.tsv"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=10,
+    params:
+        folder=ATLAS,
+        config=registry(),
+    shell:
+        "scvi-core register {params.folder:q} --config {params.config:q} --out {output:q} 2> {log:q}"

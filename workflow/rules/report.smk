@@ -1,0 +1,35 @@
+rule report:
+    input:
+        qc=expand(rules.qc.output.qc, sample=SAMPLES),
+        genes=rules.genes.output.genes,
+        store=rules.store.output.store,
+        model=rules.train.output.model,
+        latent=rules.embed.output,
+        cells=rules.cluster.output.cells,
+        de=rules.de.output.de,
+        reference=rules.register.output,
+    output:
+        page=report(f"{ATLAS}/report.html", caption="../report/atlas.rst", category="Atlas"),
+        metrics=f"{ATLAS}/metrics.json",
+        decisions=f"{ATLAS}/decisions.jsonl",
+        manifest=f"{ATLAS}/manifest.json",
+        figures=report(
+            directory(f"{ATLAS}/figures"),
+            patterns=["{figure}.png"],
+            caption="../report/figure.rst",
+            category="Figures",
+            labels={"figure": "{figure}"},
+        ),
+    log:
+        f"{ATLAS}/logs/report.log",
+    benchmark:
+        f"{ATLAS}/benchmarks/report.tsv"
+    threads: 1
+    resources:
+        mem_mb=megabytes(2500, 5),
+        runtime=minutes(15, 0.05),
+    params:
+        folder=ATLAS,
+        config=json.dumps(CONFIG.model_dump(mode="json"), sort_keys=True),
+    shell:
+        "scvi-core report {params.folder:q} --config {params.config:q} 2> {log:q}"

@@ -1,0 +1,45 @@
+rule lookup:
+    input:
+        rules.store.output.store,
+    output:
+        found=directory(f"{ATLAS}/lookup"),
+        decisions=f"{ATLAS}/decisions/lookup.jsonl",
+    log:
+        f"{ATLAS}/logs/lookup.log",
+    benchmark:
+        f"{ATLAS}/benchmarks/lookup.tsv"
+    threads: 1
+    resources:
+        mem_mb=megabytes(2000, 20),
+        runtime=minutes(10, 0.02),
+    params:
+        config=registry(),
+    shell:
+        "scvi-core lookup --store {input:q} --config {params.config:q} --out {output.found:q}"
+        " --decisions {output.decisions:q} 2> {log:q}"
+
+
+# The checkpoint of an unfinished fit is no declared output: Snakemake deletes those before another attempt.
+rule train:
+    input:
+        store=rules.store.output.store,
+        found=rules.lookup.output.found,
+    output:
+        model=directory(f"{ATLAS}/model"),
+        run=f"{ATLAS}/logs/train_run.json",
+        decisions=f"{ATLAS}/decisions/train.jsonl",
+    log:
+        f"{ATLAS}/logs/train.log",
+    benchmark:
+        f"{ATLAS}/benchmarks/train.tsv"
+    threads: CONFIG.threads
+    resources:
+        mem_mb=megabytes(3000, 20),
+        runtime=minutes(120, 2),
+        gpu=0 if CONFIG.device == "cpu" else 1,
+    params:
+        config=part("seed", "threads", "device", "model", "train", drop=[("model", "reuse")]),
+        checkpoints=f"{ATLAS}/.checkpoints",
+    shell:
+        "scvi-core train --store {input.store:q} --found {input.found:q} --config {params.config:q} --out {output.model:q}"
+        " --run {output.run:q} --checkpoints {params.checkpoints:q} --decisions {output.decisions:q} 2> {log:q}"
