@@ -243,7 +243,7 @@ def fit(
         )
     schema = Schema.of(adata, batch_key, model.categorical_covariates, model.continuous_covariates)
     counts = pack(adata, schema, layer)
-    names = adata.var["gene_name"] if "gene_name" in adata.var else adata.var_names
+    names = adata.var.get("gene_name", adata.var_names)
     fitted = fit_counts(
         counts,
         schema,

@@ -132,8 +132,8 @@ def qc(
     """
     import anndata as ad
 
-    from scvi_core import figures
-    from scvi_core.qc import qc as judge
+    from scvi_core.preprocess.qc import qc as judge
+    from scvi_core.report import figures
 
     settings = load_config(config)
     frame, made = judge(ad.read_h5ad(counts), settings.qc, settings.seed)
@@ -155,7 +155,7 @@ def genes(
 
     Example: scvi-core genes samples/*/counts.h5ad --out genes.parquet
     """
-    from scvi_core.genes import select_genes
+    from scvi_core.preprocess.genes import select_genes
 
     settings = load_config(config)
     frame, made = select_genes(counts, _beside(counts), settings.input, settings.genes)
@@ -177,7 +177,7 @@ def store(
     """
     import pandas as pd
 
-    from scvi_core.store import write_store
+    from scvi_core.preprocess.store import write_store
 
     metadata = load_config(config).input.metadata
     made = write_store(out, counts, _beside(counts), pd.read_parquet(genes), metadata)
@@ -307,7 +307,7 @@ def embed(
     Example: scvi-core embed --store counts.zarr --model model --out latent.parquet
     """
     from scvi_core import api
-    from scvi_core.store import read_store
+    from scvi_core.preprocess.store import read_store
 
     settings = load_config(config)
     _use_threads(settings.threads)
@@ -330,7 +330,7 @@ def cluster(
     import pandas as pd
 
     from scvi_core.cluster import cluster as group
-    from scvi_core.store import read_store
+    from scvi_core.preprocess.store import read_store
 
     settings = load_config(config)
     _use_threads(settings.threads)
@@ -359,7 +359,7 @@ def de(
     import pandas as pd
 
     from scvi_core import api
-    from scvi_core.store import read_store
+    from scvi_core.preprocess.store import read_store
 
     settings = load_config(config)
     _use_threads(settings.threads)
@@ -398,7 +398,8 @@ def register(
 
     import pandas as pd
 
-    from scvi_core import figures, registry
+    from scvi_core import registry
+    from scvi_core.report import figures
 
     settings = load_config(config)
     card = json.loads((folder / "model" / "model.json").read_text())
@@ -520,7 +521,7 @@ def _planned(store: Path, settings: Config) -> Any:
     from scvi_core.config import ModelConfig
     from scvi_core.counts import Schema, pack
     from scvi_core.files import canonical_json, sha256_text
-    from scvi_core.store import read_store
+    from scvi_core.preprocess.store import read_store
 
     adata = read_store(store)
     model = ModelConfig(**{key: getattr(settings.model, key) for key in ModelConfig.model_fields})

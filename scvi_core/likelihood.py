@@ -16,7 +16,7 @@ from torch.nn.functional import logsigmoid, softplus
 
 
 def log_gamma_ratio(x_ng: torch.Tensor, theta_ng: torch.Tensor) -> torch.Tensor:
-    """log Gamma(x + theta) - log Gamma(theta) - log x!, exactly 0 where x = 0.
+    """Log Gamma(x + theta) - log Gamma(theta) - log x!, exactly 0 where x = 0.
 
     The terms cancel to far below their own size (theta = 1e6: 1e7 against 10), so they are taken in float64,
     and only for the non-zero counts, which are few.

@@ -14,6 +14,7 @@ chosen likelihood reads is built. Suffixes give shapes: n cells, g genes, k late
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import torch
 from torch import nn
@@ -33,6 +34,7 @@ class Layer(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: torch.Tensor, noise: torch.Generator | None) -> torch.Tensor:
+        """(cells, in + covariates) -> (cells, out)."""
         h = torch.relu(self.norm(self.linear(x)))
         if self.training and self.dropout:
             # its own generator: a step's noise depends on seed and step alone, so that a resumed fit is the same
@@ -47,11 +49,12 @@ class Gaussian(nn.Module):
     def __init__(self, n_genes: int, n_hidden: int, n_layers: int, n_out: int, dropout: float):
         super().__init__()
         widths = [n_genes] + [n_hidden] * n_layers
-        self.layers = nn.ModuleList(Layer(a, 0, b, dropout) for a, b in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(Layer(a, 0, b, dropout) for a, b in itertools.pairwise(widths))
         self.mean = nn.Linear(n_hidden, n_out)
         self.log_variance = nn.Linear(n_hidden, n_out)
 
     def forward(self, x_ng: torch.Tensor, noise: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cells, genes) counts -> (cells, out) means and variances."""
         h = torch.log1p(x_ng)
         for layer in self.layers:
             h = layer(h, noise)
@@ -97,7 +100,7 @@ class SCVI(nn.Module):
             self.register_buffer("library_mean_s", library_mean_s.float())
             self.register_buffer("library_variance_s", library_variance_s.float())
         widths = [config.n_latent] + [config.n_hidden] * config.n_layers
-        self.decoder = nn.ModuleList(Layer(a, n_design, b, 0.0) for a, b in zip(widths, widths[1:], strict=False))
+        self.decoder = nn.ModuleList(Layer(a, n_design, b, 0.0) for a, b in itertools.pairwise(widths))
         self.rho = nn.Linear(config.n_hidden, n_genes)
         if config.likelihood == "zinb":
             self.dropout_logit = nn.Linear(config.n_hidden, n_genes)
@@ -131,7 +134,7 @@ class SCVI(nn.Module):
         return torch.log_softmax(self.rho(hidden_nh), 1)
 
     def log_likelihood(self, cells: Minibatch, z_nk: torch.Tensor, log_library_n: torch.Tensor) -> torch.Tensor:
-        """log p(x_n | z_n, l_n, s_n), (cells,), summed over genes."""
+        """Log p(x_n | z_n, l_n, s_n), (cells,), summed over genes."""
         hidden_nh = self.hidden(z_nk, cells.batch_n, cells.covariates_nc)
         log_mu_ng = self.log_rho(hidden_nh) + log_library_n[:, None]
         if self.config.likelihood == "poisson":

@@ -51,7 +51,7 @@ def elbo(model: SCVI, counts: Counts, n_samples: int = 10, seed: int = 0) -> np.
 
 @torch.inference_mode()
 def marginal_log_likelihood(model: SCVI, counts: Counts, n_samples: int = 1000, seed: int = 0) -> np.ndarray:
-    """log p(x_n) by importance sampling with the posterior as proposal, (cells,) float64, nats.
+    """Log p(x_n) by importance sampling with the posterior as proposal, (cells,) float64, nats.
 
     log p(x) = log E_q[ p(x | z, l) p(z) p(l) / q(z, l | x) ]; a lower bound in expectation, tight as samples grow.
     """
@@ -283,7 +283,7 @@ def _rest_of_pool(
 
 @torch.inference_mode()
 def _rho_block(model: SCVI, hidden_mh: torch.Tensor, normaliser_m: torch.Tensor, at: slice) -> torch.Tensor:
-    """rho of some genes, (samples, len(at)), decoding only these."""
+    """Rho of some genes, (samples, len(at)), decoding only these."""
     logits_mg = torch.nn.functional.linear(hidden_mh, model.rho.weight[at], model.rho.bias[at])
     return (logits_mg - normaliser_m[:, None]).exp()
 

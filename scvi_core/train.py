@@ -28,7 +28,7 @@ from scvi_core.model import SCVI
 HISTORY = ["epoch", "seconds", "train_elbo", "validation_elbo", "kl_weight", "learning_rate"]
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818 (an outcome, not a fault)
     """Training was asked to stop; its checkpoint is written, and running again continues it."""
 
 

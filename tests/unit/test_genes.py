@@ -4,10 +4,10 @@ import pandas as pd
 import pytest
 from _samples import sample, split, write
 
-from scvi_core import sample_files
 from scvi_core.config import GenesConfig, InputConfig
 from scvi_core.files import UserError
-from scvi_core.genes import select_genes
+from scvi_core.preprocess import samples as sample_files
+from scvi_core.preprocess.genes import select_genes
 
 COLUMNS = [
     "gene_id", "gene_name", "n_samples", "n_cells", "mean", "variance", "variances_norm", "highly_variable_rank",

@@ -12,9 +12,10 @@ import pytest
 import scipy.io
 import scipy.sparse as sp
 
-from scvi_core import checks, identity, io
+from scvi_core import io
 from scvi_core.config import InputConfig, Sample
 from scvi_core.files import Decisions, UserError
+from scvi_core.io import checks, identity
 
 N_CELLS, N_GENES = 7, 5
 BARCODES = [f"{'ACGT'[i % 4] * 8}{'ACGTACGT'[: i + 1]}-1" for i in range(N_CELLS)]

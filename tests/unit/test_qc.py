@@ -7,7 +7,7 @@ from scipy.stats import median_abs_deviation
 
 from scvi_core.config import QcConfig
 from scvi_core.files import UserError
-from scvi_core.qc import FLAGS, MITOCHONDRIAL_IDS, PCT_MITO_FLOOR, in_group, qc
+from scvi_core.preprocess.qc import FLAGS, MITOCHONDRIAL_IDS, PCT_MITO_FLOOR, in_group, qc
 
 COLUMNS = [
     "cell_id", "barcode", "sample", "batch", "n_counts", "n_genes", "pct_mito", "pct_ribo", "pct_hb", "pct_top50",

@@ -17,7 +17,8 @@ import pytest
 import scipy.sparse as sp
 
 import scvi_core as sv
-from scvi_core import files, mapping, registry, tracking
+from scvi_core import files, mapping, registry
+from scvi_core.registry import tracking
 
 FINGERPRINT = "ab" * 32
 
@@ -344,7 +345,8 @@ def test_four_processes_at_once(tmp_path):
     # one import of mlflow, then four real processes that start together
     code = """
 import multiprocessing, os, sys
-from scvi_core import registry, tracking
+from scvi_core import registry
+from scvi_core.registry import tracking
 os.environ.update(tracking.ENVIRONMENT)
 import mlflow.pyfunc, mlflow.store.tracking.sqlalchemy_store
 def work(barrier):

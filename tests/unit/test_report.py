@@ -7,10 +7,11 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from scvi_core import figures, report, style
+from scvi_core import report
 from scvi_core.config import load_config
 from scvi_core.files import Decisions, UserError, write_json, write_parquet
-from scvi_core.viewer import MISSING, PALETTE, levels
+from scvi_core.report import figures, style
+from scvi_core.report.viewer import MISSING, PALETTE, levels
 
 HOSTILE = [
     "<script>alert(1)</script>",

@@ -8,11 +8,12 @@ import pandas as pd
 import pytest
 from _samples import sample, split, write
 
-from scvi_core import sample_files, store
 from scvi_core.config import GenesConfig, InputConfig
 from scvi_core.files import UserError, sha256_text
-from scvi_core.genes import select_genes
-from scvi_core.store import read_store, write_store
+from scvi_core.preprocess import samples as sample_files
+from scvi_core.preprocess import store
+from scvi_core.preprocess.genes import select_genes
+from scvi_core.preprocess.store import read_store, write_store
 
 
 def make(n, name, batch="b", seed=0, top=5, **more):

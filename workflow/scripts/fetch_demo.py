@@ -40,7 +40,9 @@ def main(folder: Path) -> None:
         source = Path(scratch) / MEMBER
         source.write_bytes(content)
         adata = ad.read_h5ad(source)
-    adata.obs = pd.DataFrame({"donor": adata.obs["donor"].astype(str), "cell_type": adata.obs["cell_type1"].astype(str)})
+    adata.obs = pd.DataFrame(
+        {"donor": adata.obs["donor"].astype(str), "cell_type": adata.obs["cell_type1"].astype(str)}
+    )
     for donor in donors:
         mine = adata[adata.obs["donor"] == donor].copy()
         with replacing(folder / f"{donor}.h5ad") as temporary:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scvi_core.files import Decisions, UserError, canonical_json, replacing, sha256_text
-from scvi_core.sample_files import SampleFile, kept_chunks, open_samples
+from scvi_core.preprocess.samples import SampleFile, kept_chunks, open_samples
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -112,7 +112,7 @@ def read_store(path: Path) -> AnnData:
     """
     import anndata
 
-    from scvi_core.checks import check_zarr
+    from scvi_core.io.checks import check_zarr
 
     path = Path(path)
     if not path.is_dir():

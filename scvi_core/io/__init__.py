@@ -22,11 +22,11 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from scvi_core import checks, identity, io_hdf5, io_text
-from scvi_core.checks import Reader, listed, nearest
 from scvi_core.config import RESERVED, InputConfig, Sample
 from scvi_core.files import Decisions, UserError, replacing
-from scvi_core.identity import as_text
+from scvi_core.io import checks, hdf5, identity, text
+from scvi_core.io.checks import Reader, listed, nearest
+from scvi_core.io.identity import as_text
 
 HDF5 = b"\x89HDF\r\n\x1a\n"
 HDF5_NAMES = (".h5", ".h5ad", ".hdf5", ".hdf", ".loom")
@@ -121,9 +121,9 @@ def _format(path: Path) -> tuple[str, Reader]:
         raise UserError(f"{path}: no such file or folder; check column 'path' of the sample sheet")
     if path.is_dir():
         if any((path / name).exists() for name in ("zarr.json", ".zgroup", ".zattrs")):
-            return "AnnData zarr", io_hdf5.read_zarr
-        if io_text.matrices(path):
-            return "10x mtx", io_text.read_mtx
+            return "AnnData zarr", hdf5.read_zarr
+        if text.matrices(path):
+            return "10x mtx", text.read_mtx
         found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
         raise UserError(f"{path}: a folder with neither matrix.mtx nor a zarr store in it (found: {found}); name one")
     if not path.is_file():
@@ -132,16 +132,16 @@ def _format(path: Path) -> tuple[str, Reader]:
         start = handle.read(512)
     if not start:
         raise UserError(f"{path}: an empty file (0 bytes); fetch it again")
-    if io_text.zipped(path):
+    if text.zipped(path):
         with gzip.open(path) as handle:
             start = handle.read(512)
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if start[:8] == HDF5:
-        if io_text.zipped(path):
+        if text.zipped(path):
             raise UserError(f"{path}: an HDF5 file that was gzipped; gunzip it first")
         if suffix in TEXT_NAMES:
             raise UserError(f"{path}: named {suffix}, but it is an HDF5 file; give it its own name (.h5ad, .h5, .loom)")
-        return io_hdf5.hdf5_format(path)
+        return hdf5.hdf5_format(path)
     for magic, what in (
         (b"PK\x03\x04", "a zip archive; unpack it"),
         (b"\x80", "a Python pickle, which can run code when read; export it as h5ad"),
@@ -158,12 +158,12 @@ def _format(path: Path) -> tuple[str, Reader]:
             f"{path}: named {suffix}, but it is not an HDF5 file (it starts with {start[:12]!r}); rename it"
         )
     if start.startswith(b"%%MatrixMarket"):
-        return "10x mtx", io_text.read_mtx
+        return "10x mtx", text.read_mtx
     if suffix == ".mtx":
         raise UserError(f"{path}: named .mtx, but does not start with %%MatrixMarket; fetch it again, or rename it")
     if b"\x00" in start:
         raise UserError(f"{path}: not a format that is read here (it starts with {start[:12]!r}); see config/README.md")
-    return "text table", io_text.read_table
+    return "text table", text.read_table
 
 
 def ingest(path: str | Path, sample: Sample, config: InputConfig) -> tuple[anndata.AnnData, Decisions]:

@@ -22,8 +22,8 @@ from urllib.request import url2pathname
 
 from scvi_core.files import UserError, replacing, sha256_file
 from scvi_core.log import log
-from scvi_core.tracking import connect, errors, exclusive, place, shown, sqlite_path
-from scvi_core.training_run import CARD, HISTORY, STORED, WEIGHTS, log_training, short
+from scvi_core.registry.run import CARD, HISTORY, STORED, WEIGHTS, log_training, short
+from scvi_core.registry.tracking import connect, errors, exclusive, place, shown, sqlite_path
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -19,13 +19,13 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from scvi_core import figures
 from scvi_core._version import __version__
 from scvi_core.config import Config, load_samples
 from scvi_core.files import Decisions, UserError, canonical_json, read_decisions, replacing, write_json
-from scvi_core.manifest import manifest, public_config, software_versions
-from scvi_core.sentences import kept_epoch, model_card, snippets, training_decisions, verdicts
-from scvi_core.viewer import CELL_COLUMNS, MISSING, continuous, label_table, levels, viewer_data
+from scvi_core.report import figures
+from scvi_core.report.manifest import manifest, public_config, software_versions
+from scvi_core.report.sentences import kept_epoch, model_card, snippets, training_decisions, verdicts
+from scvi_core.report.viewer import CELL_COLUMNS, MISSING, continuous, label_table, levels, viewer_data
 
 BEFORE, AFTER = ("ingest", "qc", "genes", "store"), ("embed", "cluster", "de", "report")  # steps, around training
 TOLD = ("mitochondrial_genes", "ribosomal_genes", "haemoglobin_genes", "genes_harmonised")  # counted, yet no loss
@@ -257,7 +257,7 @@ def render(
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     env = Environment(
-        loader=PackageLoader("scvi_core", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=PackageLoader("scvi_core.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
     env.filters["digest"] = lambda text: base64.b64encode(hashlib.sha256(str(text).encode()).digest()).decode()

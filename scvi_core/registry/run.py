@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from scvi_core._version import __version__
 from scvi_core.files import UserError
 from scvi_core.log import log
-from scvi_core.tracking import artifact_root, sqlite_path
+from scvi_core.registry.tracking import artifact_root, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 WEIGHTS, CARD, HISTORY = "model.safetensors", "model.json", "history.parquet"
 STORED = "data/model"  # where MLflow's pyfunc layout puts the bundle inside the logged model
-LOADER = "scvi_core.pyfunc_model"
+LOADER = "scvi_core.registry.pyfunc"
 
 
 def log_training(

@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from scvi_core.style import THEMES, colours, label, png, scale_axis, short, styled
-from scvi_core.viewer import PALETTE, levels
+from scvi_core.report.style import THEMES, colours, label, png, scale_axis, short, styled
+from scvi_core.report.viewer import PALETTE, levels
 
 __all__ = [
     "composition_figure", "genes_figure", "markers_figure", "png", "qc_figure", "qc_overview", "thresholds",

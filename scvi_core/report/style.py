@@ -14,7 +14,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from scvi_core.viewer import MISSING, PALETTE
+from scvi_core.report.viewer import MISSING, PALETTE
 
 THEMES = {
     "light": {

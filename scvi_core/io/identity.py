@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from scvi_core.checks import Read, listed, smallest
 from scvi_core.files import Decisions, UserError
+from scvi_core.io.checks import Read, listed, smallest
 
 ENSEMBL = re.compile(r"ENS[A-Z]*G\d{11}(\.\d+)?")
 VERSION = re.compile(r"^(ENS[A-Z]*G\d{11})\.\d+")  # what follows stays: GENCODE writes ENSG00000182378.15_PAR_Y

@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from scvi_core import checks
-from scvi_core.checks import FIND_COUNTS, Read, Reader, listed, nearest
 from scvi_core.config import InputConfig
 from scvi_core.files import Decisions, UserError
-from scvi_core.identity import as_text, gene_expression_only
+from scvi_core.io import checks
+from scvi_core.io.checks import FIND_COUNTS, Read, Reader, listed, nearest
+from scvi_core.io.identity import as_text, gene_expression_only
 
 
 def hdf5_format(path: Path) -> tuple[str, Reader]:

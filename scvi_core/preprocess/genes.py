@@ -12,9 +12,9 @@ import numpy as np
 
 from scvi_core.config import GenesConfig, InputConfig
 from scvi_core.files import Decisions, UserError
-from scvi_core.qc import GENE_GROUPS, in_group
-from scvi_core.sample_files import SampleFile, open_samples
-from scvi_core.seurat_v3 import Stream, mean_variance, moments, rank_genes
+from scvi_core.preprocess.qc import GENE_GROUPS, in_group
+from scvi_core.preprocess.samples import SampleFile, open_samples
+from scvi_core.preprocess.seurat_v3 import Stream, mean_variance, moments, rank_genes
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from scvi_core.files import Decisions, UserError
-from scvi_core.sample_files import SampleFile, kept_chunks
+from scvi_core.preprocess.samples import SampleFile, kept_chunks
 
 MIN_LOESS_GENES = 10  # skmisc's loess crashes the process on a handful of points
 
