@@ -14,7 +14,9 @@ rule ingest:
         runtime=minutes(10, 0.05),
     params:
         batch=lambda wildcards: SAMPLES[wildcards.sample].batch,
-        metadata=lambda wildcards: json.dumps(SAMPLES[wildcards.sample].metadata, sort_keys=True),
+        metadata=lambda wildcards: json.dumps(
+            SAMPLES[wildcards.sample].metadata, sort_keys=True
+        ),
         config=part("input"),
     shell:
         "scvi-core ingest {input:q} --sample {wildcards.sample:q} --batch {params.batch:q} --metadata {params.metadata:q}"

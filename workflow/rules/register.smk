@@ -14,7 +14,7 @@ rule register:
         mem_mb=2000,
         runtime=10,
     params:
-        folder=ATLAS,
+        folder=subpath(output[0], parent=True),
         config=registry(),
     shell:
         "scvi-core register {params.folder:q} --config {params.config:q} --out {output:q} 2> {log:q}"

@@ -9,7 +9,9 @@ rule report:
         de=rules.de.output.de,
         reference=rules.register.output,
     output:
-        page=report(f"{ATLAS}/report.html", caption="../report/atlas.rst", category="Atlas"),
+        page=report(
+            f"{ATLAS}/report.html", caption="../report/atlas.rst", category="Atlas"
+        ),
         metrics=f"{ATLAS}/metrics.json",
         decisions=f"{ATLAS}/decisions.jsonl",
         manifest=f"{ATLAS}/manifest.json",
@@ -29,7 +31,7 @@ rule report:
         mem_mb=megabytes(2500, 5),
         runtime=minutes(15, 0.05),
     params:
-        folder=ATLAS,
+        folder=subpath(output[0], parent=True),
         config=json.dumps(CONFIG.model_dump(mode="json"), sort_keys=True),
     shell:
         "scvi-core report {params.folder:q} --config {params.config:q} 2> {log:q}"

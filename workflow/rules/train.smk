@@ -38,7 +38,9 @@ rule train:
         runtime=minutes(120, 2),
         gpu=0 if CONFIG.device == "cpu" else 1,
     params:
-        config=part("seed", "threads", "device", "model", "train", drop=[("model", "reuse")]),
+        config=part(
+            "seed", "threads", "device", "model", "train", drop=[("model", "reuse")]
+        ),
         checkpoints=f"{ATLAS}/.checkpoints",
     shell:
         "scvi-core train --store {input.store:q} --found {input.found:q} --config {params.config:q} --out {output.model:q}"
