@@ -171,8 +171,10 @@ def differential_expression(
     -------
     pandas.DataFrame
         A row a (group, gene), by group and rank; columns as ``de.parquet``. LFCs are log2; ``scale_*`` are mean rho;
-        ``raw_mean_*`` counts a cell; ``nonzero_*`` shares of cells; ``rank`` 1 is the surest and strongest marker:
-        by the lower end of the LFC's 95 % credible interval.
+        ``raw_mean_*`` counts a cell; ``nonzero_*`` shares of cells. ``rank`` 1 is the strongest marker, by
+        lfc_median × sqrt(nonzero_group): a large change, in many of the group's cells. Rank orders, ``is_de`` decides:
+        where the rest holds cells much like the group's (two clusters of one type), pairs often show no change,
+        and a gene can rank high without being called.
 
     Raises
     ------
@@ -240,7 +242,8 @@ def differential_expression(
         part["nonzero_group"] = nonzero_kg[k] / n_cells_k[k]
         part["nonzero_reference"] = (nonzero_kg.sum(0) - nonzero_kg[k]) / n_rest_k[k]
         part["is_de"] = called_at_fdr(part["proba_de"].to_numpy(), config.fdr)
-        part = part.sort_values(["lfc_ci_low", "gene_id"], ascending=[False, True], kind="stable")
+        part["strength"] = part["lfc_median"] * np.sqrt(part["nonzero_group"])
+        part = part.sort_values(["strength", "gene_id"], ascending=[False, True], kind="stable")
         part["rank"] = np.arange(1, n_genes + 1, dtype=np.int32)
         frames.append(part)
     return pd.concat(frames, ignore_index=True)[DE_COLUMNS]

@@ -206,8 +206,8 @@ def agreement(clusters: pd.Series, labels: pd.Series) -> dict[str, Any]:
 
 
 def markers(de: pd.DataFrame, n: int) -> dict[str, pd.DataFrame]:
-    """Give each group's `n` first genes by rank among those higher in the group and significant."""
-    up = de[de["is_de"] & (de["lfc_mean"] > 0)].sort_values(["group", "rank", "gene_id"])
+    """Give each group's `n` first genes by rank among those higher in the group, significant or not."""
+    up = de[de["lfc_median"] > 0].sort_values(["group", "rank", "gene_id"])
     return {g: up[up["group"] == g].head(n) for g in levels(de["group"])[0]}
 
 
@@ -282,7 +282,7 @@ def render(
         kept_epoch=kept_epoch(data["model"]),
         tables={c: label_table(cells, c) for c in numbers["labels"]},
         markers=[row for frame in top.values() for row in frame.to_dict("records")],
-        unmarked=[g for g, frame in top.items() if frame.empty],
+        unmarked=[g for g, frame in top.items() if not frame["is_de"].any()],
         decisions=[{**d, "text": _text(d["value"])} for d in decisions],
         software=software_versions(), package_version=__version__,
         settings=yaml.safe_dump(public_config(config), sort_keys=False, allow_unicode=True),
