@@ -161,6 +161,7 @@ class Model:
                 "batch_key": schema.pop("batch_key"),
                 "covariates": schema,
                 "n_genes": len(self.gene_ids),
+                "layer": self.layer,
                 "weights_sha256": sha256_file(folder / "model.safetensors"),
             }
             write_json(folder / "model.json", self.card | about)
@@ -192,14 +193,15 @@ def load(path: str | Path, device: str = "cpu") -> Model:
         model, fitted = ModelConfig(**about["model"]), TrainConfig(**about["train"])
         network = _network(model, schema, about["seed"])
         network.load_state_dict(load_file(path / "model.safetensors"))
-        history = pd.read_parquet(path / "history.parquet")
-    except (KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{path}: not a whole model ({str(error).splitlines()[0]}); fetch or train it again") from error
+        history, gene_names = pd.read_parquet(path / "history.parquet"), list(about["gene_names"])
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: not a whole model ({reason}); fetch or train it again") from error
     history.insert(1, "seconds", np.nan)
-    known = {"model", "train", "seed", "gene_ids", "gene_names", "batches", "batch_key", "covariates"}
+    known = {"model", "train", "seed", "gene_ids", "gene_names", "batches", "batch_key", "covariates", "layer"}
     card = {k: v for k, v in about.items() if k not in known}
     network.eval().to(training.resolve_device(device) if device != "cpu" else "cpu")
-    return Model(network, schema, model, fitted, about["seed"], history, about["gene_names"], card)
+    return Model(network, schema, model, fitted, about["seed"], history, gene_names, card, about.get("layer"))
 
 
 def fit(
@@ -284,7 +286,12 @@ def fit_counts(
     about : further entries of the model card, such as samples and organism.
     """
     check_design(model, schema)
-    held = None if holdout is None else np.unique(np.asarray(holdout, dtype=np.int64))
+    if not 0 <= seed < 2**31:
+        raise UserError(f"seed: {seed} is not within 0..{2**31 - 1}")
+    held = None if holdout is None else np.unique(np.asarray(holdout))
+    if held is not None and len(held) and held.dtype.kind not in "iu":
+        raise UserError(f"holdout: {held.dtype} values; give positions of cells, such as np.flatnonzero(mask)")
+    held = None if held is None else held.astype(np.int64)
     if held is not None and len(held) and (held[0] < 0 or held[-1] >= len(counts)):
         raise UserError(f"holdout: positions must lie in 0..{len(counts) - 1}")
     identity = fingerprint_of(schema, data, model, train, seed, held)
@@ -297,7 +304,9 @@ def fit_counts(
     history = training.train(
         network, counts, train_rows, held, train, seed, where, checkpoint, identity, progress, stop
     )
-    kept = history["validation_elbo"].idxmax() if train.early_stopping and len(held) else len(history) - 1
+    kept = len(history) - 1
+    if train.early_stopping and len(held):  # as training chose: the best from the end of the KL warm-up on
+        kept = history["validation_elbo"].where(history["kl_weight"] == train.kl_weight).idxmax()
     last = history.iloc[-1]
     metrics = {
         "epochs": int(last["epoch"]),
@@ -332,7 +341,7 @@ def code_version() -> str:
     """Package version and a digest of the files whose code decides the weights."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for name in ("counts.py", "likelihood.py", "model.py", "train.py"):
+    for name in ("counts.py", "kernels.py", "likelihood.py", "model.py", "train.py"):
         digest.update((here / name).read_bytes())
     return f"{__version__}+{digest.hexdigest()[:12]}"
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from scvi_core._version import __version__
-from scvi_core.config import Config, Sample, load_config, load_samples
+from scvi_core.config import Config, Sample, check_columns, explain, load_config, load_samples
 from scvi_core.files import Decisions, UserError, replacing, write_json, write_parquet
 from scvi_core.log import log
 
@@ -68,24 +68,7 @@ def validate(
     for sample in samples:
         if not Path(sample.path).exists():
             raise UserError(f"{settings.samples}: sample '{sample.sample}': no file {sample.path}; mend the path")
-    columns = {*samples[0].metadata, *settings.input.metadata, "sample", "batch", "n_counts", "n_genes", "pct_mito"}
-    asked = {
-        "model.categorical_covariates": settings.model.categorical_covariates,
-        "model.continuous_covariates": settings.model.continuous_covariates,
-        "report.labels": settings.report.labels,
-        "de.groupby": (settings.de.groupby,),
-    }
-    clusters = {"cluster", *(f"cluster_r{r:g}" for r in settings.cluster.resolutions[1:])}
-    for key, names in asked.items():
-        allowed = columns | clusters if key in ("de.groupby", "report.labels") else columns
-        for name in names:
-            if name not in allowed:
-                raise UserError(
-                    f"{config}: {key}: no cell column '{name}' (there are {', '.join(sorted(allowed))}); add it to the "
-                    "sample sheet or to input.metadata"
-                )
-    if settings.model.dispersion == "gene-batch" and len({s.batch for s in samples}) < 2:
-        raise UserError(f"{config}: model.dispersion: 'gene-batch' needs two batches; {settings.samples} has one")
+    check_columns(settings, samples, config if not config.lstrip().startswith("{") else "--config")
     batches = len({s.batch for s in samples})
     log.info("valid: atlas '%s', %d samples in %d batches", settings.atlas, len(samples), batches)
 
@@ -111,8 +94,10 @@ def ingest(
 
     try:
         row = Sample(sample=sample, path=str(path), batch=batch, metadata=json.loads(metadata))
-    except (ValidationError, ValueError) as error:
-        raise UserError(f"--sample {sample!r}, --batch {batch!r} or --metadata: {_first(error)}") from None
+    except ValidationError as error:
+        raise UserError("; ".join(f"--{explain(Sample, e)}" for e in error.errors())) from None
+    except ValueError as error:
+        raise UserError(f"--metadata {metadata!r}: not a JSON object of texts ({error})") from None
     adata, made = read(path, row, load_config(config).input)
     write_h5ad(out, adata)
     _write_decisions(made, decisions)
@@ -421,7 +406,7 @@ def register(
             folder / "model",
             train_run=run,
             dataset={"name": settings.atlas, "digest": card["data_sha256"], "source": str(folder / "counts.zarr")},
-            config=settings.model_dump(mode="json"),
+            config=settings.model_dump(mode="json", exclude={"cluster", "de", "report"}),  # what made the model
             experiment=settings.registry.experiment or f"scvi-core/{settings.atlas}",
             atlas=settings.atlas,
             organism=settings.registry.organism or card["organism"],
@@ -646,11 +631,6 @@ def _write_schemas(folder: Path) -> None:
         text = yaml.safe_dump(model.model_json_schema(), sort_keys=False, width=110, allow_unicode=True)
         with replacing(folder / f"{name}.schema.yaml") as temporary:
             temporary.write_text("# Written by `scvi-core validate --schemas` from scvi_core/config.py.\n" + text)
-
-
-def _first(error: Exception) -> str:
-    errors = getattr(error, "errors", None)
-    return errors()[0]["msg"] if callable(errors) else str(error)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import io
 import json
 import re
 from pathlib import Path
@@ -20,6 +21,13 @@ from scvi_core.files import UserError
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # names become folders and shell words: nothing else gets in
 Name = Annotated[str, Field(pattern=NAME)]
+# of paths: what Snakemake takes for wildcards, commands for options, and terminals for orders stays out
+PLAIN = r"^[^-{}\x00-\x1f\x7f][^{}\x00-\x1f\x7f]*$"
+Plain = Annotated[str, Field(pattern=PLAIN)]
+REMEDY = {
+    NAME: "use letters, digits, '.', '_' and '-' (first a letter or digit, no '..', at most 64)",
+    PLAIN: "write a path without braces and control characters that does not start with '-' (./-x is one)",
+}
 # columns of cells.parquet, latent.parquet and of the inside of the store, which a sample sheet may not redefine
 RESERVED = {
     "cell_id", "barcode", "n_counts", "n_genes", "pct_mito", "pct_ribo", "pct_hb", "pct_top50",
@@ -62,7 +70,7 @@ class QcConfig(Section):
     max_pct_mito: float = Field(20.0, ge=0, le=100, description="fixed limit: largest mitochondrial share, per cent")
     max_pct_hb: float | None = Field(None, ge=0, le=100, description="fixed limit: largest haemoglobin share, per cent")
     doublets: bool = Field(True, description="score doublets with Scrublet, sample by sample")
-    expected_doublet_rate: float = Field(0.06, gt=0, lt=1)
+    expected_doublet_rate: float = Field(0.06, gt=0, lt=1, description="what Scrublet expects before it looks")
     drop: tuple[
         Literal[
             "low_counts", "high_counts", "low_genes", "high_genes", "high_mito", "high_hb", "high_top50", "doublet"
@@ -100,17 +108,17 @@ class GenesConfig(Section):
 class ModelConfig(Section):
     """The generative model and its inference networks. With TrainConfig, data and seed it decides the weights."""
 
-    likelihood: Literal["zinb", "nb", "poisson"] = "zinb"
+    likelihood: Literal["zinb", "nb", "poisson"] = Field("zinb", description="of a count, given the decoder's output")
     dispersion: Literal["gene", "gene-batch", "gene-cell"] = Field("gene", description="what theta depends on")
     library: Literal["observed", "latent"] = Field(
         "observed", description="l_n: the cell's count total, or a latent variable with the batch's log-normal prior"
     )
-    n_latent: int = Field(10, ge=1)
-    n_hidden: int = Field(128, ge=1)
-    n_layers: int = Field(1, ge=1)
-    dropout: float = Field(0.1, ge=0, lt=1, description="of the encoder")
+    n_latent: int = Field(10, ge=1, description="dimensions of z")
+    n_hidden: int = Field(128, ge=1, description="width of hidden layers")
+    n_layers: int = Field(1, ge=1, description="hidden layers of encoder and decoder each")
+    dropout: float = Field(0.2, ge=0, lt=1, description="of the encoder")
     categorical_covariates: tuple[str, ...] = Field((), description="cell columns the decoder sees besides the batch")
-    continuous_covariates: tuple[str, ...] = ()
+    continuous_covariates: tuple[str, ...] = Field((), description="the same, for numbers; standardised")
 
 
 class ModelSection(ModelConfig):
@@ -122,20 +130,30 @@ class ModelSection(ModelConfig):
 
 
 class TrainConfig(Section):
-    """How the weights are found."""
+    """How the weights are found. The defaults are the recipe that `benchmarks/README.md` compares."""
 
-    max_epochs: int | Literal["auto"] = Field("auto", description="auto: by the number of cells")
-    batch_size: int = Field(128, ge=2)
-    learning_rate: float = Field(1e-3, gt=0)
-    schedule: Literal["constant", "cosine"] = Field("constant", description="of the learning rate")
-    weight_decay: float = Field(1e-6, ge=0)
-    adam_eps: float = Field(1e-2, gt=0)
-    kl_weight: float = Field(1.0, gt=0, description="final weight of the KL term in the training loss")
+    max_epochs: int | Literal["auto"] = Field(
+        "auto", description="auto: 200 for 2,000 cells, falling with the root of their number, from 10 to 400"
+    )
+    batch_size: int = Field(128, ge=2, description="cells a step")
+    learning_rate: float = Field(4e-3, gt=0, description="of Adam, at its highest")
+    schedule: Literal["constant", "cosine"] = Field(
+        "cosine", description="of the learning rate; cosine rises over a tenth of all steps and then falls to zero"
+    )
+    weight_decay: float = Field(1e-6, ge=0, description="of Adam")
+    adam_eps: float = Field(1e-2, gt=0, description="of Adam; large, so that rarely seen genes move slowly")
+    kl_weight: float = Field(
+        1.5, gt=0, description="final weight of the KL term in the loss; above 1 it mixes batches better"
+    )
     kl_warmup: float = Field(
         0.5, ge=0, le=1, description="share of all steps over which the KL weight rises from 0; always completes"
     )
-    validation_fraction: float = Field(0.1, ge=0, lt=1)
-    early_stopping: bool = True
+    validation_fraction: float = Field(0.1, ge=0, lt=1, description="cells set aside to measure the held-out ELBO")
+    early_stopping: bool = Field(
+        False,
+        description="stop when the validation ELBO no longer rises, and keep the best weights; off, as the schedule is "
+        "sized to the data and the embedding mixes batches later than the ELBO peaks",
+    )
     patience: int = Field(45, ge=1, description="epochs without a better validation ELBO before stopping")
     gradient_clip: float = Field(0.0, ge=0, description="largest gradient norm; 0 leaves gradients as they are")
 
@@ -150,23 +168,23 @@ class TrainConfig(Section):
 class ClusterConfig(Section):
     """The neighbour graph on the latent space, Leiden clusters and two-dimensional pictures."""
 
-    n_neighbors: int = Field(15, ge=2)
+    n_neighbors: int = Field(15, ge=2, description="of each cell in the graph")
     resolutions: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (1.0,), min_length=1, description="Leiden resolutions; the first gives the column `cluster`"
     )
-    umap: bool = True
-    umap_min_dist: float = Field(0.5, ge=0)
-    tsne: bool = True
-    tsne_perplexity: float = Field(30.0, gt=0)
+    umap: bool = Field(True, description="draw a UMAP")
+    umap_min_dist: float = Field(0.5, ge=0, description="how tightly the UMAP packs cells")
+    tsne: bool = Field(True, description="draw a t-SNE; slow beyond 100,000 cells")
+    tsne_perplexity: float = Field(30.0, gt=0, description="of the t-SNE; lowered where cells are too few")
 
 
 class DeConfig(Section):
     """Differential expression by sampling the posterior."""
 
     groupby: str = Field("cluster", description="cell column whose groups are each compared with the rest")
-    mode: Literal["change", "vanilla"] = "change"
+    mode: Literal["change", "vanilla"] = Field("change", description="|LFC| > delta, or the sign alone (the paper's)")
     delta: float = Field(0.25, gt=0, description="smallest log2 fold change that counts")
-    fdr: float = Field(0.05, gt=0, lt=1)
+    fdr: float = Field(0.05, gt=0, lt=1, description="expected share of false calls allowed in `is_de`")
     n_samples: int = Field(5000, ge=100, description="posterior samples a group")
     batch_correction: bool = Field(True, description="decode every cell under every batch, and average")
     min_cells: int = Field(5, ge=1, description="smaller groups are left out, and said so")
@@ -185,7 +203,7 @@ class RegistryConfig(Section):
 class ReportConfig(Section):
     """The page."""
 
-    title: str | None = None
+    title: str | None = Field(None, description="default: the atlas name")
     labels: tuple[str, ...] = Field((), description="cell columns (such as known cell types) to colour embeddings by")
     n_markers: int = Field(5, ge=1, le=50, description="markers a cluster in the dot plot")
 
@@ -195,8 +213,8 @@ class Config(Section):
 
     atlas: Name = Field("atlas", description="names the results folder and the registered model")
     samples: str = Field("config/samples.tsv", description="the sample sheet: sample, path, batch, further columns")
-    results: str = Field("results", description="folder that holds {atlas}/")
-    seed: int = Field(0, ge=0, lt=2**31)
+    results: Plain = Field("results", description="folder that holds {atlas}/")
+    seed: int = Field(0, ge=0, lt=2**31, description="of everything random")
     threads: int = Field(
         2, ge=1, description="CPU threads of train, embed, cluster and de; here, as it decides the last bits of results"
     )
@@ -245,7 +263,7 @@ class Sample(Section):
     """One row of the sample sheet."""
 
     sample: Name
-    path: str = Field(min_length=1)
+    path: Plain
     batch: str = Field(min_length=1, max_length=200)
     metadata: dict[str, str] = {}
 
@@ -258,7 +276,7 @@ class Sample(Section):
 def _checked_name(value: str) -> str:
     # pydantic's $ is strict, but '..' is made of allowed characters
     if not re.fullmatch(NAME, value) or ".." in value:
-        raise ValueError("use letters, digits, '.', '_' and '-' (first a letter or digit, no '..', at most 64)")
+        raise ValueError(REMEDY[NAME])
     return value
 
 
@@ -277,7 +295,11 @@ def load_config(source: str | Path | dict[str, Any]) -> Config:
     if isinstance(source, dict):
         where, raw = "config", source
     elif str(source).lstrip().startswith("{"):
-        where, raw = "config", json.loads(str(source))
+        where = "--config"
+        try:
+            raw = json.loads(str(source))
+        except ValueError as error:
+            raise UserError(f"{where}: starts with '{{' but is not JSON ({error}); give JSON text or a file") from None
     else:
         where = str(source)
         try:
@@ -295,10 +317,10 @@ def load_config(source: str | Path | dict[str, Any]) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(_explain(Config, e) for e in error.errors())) from None
+        raise UserError(f"{where}: " + "; ".join(explain(Config, e) for e in error.errors())) from None
 
 
-def _explain(model: type[BaseModel], error: Any) -> str:
+def explain(model: type[BaseModel], error: Any) -> str:
     """One clause for one pydantic error: field, value, remedy."""
     path = [str(part) for part in error["loc"]]
     if error["type"] == "extra_forbidden":
@@ -311,7 +333,8 @@ def _explain(model: type[BaseModel], error: Any) -> str:
         return f"unknown key '{'.'.join(path)}'; {hint}"
     field = ".".join(p for p in path if not p.startswith(("literal", "function", "int", "constrained")))
     value = "" if isinstance(error["input"], dict) else f" (got {error['input']!r})"
-    return f"{field + ': ' if field else ''}{error['msg'].removeprefix('Value error, ')}{value}"
+    told = REMEDY.get(error.get("ctx", {}).get("pattern"), error["msg"].removeprefix("Value error, "))
+    return f"{field + ': ' if field else ''}{told}{value}"
 
 
 def load_samples(path: str | Path) -> list[Sample]:
@@ -331,12 +354,17 @@ def load_samples(path: str | Path) -> list[Sample]:
         raise UserError(f"{path}: no such sample sheet; it has the columns sample, path, batch") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    lines = text.splitlines()
-    rows = [
-        (number, line)
-        for number, line in enumerate(csv.reader(lines, delimiter="\t"), 1)
-        if line and any(line) and not line[0].startswith("#")
-    ]
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t")
+    try:
+        rows = [(reader.line_num, line) for line in reader if any(line) and not line[0].startswith("#")]
+    except csv.Error as error:
+        raise UserError(
+            f"{path} line {reader.line_num}: cannot be read ({error}); columns are separated by tabs"
+        ) from None
+    for number, line in rows:
+        for cell in line:
+            if re.search(r"[\x00-\x1f\x7f]", cell):
+                raise UserError(f"{path} line {number}: {cell!r} has a line break or control character; take it out")
     if not rows:
         raise UserError(f"{path}: empty; expected a header with the columns sample, path, batch")
     header = [column.strip() for column in rows[0][1]]
@@ -362,16 +390,10 @@ def load_samples(path: str | Path) -> list[Sample]:
         try:
             sample = Sample(sample=row["sample"], path=row["path"], batch=row["batch"], metadata=extra)
         except ValidationError as error:
-            first = error.errors()[0]
-            column, value = first["loc"][0], first["input"]
-            raise UserError(
-                f"{path} line {number}: {column} {value!r}: "
-                + (
-                    "use letters, digits, '.', '_' and '-' (first a letter or digit, no '..', at most 64)"
-                    if column == "sample" and value
-                    else f"{first['msg']}"
-                )
-            ) from None
+            first = error.errors()[0] | {"loc": ()}
+            column, value = error.errors()[0]["loc"][0], row[error.errors()[0]["loc"][0]]
+            told = explain(Sample, first) if value else "is empty"
+            raise UserError(f"{path} line {number}: {column}: {told}") from None
         folded = sample.sample.casefold()
         if folded in seen:
             raise UserError(
@@ -382,3 +404,41 @@ def load_samples(path: str | Path) -> list[Sample]:
     if not samples:
         raise UserError(f"{path}: a header but no samples")
     return samples
+
+
+def check_columns(config: Config, samples: list[Sample], where: str = "config") -> None:
+    """Check what configuration and sample sheet say only together: the cell columns asked for, and their levels.
+
+    Raises
+    ------
+    UserError
+        For a column that neither the sheet nor `input.metadata` gives, and for one level where two are needed.
+    """
+    own = list(samples[0].metadata)
+    columns = {*own, *config.input.metadata, "sample", "batch", "n_counts", "n_genes", "pct_mito"}
+    clusters = {"cluster", *(f"cluster_r{r:g}" for r in config.cluster.resolutions[1:])}
+    asked = {
+        "model.categorical_covariates": (config.model.categorical_covariates, columns),
+        "model.continuous_covariates": (config.model.continuous_covariates, columns),
+        "report.labels": (config.report.labels, columns | clusters),
+        "de.groupby": ((config.de.groupby,), columns | clusters),
+    }
+    for key, (names, allowed) in asked.items():
+        for name in names:
+            if name not in allowed:
+                near = difflib.get_close_matches(name, sorted(allowed), n=1, cutoff=0.5)
+                hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(sorted(allowed))};"
+                raise UserError(
+                    f"{where}: {key}: no cell column '{name}'; {hint} mend it, or add the column to {config.samples} "
+                    "or to input.metadata"
+                )
+    if config.model.dispersion == "gene-batch" and len({s.batch for s in samples}) < 2:
+        raise UserError(
+            f"{where}: model.dispersion: 'gene-batch' needs two batches or more; {config.samples} has one; use 'gene'"
+        )
+    for name in (*config.model.categorical_covariates, *config.model.continuous_covariates):
+        levels = {s.metadata[name] if name in own else getattr(s, name, None) for s in samples}
+        if name in (*own, "sample", "batch") and len(levels) < 2:
+            raise UserError(
+                f"{where}: model covariate '{name}': has one level ({levels.pop()!r}) in {config.samples}; leave it out"
+            )

@@ -84,12 +84,14 @@ class Minibatch:
     library_n : (cells,) float32, total counts over the model's genes.
     batch_n : (cells,) int64 batch codes.
     covariates_nc : (cells, columns) float32: one-hot categorical covariates, then standardised continuous ones.
+    nonzero_m : (non-zeros,) int64 positions of the non-zeros in ``x_ng.view(-1)``, each once.
     """
 
     x_ng: torch.Tensor
     library_n: torch.Tensor
     batch_n: torch.Tensor
     covariates_nc: torch.Tensor
+    nonzero_m: torch.Tensor
 
 
 @dataclasses.dataclass
@@ -151,6 +153,7 @@ class Counts:
             library_n=x_ng.sum(1),
             batch_n=self.batch_n[rows_n],
             covariates_nc=torch.cat([*one_hots, self.continuous_nc[rows_n]], 1),
+            nonzero_m=flat_m,
         )
 
 
@@ -187,7 +190,7 @@ def pack(adata: AnnData, schema: Schema, layer: str | None = None, unseen_batche
         x = x[:, [have[gene] for gene in schema.gene_ids]]
     values = check_counts(x.data, "adata")
     if not x.has_canonical_format or (values == 0).any():
-        x = x.copy()
+        x = x.astype(np.int64)  # a copy, in which sums of duplicates cannot overflow
         x.sum_duplicates()
         x.eliminate_zeros()
         values = check_counts(x.data, "adata")

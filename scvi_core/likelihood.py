@@ -1,4 +1,5 @@
-"""Log-likelihoods of counts, in log space, as the equations stand. The tested reference of every faster kernel.
+"""Log-likelihoods of counts, in log space, as the equations stand. The tested reference of
+:mod:`scvi_core.kernels`, which the model runs.
 
 With mean mu = exp(`log_mu`), inverse dispersion theta = exp(`log_theta`) and x counts,
 
@@ -12,7 +13,7 @@ With mean mu = exp(`log_mu`), inverse dispersion theta = exp(`log_theta`) and x 
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import logsigmoid
 
 
 def log_gamma_ratio(x_ng: torch.Tensor, theta_ng: torch.Tensor) -> torch.Tensor:
@@ -41,7 +42,7 @@ def negative_binomial(x_ng: torch.Tensor, log_mu_ng: torch.Tensor, log_theta_ng:
     """Elementwise log NB(x; mu, theta), (cells, genes). `log_theta_ng` may be (genes,)."""
     theta_ng = log_theta_ng.exp()
     log_odds_ng = log_mu_ng - log_theta_ng
-    return log_gamma_ratio(x_ng, theta_ng) - theta_ng * softplus(log_odds_ng) - x_ng * softplus(-log_odds_ng)
+    return log_gamma_ratio(x_ng, theta_ng) + theta_ng * logsigmoid(-log_odds_ng) + x_ng * logsigmoid(log_odds_ng)
 
 
 def zero_inflated_negative_binomial(

@@ -19,7 +19,7 @@ import itertools
 import torch
 from torch import nn
 
-from scvi_core import likelihood
+from scvi_core import kernels
 from scvi_core.config import ModelConfig
 from scvi_core.counts import Minibatch
 
@@ -136,19 +136,21 @@ class SCVI(nn.Module):
     def log_likelihood(self, cells: Minibatch, z_nk: torch.Tensor, log_library_n: torch.Tensor) -> torch.Tensor:
         """Log p(x_n | z_n, l_n, s_n), (cells,), summed over genes."""
         hidden_nh = self.hidden(z_nk, cells.batch_n, cells.covariates_nc)
-        log_mu_ng = self.log_rho(hidden_nh) + log_library_n[:, None]
-        if self.config.likelihood == "poisson":
-            return likelihood.poisson(cells.x_ng, log_mu_ng).sum(1)
-        if self.config.dispersion == "gene-cell":
-            log_theta_ng = self.log_theta(hidden_nh)
-        elif self.config.dispersion == "gene-batch":
-            log_theta_ng = self.log_theta_sg[cells.batch_n]
-        else:
-            log_theta_ng = self.log_theta_sg[0]
-        if self.config.likelihood == "nb":
-            return likelihood.negative_binomial(cells.x_ng, log_mu_ng, log_theta_ng).sum(1)
-        logit_pi_ng = self.dropout_logit(hidden_nh)
-        return likelihood.zero_inflated_negative_binomial(cells.x_ng, log_mu_ng, log_theta_ng, logit_pi_ng).sum(1)
+        log_theta_ng = logit_pi_ng = None
+        if self.config.likelihood != "poisson":
+            if self.config.dispersion == "gene-cell":
+                log_theta_ng = self.log_theta(hidden_nh)
+            elif self.config.dispersion == "gene-batch":
+                # not by indexing, whose gradient may add up in another order at every run (index_put_, accumulating)
+                log_theta_ng = nn.functional.embedding(cells.batch_n, self.log_theta_sg)
+            else:
+                log_theta_ng = self.log_theta_sg
+        if self.config.likelihood == "zinb":
+            logit_pi_ng = self.dropout_logit(hidden_nh)
+        # the equations stand in scvi_core.likelihood, and these are they
+        return kernels.log_likelihood(
+            cells.x_ng, self.rho(hidden_nh), log_library_n, log_theta_ng, logit_pi_ng, cells.nonzero_m
+        )
 
     def sample(
         self, cells: Minibatch, q: Posterior, noise: torch.Generator | None

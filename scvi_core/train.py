@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from scvi_core.config import TrainConfig
-from scvi_core.counts import Counts
+from scvi_core.counts import Counts, Minibatch
 from scvi_core.files import UserError, canonical_json, replacing
 from scvi_core.log import log
 from scvi_core.model import SCVI
@@ -67,12 +67,12 @@ def resolve_device(device: str) -> torch.device:
 def n_epochs(config: TrainConfig, n_cells: int) -> int:
     """Epochs to run at most: as configured, else fewer the more cells there are.
 
-    `auto` holds the number of cells seen near 8 million: 400 epochs up to 20,000 cells, then in proportion less,
-    and never under 10.
+    `auto` is 200 for 2,000 cells and falls with the root of their number, so that a large atlas takes more steps than a
+    small one but fewer looks at each cell; never under 10, never over 400.
     """
     if config.max_epochs != "auto":
         return config.max_epochs
-    return max(10, min(400, round(400 * 20_000 / n_cells)))
+    return max(10, min(400, round(200 * math.sqrt(2000 / n_cells))))
 
 
 def learning_rate(config: TrainConfig, step: int, total: int) -> float:
@@ -81,8 +81,19 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
         return config.learning_rate
     rise = 0.1 * total
     if step < rise:
-        return config.learning_rate * (step + 1) / rise
+        return config.learning_rate * min(1.0, (step + 1) / rise)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - rise) / (total - rise)))
+
+
+def n_steps(config: TrainConfig, n_cells: int) -> int:
+    """Minibatches an epoch. They are of nearly equal size, so that the last is never a single cell."""
+    return min(math.ceil(n_cells / config.batch_size), n_cells // 2)
+
+
+def kl_weight(config: TrainConfig, step: int, total: int) -> float:
+    """Weight of the KL term in one step's loss: a linear rise over the warm-up's share of all steps, then full."""
+    warmup = config.kl_warmup * total
+    return config.kl_weight * min(1.0, (step + 1) / warmup) if warmup else config.kl_weight
 
 
 def train(
@@ -136,24 +147,21 @@ def train(
     if checkpoint is not None and checkpoint.exists():
         _resume(state, checkpoint, identity)
     epochs = n_epochs(config, len(train_rows))
-    # minibatches of nearly equal size, so that the last one is never a cell or two
-    steps = math.ceil(len(train_rows) / config.batch_size)
-    warmup = config.kl_warmup * epochs * steps
+    steps = n_steps(config, len(train_rows))
     noise = torch.Generator(device)
+    cells = None
     with _bar(progress, epochs, state.epoch) as show:
-        while state.epoch < epochs:
+        while state.epoch < epochs and not _has_stalled(state, config):
             began = time.perf_counter()
             order = np.random.default_rng([seed, state.epoch]).permutation(train_rows)
             batches = np.array_split(order, steps)
             model.train()
             for rows in batches[state.step - state.epoch * steps :]:
-                kl_weight = config.kl_weight * min(1.0, (state.step + 1) / warmup if warmup else 1.0)
                 noise.manual_seed(seed * 1_000_003 + state.step)
                 cells = counts.gather(torch.from_numpy(rows).to(device))
                 reconstruction_n, kl_z_n, kl_l_n = model.elbo_terms(cells, noise)
-                loss = (kl_weight * kl_z_n + kl_l_n - reconstruction_n).mean()
-                rate = learning_rate(config, state.step, epochs * steps)
-                optimiser.param_groups[0]["lr"] = rate
+                loss = (kl_weight(config, state.step, epochs * steps) * kl_z_n + kl_l_n - reconstruction_n).mean()
+                optimiser.param_groups[0]["lr"] = learning_rate(config, state.step, epochs * steps)
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
                 if config.gradient_clip:
@@ -162,31 +170,33 @@ def train(
                 state.step += 1
                 elbo = float((reconstruction_n - kl_z_n - kl_l_n).detach().sum())
                 if not math.isfinite(elbo):
-                    raise UserError(_diagnosis(state, config, cells.x_ng, steps, checkpoint))
+                    raise UserError(_diagnosis(state, config, cells, steps, checkpoint))
                 state.elbo_sum += elbo
                 if stop():
+                    _check_weights(state, config, cells, steps, checkpoint)
                     if checkpoint is not None:
                         _save(state, checkpoint, identity)
                     raise Interrupted
-            state.epoch += 1
-            train_elbo = state.elbo_sum / len(train_rows)
-            state.elbo_sum = 0.0
+            # the last step's update is not in its loss; nothing that is not finite may reach the checkpoint
+            _check_weights(state, config, cells, steps, checkpoint)
             validation_elbo = elbo_of(model, counts, validation_rows, seed) if len(validation_rows) else math.nan
+            if len(validation_rows) and not math.isfinite(validation_elbo):
+                raise UserError(_diagnosis(state, config, cells, steps, checkpoint))
+            state.epoch += 1
+            train_elbo, state.elbo_sum = state.elbo_sum / len(train_rows), 0.0
             seconds = time.perf_counter() - began
-            state.history.append([state.epoch, seconds, train_elbo, validation_elbo, kl_weight, rate])
+            schedule = [rule(config, state.step - 1, epochs * steps) for rule in (kl_weight, learning_rate)]
+            state.history.append([state.epoch, seconds, train_elbo, validation_elbo, *schedule])
             show(train_elbo, validation_elbo, len(train_rows) / seconds)
-            done = False
             # the ELBO of a model still under warm-up is no measure of it, so the best is sought from its end
-            if len(validation_rows) and config.early_stopping and state.step >= warmup:
-                if validation_elbo > state.best_elbo:
-                    state.best_elbo, state.best_epoch = validation_elbo, state.epoch
-                    state.best = {k: v.detach().clone() for k, v in model.state_dict().items()}
-                done = state.epoch - state.best_epoch >= config.patience
+            warm = schedule[0] == config.kl_weight
+            if len(validation_rows) and config.early_stopping and warm and validation_elbo > state.best_elbo:
+                state.best_elbo, state.best_epoch = validation_elbo, state.epoch
+                state.best = {k: v.detach().clone() for k, v in model.state_dict().items()}
             if checkpoint is not None:
                 _save(state, checkpoint, identity)
-            if done:
-                log.info("early stopping after epoch %d: no better validation ELBO in %d", state.epoch, config.patience)
-                break
+    if _has_stalled(state, config):
+        log.info("early stopping after epoch %d: no better validation ELBO in %d", state.epoch, config.patience)
     if state.best:
         model.load_state_dict(state.best)
     model.eval()
@@ -221,12 +231,25 @@ def _set_library_prior(model: SCVI, counts: Counts, rows: torch.Tensor) -> None:
         model.library_variance_s[s] = mine_n.var().clamp_min(1e-4)
 
 
-def _diagnosis(state: State, config: TrainConfig, x_ng: torch.Tensor, steps: int, checkpoint: Path | None) -> str:
+def _has_stalled(state: State, config: TrainConfig) -> bool:
+    """Whether early stopping ends the fit: a question to the state alone, so that a resumed fit ends alike."""
+    return bool(state.best) and state.epoch - state.best_epoch >= config.patience
+
+
+def _check_weights(
+    state: State, config: TrainConfig, cells: Minibatch | None, steps: int, checkpoint: Path | None
+) -> None:
+    if not all(torch.isfinite(value).all() for value in state.model.state_dict().values()):
+        raise UserError(_diagnosis(state, config, cells, steps, checkpoint))
+
+
+def _diagnosis(state: State, config: TrainConfig, cells: Minibatch | None, steps: int, checkpoint: Path | None) -> str:
     where = f"epoch {state.epoch + 1}, step {(state.step - 1) % steps + 1} of {steps}"
     if any(not torch.isfinite(p).all() for p in state.model.parameters()):
         cause = f"weights have overflowed; lower train.learning_rate (now {config.learning_rate:g})"
     else:
-        cause = f"a count of {int(x_ng.max())} in this minibatch; look for outlier cells (qc.max_counts)"
+        largest = "" if cells is None else f", such as the count of {int(cells.x_ng.max())} in this minibatch"
+        cause = f"values out of range{largest}; look for outlier cells (qc.max_counts)"
     kept = f"; {checkpoint} holds the last whole epoch" if checkpoint is not None and checkpoint.exists() else ""
     return f"train: the loss is not finite at {where}: {cause}, or set train.gradient_clip{kept}"
 

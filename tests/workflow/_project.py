@@ -1,7 +1,9 @@
 """A small project made by code: three samples in three formats, one configuration, and a real `snakemake` on it."""
 
+import contextlib
 import gzip
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -11,9 +13,12 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pandas as pd
+import pytest
 import scipy.io
 import scipy.sparse as sp
 import yaml
+
+from scvi_core.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -126,6 +131,22 @@ def cli(folder, *arguments):
     """Run `scvi-core` in `folder`."""
     command = [BIN / "scvi-core", *map(str, arguments)]
     return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
+
+
+def here(folder, *arguments):
+    """The same in this process: the entry point itself, without the seconds that imports take."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["scvi-core", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+    if isinstance(code, str):  # as Python itself does at the end of a program
+        err.write(f"{code}\n")
+        code = 1
+    return subprocess.CompletedProcess(arguments, code or 0, out.getvalue(), err.getvalue())
 
 
 def tree(folder, skip=()):

@@ -1,39 +1,57 @@
 # The configuration, checked before anything runs, and what rules take from it.
 import json
+import os
 import re
 
 from snakemake.exceptions import WorkflowError
 
-from scvi_core.config import load_config, load_samples
+from scvi_core.config import check_columns, load_config, load_samples
 from scvi_core.files import UserError
 
 try:
     CONFIG = load_config(config)
     SAMPLES = {row.sample: row for row in load_samples(CONFIG.samples)}
+    check_columns(CONFIG, list(SAMPLES.values()))
 except UserError as error:
     raise WorkflowError(str(error)) from None
 
 ATLAS = CONFIG.folder.as_posix()
 
 
-def part(*keys, drop=()):
-    """The named parts of the configuration as JSON: a rule's `params`, so that it re-runs when just these change."""
-    chosen = CONFIG.model_dump(mode="json", include=set(keys))
-    for section, key in drop:
+def part(*names, drop=()):
+    """Sections or section.keys as JSON: a rule's `params`, so that it re-runs when just these change.
+
+    It comes as a function, because Snakemake would take braces in a text (`/A{2}/`) for wildcards.
+    """
+    everything = CONFIG.model_dump(mode="json")
+    chosen = {}
+    for name in names:
+        section, _, key = name.partition(".")
+        if key:
+            chosen.setdefault(section, {})[key] = everything[section][key]
+        else:
+            chosen[section] = everything[section]
+    for name in drop:
+        section, _, key = name.partition(".")
         del chosen[section][key]
-    return json.dumps(chosen, sort_keys=True)
-
-
-def registry():
-    """What the registry rules read: where MLflow is, and what decides a model's name and weights."""
-    return part("atlas", "results", "registry", "seed", "model", "train")
+    text = json.dumps(chosen, sort_keys=True)
+    return lambda wildcards: text
 
 
 def megabytes(base, per_megabyte):
     """Memory by size of input, more at each attempt."""
 
     def estimate(wildcards, input, attempt):
-        return int(attempt * (base + per_megabyte * input.size_mb))
+        inside = [
+            os.path.join(at, name)
+            for path in input
+            for at, _, names in os.walk(path)
+            for name in names
+        ]
+        size = (
+            input.size_mb + sum(map(os.path.getsize, inside)) / 1e6
+        )  # size_mb does not look into folders
+        return int(attempt * (base + per_megabyte * size))
 
     return estimate
 

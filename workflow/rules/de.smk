@@ -1,11 +1,11 @@
 rule de:
     input:
         store=rules.store.output.store,
-        model=rules.train.output.model,
+        model=rules.train.output.weights,
         cells=rules.cluster.output.cells,
     output:
-        de=f"{ATLAS}/de.parquet",
-        decisions=f"{ATLAS}/decisions/de.jsonl",
+        de=update(f"{ATLAS}/de.parquet"),
+        decisions=update(f"{ATLAS}/decisions/de.jsonl"),
     log:
         f"{ATLAS}/logs/de.log",
     benchmark:
@@ -15,7 +15,8 @@ rule de:
         mem_mb=megabytes(3000, 20),
         runtime=minutes(20, 0.2),
     params:
+        model=subpath(input.model, parent=True),
         config=part("seed", "threads", "device", "de"),
     shell:
-        "scvi-core de --store {input.store:q} --model {input.model:q} --cells {input.cells:q} --config {params.config:q}"
+        "scvi-core de --store {input.store:q} --model {params.model:q} --cells {input.cells:q} --config {params.config:q}"
         " --out {output.de:q} --decisions {output.decisions:q} 2> {log:q}"

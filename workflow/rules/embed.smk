@@ -1,9 +1,9 @@
 rule embed:
     input:
         store=rules.store.output.store,
-        model=rules.train.output.model,
+        model=rules.train.output.weights,
     output:
-        f"{ATLAS}/latent.parquet",
+        update(f"{ATLAS}/latent.parquet"),
     log:
         f"{ATLAS}/logs/embed.log",
     benchmark:
@@ -13,9 +13,10 @@ rule embed:
         mem_mb=megabytes(2500, 20),
         runtime=minutes(10, 0.1),
     params:
+        model=subpath(input.model, parent=True),
         config=part("threads", "device"),
     shell:
-        "scvi-core embed --store {input.store:q} --model {input.model:q} --config {params.config:q} --out {output:q}"
+        "scvi-core embed --store {input.store:q} --model {params.model:q} --config {params.config:q} --out {output:q}"
         " 2> {log:q}"
 
 
@@ -24,8 +25,8 @@ rule cluster:
         store=rules.store.output.store,
         latent=rules.embed.output,
     output:
-        cells=f"{ATLAS}/cells.parquet",
-        decisions=f"{ATLAS}/decisions/cluster.jsonl",
+        cells=update(f"{ATLAS}/cells.parquet"),
+        decisions=update(f"{ATLAS}/decisions/cluster.jsonl"),
     log:
         f"{ATLAS}/logs/cluster.log",
     benchmark:

@@ -3,8 +3,8 @@ rule genes:
         counts=expand(rules.ingest.output.counts, sample=SAMPLES),
         qc=expand(rules.qc.output.qc, sample=SAMPLES),
     output:
-        genes=f"{ATLAS}/genes.parquet",
-        decisions=f"{ATLAS}/decisions/genes.jsonl",
+        genes=update(f"{ATLAS}/genes.parquet"),
+        decisions=update(f"{ATLAS}/decisions/genes.jsonl"),
     log:
         f"{ATLAS}/logs/genes.log",
     benchmark:
@@ -14,7 +14,7 @@ rule genes:
         mem_mb=megabytes(3000, 1),
         runtime=minutes(15, 0.05),
     params:
-        config=part("input", "genes"),
+        config=part("input.genes", "genes"),
     shell:
         "scvi-core genes {input.counts:q} --config {params.config:q} --out {output.genes:q}"
         " --decisions {output.decisions:q} 2> {log:q}"
@@ -27,7 +27,7 @@ rule store:
         genes=rules.genes.output.genes,
     output:
         store=directory(f"{ATLAS}/counts.zarr"),
-        decisions=f"{ATLAS}/decisions/store.jsonl",
+        decisions=update(f"{ATLAS}/decisions/store.jsonl"),
     log:
         f"{ATLAS}/logs/store.log",
     benchmark:
@@ -37,7 +37,7 @@ rule store:
         mem_mb=megabytes(3000, 2),
         runtime=minutes(10, 0.05),
     params:
-        config=part("input"),
+        config=part("input.metadata"),
     shell:
         "scvi-core store {input.counts:q} --genes {input.genes:q} --config {params.config:q} --out {output.store:q}"
         " --decisions {output.decisions:q} 2> {log:q}"

@@ -2,8 +2,8 @@ rule ingest:
     input:
         lambda wildcards: SAMPLES[wildcards.sample].path,
     output:
-        counts=f"{ATLAS}/samples/{{sample}}/counts.h5ad",
-        decisions=f"{ATLAS}/decisions/ingest.{{sample}}.jsonl",
+        counts=update(f"{ATLAS}/samples/{{sample}}/counts.h5ad"),
+        decisions=update(f"{ATLAS}/decisions/ingest.{{sample}}.jsonl"),
     log:
         f"{ATLAS}/logs/ingest.{{sample}}.log",
     benchmark:
@@ -14,10 +14,8 @@ rule ingest:
         runtime=minutes(10, 0.05),
     params:
         batch=lambda wildcards: SAMPLES[wildcards.sample].batch,
-        metadata=lambda wildcards: json.dumps(
-            SAMPLES[wildcards.sample].metadata, sort_keys=True
-        ),
-        config=part("input"),
+        metadata=lambda wildcards: json.dumps(SAMPLES[wildcards.sample].metadata),
+        config=part("input", drop=["input.genes"]),
     shell:
-        "scvi-core ingest {input:q} --sample {wildcards.sample:q} --batch {params.batch:q} --metadata {params.metadata:q}"
-        " --config {params.config:q} --out {output.counts:q} --decisions {output.decisions:q} 2> {log:q}"
+        "scvi-core ingest --sample {wildcards.sample:q} --batch {params.batch:q} --metadata {params.metadata:q}"
+        " --config {params.config:q} --out {output.counts:q} --decisions {output.decisions:q} -- {input:q} 2> {log:q}"

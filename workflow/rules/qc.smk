@@ -2,14 +2,14 @@ rule qc:
     input:
         rules.ingest.output.counts,
     output:
-        qc=f"{ATLAS}/samples/{{sample}}/qc.parquet",
+        qc=update(f"{ATLAS}/samples/{{sample}}/qc.parquet"),
         figure=report(
-            f"{ATLAS}/samples/{{sample}}/qc.png",
+            update(f"{ATLAS}/samples/{{sample}}/qc.png"),
             caption="../report/qc.rst",
             category="Quality control",
             labels={"sample": "{sample}"},
         ),
-        decisions=f"{ATLAS}/decisions/qc.{{sample}}.jsonl",
+        decisions=update(f"{ATLAS}/decisions/qc.{{sample}}.jsonl"),
     log:
         f"{ATLAS}/logs/qc.{{sample}}.log",
     benchmark:

@@ -1,10 +1,10 @@
 rule register:
     input:
-        model=rules.train.output.model,
+        model=rules.train.output.weights,
         run=rules.train.output.run,
         cells=rules.cluster.output.cells,
     output:
-        f"{ATLAS}/model_ref.json",
+        update(f"{ATLAS}/model_ref.json"),
     log:
         f"{ATLAS}/logs/register.log",
     benchmark:
@@ -15,6 +15,8 @@ rule register:
         runtime=10,
     params:
         folder=subpath(output[0], parent=True),
-        config=registry(),
+        config=part(
+            *(set(type(CONFIG).model_fields) - {"samples", "cluster", "de", "report"})
+        ),
     shell:
         "scvi-core register {params.folder:q} --config {params.config:q} --out {output:q} 2> {log:q}"

@@ -3,18 +3,20 @@ rule report:
         qc=expand(rules.qc.output.qc, sample=SAMPLES),
         genes=rules.genes.output.genes,
         store=rules.store.output.store,
-        model=rules.train.output.model,
+        model=rules.train.output.weights,
         latent=rules.embed.output,
         cells=rules.cluster.output.cells,
         de=rules.de.output.de,
         reference=rules.register.output,
     output:
         page=report(
-            f"{ATLAS}/report.html", caption="../report/atlas.rst", category="Atlas"
+            update(f"{ATLAS}/report.html"),
+            caption="../report/atlas.rst",
+            category="Atlas",
         ),
-        metrics=f"{ATLAS}/metrics.json",
-        decisions=f"{ATLAS}/decisions.jsonl",
-        manifest=f"{ATLAS}/manifest.json",
+        metrics=update(f"{ATLAS}/metrics.json"),
+        decisions=update(f"{ATLAS}/decisions.jsonl"),
+        manifest=update(f"{ATLAS}/manifest.json"),
         figures=report(
             directory(f"{ATLAS}/figures"),
             patterns=["{figure}.png"],
@@ -32,6 +34,6 @@ rule report:
         runtime=minutes(15, 0.05),
     params:
         folder=subpath(output[0], parent=True),
-        config=json.dumps(CONFIG.model_dump(mode="json"), sort_keys=True),
+        config=part(*type(CONFIG).model_fields),
     shell:
         "scvi-core report {params.folder:q} --config {params.config:q} 2> {log:q}"

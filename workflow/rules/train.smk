@@ -3,7 +3,7 @@ rule lookup:
         rules.store.output.store,
     output:
         found=directory(f"{ATLAS}/lookup"),
-        decisions=f"{ATLAS}/decisions/lookup.jsonl",
+        decisions=update(f"{ATLAS}/decisions/lookup.jsonl"),
     log:
         f"{ATLAS}/logs/lookup.log",
     benchmark:
@@ -13,7 +13,7 @@ rule lookup:
         mem_mb=megabytes(2000, 20),
         runtime=minutes(10, 0.02),
     params:
-        config=registry(),
+        config=part("results", "registry.tracking_uri", "seed", "model", "train"),
     shell:
         "scvi-core lookup --store {input:q} --config {params.config:q} --out {output.found:q}"
         " --decisions {output.decisions:q} 2> {log:q}"
@@ -25,9 +25,11 @@ rule train:
         store=rules.store.output.store,
         found=rules.lookup.output.found,
     output:
-        model=directory(f"{ATLAS}/model"),
-        run=f"{ATLAS}/logs/train_run.json",
-        decisions=f"{ATLAS}/decisions/train.jsonl",
+        weights=update(f"{ATLAS}/model/model.safetensors"),
+        card=update(f"{ATLAS}/model/model.json"),
+        history=update(f"{ATLAS}/model/history.parquet"),
+        run=update(f"{ATLAS}/logs/train_run.json"),
+        decisions=update(f"{ATLAS}/decisions/train.jsonl"),
     log:
         f"{ATLAS}/logs/train.log",
     benchmark:
@@ -38,10 +40,9 @@ rule train:
         runtime=minutes(120, 2),
         gpu=0 if CONFIG.device == "cpu" else 1,
     params:
-        config=part(
-            "seed", "threads", "device", "model", "train", drop=[("model", "reuse")]
-        ),
+        model=subpath(output.weights, parent=True),
+        config=part("seed", "threads", "device", "model", "train", drop=["model.reuse"]),
         checkpoints=f"{ATLAS}/.checkpoints",
     shell:
-        "scvi-core train --store {input.store:q} --found {input.found:q} --config {params.config:q} --out {output.model:q}"
+        "scvi-core train --store {input.store:q} --found {input.found:q} --config {params.config:q} --out {params.model:q}"
         " --run {output.run:q} --checkpoints {params.checkpoints:q} --decisions {output.decisions:q} 2> {log:q}"

@@ -1,0 +1,191 @@
+import dataclasses
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import torch
+from _data import cells, packed
+
+from scvi_core.counts import Schema, content_digest, fingerprint, pack
+from scvi_core.files import UserError
+
+
+def adata_of(x, batch=None):
+    n, g = x.shape
+    obs = pd.DataFrame({"batch": batch or ["a"] * n}, index=[f"c{i}" for i in range(n)])
+    return ad.AnnData(x, obs, pd.DataFrame(index=[f"G{i}" for i in range(g)]))
+
+
+def bare(adata):
+    return pack(adata, Schema.of(adata, None))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("form", ["csr", "csc", "coo", "dense", "float"])
+def test_gather_is_the_dense_rows(seed, form):
+    rng = np.random.default_rng(seed)
+    n, g = rng.integers(1, 60), rng.integers(1, 50)
+    x = rng.poisson(rng.choice([0.1, 1, 5], (n, g)))
+    x[np.arange(n), rng.integers(0, g, n)] += 1
+    sparse = {"csr": sp.csr_matrix, "csc": sp.csc_matrix, "coo": lambda v: sp.csr_matrix(sp.coo_matrix(v))}
+    counts = bare(adata_of(sparse.get(form, lambda v: v.astype(float) if form == "float" else v)(x)))
+    rows = rng.integers(0, n, 30)  # any order, some twice
+    minibatch = counts.gather(torch.from_numpy(rows))
+    assert minibatch.x_ng.dtype == torch.float32 and np.array_equal(minibatch.x_ng.numpy(), x[rows])
+    assert np.array_equal(minibatch.library_n.numpy(), x[rows].sum(1))
+    assert np.array_equal(counts.library().numpy(), x.sum(1)) and len(counts) == n
+    assert np.array_equal(np.sort(minibatch.nonzero_m.numpy()), np.flatnonzero(x[rows]))
+    assert minibatch.covariates_nc.shape == (30, 0)
+    assert counts.gather(torch.arange(0)).x_ng.shape == (0, g)
+
+
+@pytest.mark.parametrize(
+    ("top", "dtype"), [(255, torch.uint8), (256, torch.int16), (32767, torch.int16), (70000, torch.int32)]
+)
+def test_smallest_integers_that_hold_the_counts(top, dtype):
+    x = np.array([[1, 0, top], [0, 2, 0]])
+    for kind in (np.int64, np.float32, np.uint32):
+        counts = bare(adata_of(sp.csr_matrix(x.astype(kind))))
+        assert counts.values_m.dtype == dtype and counts.genes_m.dtype == torch.int32
+        assert np.array_equal(counts.gather(torch.arange(2)).x_ng.numpy(), x)
+
+
+def test_untidy_sparse_input():
+    """Unsorted indices, duplicates (which add up, beyond their type), explicit zeros: counted, not written to."""
+    data = np.array([3, 200, 100, 0, 7], dtype=np.uint8)
+    x = sp.csr_matrix((data, np.array([2, 0, 0, 1, 1]), np.array([0, 4, 5])), shape=(2, 3))
+    before = x.data.copy(), x.indices.copy()
+    counts = bare(adata_of(x))
+    assert np.array_equal(counts.gather(torch.arange(2)).x_ng.numpy(), [[300, 0, 3], [0, 7, 0]])
+    assert counts.indptr_n.tolist() == [0, 2, 3] and (counts.values_m > 0).all()
+    assert np.array_equal(x.data, before[0]) and np.array_equal(x.indices, before[1])
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [
+        (-1.0, "negative counts"),
+        (0.5, "not whole numbers .such as 0.5.: they look normalised"),
+        (np.nan, "not finite"),
+        (np.inf, "not finite"),
+        (2.0**31, "beyond 2"),
+    ],
+)
+@pytest.mark.parametrize("dense", [True, False])
+def test_what_is_not_a_count_is_refused(value, match, dense):
+    x = np.ones((3, 4))
+    x[1, 2] = value
+    with pytest.raises(UserError, match=match) as error:
+        bare(adata_of(x if dense else sp.csr_matrix(x)))
+    assert "\n" not in str(error.value)
+
+
+def test_other_refusals():
+    adata = cells(20)
+    schema, _ = packed(adata, ("day",), ("age",))
+    with pytest.raises(UserError, match=r"2 of the model's 25 genes are missing .such as 'G3'"):
+        pack(adata[:, ~adata.var_names.isin(["G3", "G7"])].copy(), schema)
+    twice = adata.copy()
+    twice.var_names = ["G0", *adata.var_names[:-1]]
+    with pytest.raises(UserError, match="gene names repeat"):
+        pack(twice, schema)
+    with pytest.raises(UserError, match="no layer 'raw'"):
+        pack(adata, schema, layer="raw")
+    empty = adata.copy()
+    empty.X = empty.X.toarray()
+    empty.X[4] = 0
+    with pytest.raises(UserError, match=r"1 cells have no counts in the model's genes .such as 'cell4'"):
+        pack(empty, schema)
+    with pytest.raises(UserError, match="no column 'bach'; did you mean 'batch'"):
+        Schema.of(adata, "bach")
+    for column, change, match in (
+        ("batch", "b9", "'b9' is not one the model was trained on .b0, b1"),
+        ("day", "d9", "'d9' is not one the model was trained on"),
+        ("batch", None, "1 cells have no value"),
+        ("age", np.inf, "not finite"),
+    ):
+        other = adata.copy()
+        other.obs[column] = other.obs[column].astype(object if change is None else other.obs[column].dtype)
+        other.obs.loc["cell3", column] = change
+        with pytest.raises(UserError, match=match):
+            pack(other, schema)
+    with pytest.raises(UserError, match="not numbers"):
+        Schema.of(adata, None, (), ("day",))
+    same = adata.copy()
+    same.obs["age"] = 3.0
+    with pytest.raises(UserError, match="same value in every cell"):
+        Schema.of(same, None, (), ("age",))
+
+
+def test_codes_are_the_schemas_whatever_cells_come():
+    adata = cells(30)
+    schema, counts = packed(adata, ("day",), ("age",))
+    assert schema.batches == ("b0", "b1") and schema.categorical == {"day": ("d0", "d1", "d2")}
+    mean, spread = schema.continuous["age"]
+    assert np.isclose(mean, adata.obs["age"].mean()) and np.isclose(spread, adata.obs["age"].std(ddof=0))
+    # fewer levels, as categories in another order: same codes
+    some = adata[(adata.obs["day"] != "d0").to_numpy()].copy()
+    some.obs["day"] = pd.Categorical(some.obs["day"], categories=["d2", "d1"])
+    some.obs["batch"] = pd.Categorical(some.obs["batch"], categories=["b1", "b0"])
+    rows = np.flatnonzero((adata.obs["day"] != "d0").to_numpy())
+    again = pack(some, schema)
+    for name in ("batch_n", "categories_nc", "continuous_nc"):
+        assert torch.equal(getattr(again, name), getattr(counts, name)[rows])
+    covariates = counts.gather(torch.arange(30)).covariates_nc
+    assert covariates.shape == (30, 4) and (covariates[:, :3].sum(1) == 1).all()
+    assert [f"d{i}" for i in covariates[:, :3].argmax(1)] == list(adata.obs["day"])
+    np.testing.assert_allclose(covariates[:, 3].numpy(), (adata.obs["age"] - mean) / spread, rtol=1e-5, atol=1e-6)
+    # numbers as batches are text, and JSON brings a schema back
+    adata.obs["batch"] = np.arange(30) % 3
+    schema = Schema.of(adata, "batch", ("day",), ("age",))
+    assert schema.batches == ("0", "1", "2") and Schema.from_dict(dataclasses.asdict(schema)) == schema
+
+
+def test_unseen_batches_where_they_do_not_matter():
+    adata = cells(20)
+    schema, _ = packed(adata)
+    other = adata.copy()
+    other.obs["batch"] = "elsewhere"
+    assert pack(other, schema, unseen_batches=True).batch_n.tolist() == [0] * 20
+    del other.obs["batch"]
+    assert pack(other, schema, unseen_batches=True).batch_n.tolist() == [0] * 20
+    with pytest.raises(UserError, match="no column 'batch'"):
+        pack(other, schema)
+
+
+def test_genes_in_any_order_and_more_of_them():
+    adata = cells(20)
+    schema, counts = packed(adata)
+    more = ad.concat([adata, adata[:, :3].copy()[:, [2, 1, 0]]], axis=1, merge="same", index_unique=None)
+    more.var_names = [*adata.var_names, "X0", "X1", "X2"]
+    more.obs = adata.obs
+    order = np.random.default_rng(0).permutation(28)
+    again = pack(more[:, order].copy(), schema)
+    assert torch.equal(again.gather(torch.arange(20)).x_ng, counts.gather(torch.arange(20)).x_ng)
+    view = pack(more[:, order], schema)  # a view does as well
+    assert torch.equal(view.values_m, again.values_m) and torch.equal(view.genes_m, again.genes_m)
+
+
+def test_digests():
+    adata = cells(20)
+    schema, counts = packed(adata)
+    digest = content_digest(adata, counts)
+    wide = adata.copy()
+    wide.X = wide.X.astype(np.float64)
+    assert content_digest(wide, pack(wide, schema)) == digest
+    for change in ("name", "count", "batch"):
+        other = adata.copy()
+        if change == "name":
+            other.obs_names = ["renamed", *adata.obs_names[1:]]
+        elif change == "count":
+            other.X.data[0] += 1
+        else:
+            other.obs["batch"] = ["b1", *adata.obs["batch"][1:]]
+        assert content_digest(other, pack(other, schema)) != digest, change
+    base = [schema, {"cells": digest}, {"a": 1}, {"b": 1}, 0, "code"]
+    marks = {fingerprint(*base)}
+    for i, change in enumerate([Schema.of(adata, None), {"cells": "x"}, {"a": 2}, {"b": 2}, 1, "other"]):
+        marks.add(fingerprint(*base[:i], change, *base[i + 1 :]))
+    assert len(marks) == 7 and fingerprint(*base) in marks
