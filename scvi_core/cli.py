@@ -635,6 +635,8 @@ def _write_schemas(folder: Path) -> None:
 
 def main() -> None:
     """Entry point: a :class:`UserError` becomes one line and exit code 1; what is unexpected keeps its traceback."""
+    # on cores that other work shares, threads that spin while they wait cost a factor of ten; set before torch loads
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         app()
     except UserError as error:

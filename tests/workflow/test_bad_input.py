@@ -299,7 +299,7 @@ def steps(built, tmp_path):
     shutil.copytree(built / "results" / "small" / "samples", tmp_path / "samples")
 
     def run(command, *arguments, **config):
-        return cli(tmp_path, command, *arguments, "--config", json.dumps(changed(CONFIG, **config)))
+        return here(tmp_path, command, *arguments, "--config", json.dumps(changed(CONFIG, **config)))
 
     run.folder = tmp_path
     return run
@@ -352,19 +352,19 @@ def test_design(steps):
     refused(steps(*look, registry__tracking_uri="ftp://x"), "registry.tracking_uri", "ftp://x")
     refused(steps("lookup", "--store", "none.zarr", "--out", "found"), "none.zarr", "scvi-core store")
     uri = ["--tracking-uri", "http://127.0.0.1:9"]
-    refused(cli(steps.folder, "models", "list", *uri), "http://127.0.0.1:9", "cannot be reached")
+    refused(here(steps.folder, "models", "list", *uri), "http://127.0.0.1:9", "cannot be reached")
     assert tree(steps.folder) == before
 
 
 def test_de_and_report(built, atlas, tmp_path):
     config = json.dumps(changed(CONFIG, de__groupby="site"))
     out = ["--cells", atlas / "cells.parquet", "--config", config, "--out", "de.parquet"]
-    done = cli(tmp_path, "de", "--store", atlas / "counts.zarr", "--model", atlas / "model", *out)
+    done = here(tmp_path, "de", "--store", atlas / "counts.zarr", "--model", atlas / "model", *out)
     refused(done, "de.groupby", "site", "donor")
-    done = cli(tmp_path, "de", "--store", atlas / "counts.zarr", "--model", tmp_path, *out)
+    done = here(tmp_path, "de", "--store", atlas / "counts.zarr", "--model", tmp_path, *out)
     refused(done)
-    refused(cli(tmp_path, "report", tmp_path / "none"), "cells.parquet", "missing")
-    refused(cli(tmp_path, "register", tmp_path / "none"), "model.json")
+    refused(here(tmp_path, "report", tmp_path / "none"), "cells.parquet", "missing")
+    refused(here(tmp_path, "register", tmp_path / "none"), "model.json")
     assert not list(tmp_path.iterdir())
 
 

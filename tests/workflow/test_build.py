@@ -18,7 +18,7 @@ from _project import (
     changed,
     cli,
     frame,
-    make,
+    here,
     snakemake,
     tree,
     write_config,
@@ -169,9 +169,8 @@ def test_report_stands_alone(atlas):
 
 def rerun(folder):
     """Rule → number of jobs that a build would run now."""
-    done = snakemake(folder, "-n", "--quiet", "rules")
-    assert done.returncode == 0, done.stdout + done.stderr
     done = snakemake(folder, "-n")
+    assert done.returncode == 0, done.stdout + done.stderr
     stats = re.search(r"^job +count\n-.*\n((?:\w+ +\d+\n)*)", done.stdout + done.stderr, re.MULTILINE)
     rows = stats[1].split("\n")[:-1] if stats else []
     return {rule: int(n) for rule, n in map(str.split, rows) if rule not in ("all", "atlas", "total")}
@@ -229,10 +228,8 @@ def artefacts(folder):
     return {str(p.relative_to(atlas)): sha256_file(p) for p in paths}
 
 
-def test_the_same_build_elsewhere_gives_the_same_bytes(built, tmp_path):
-    twin = make(tmp_path / "twin")
-    done = snakemake(twin)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_the_same_build_elsewhere_gives_the_same_bytes(builds):
+    built, twin = builds
     assert artefacts(twin) == artefacts(built)
     assert json.loads((twin / "results/small/model_ref.json").read_text())["reused"] is False
 
@@ -245,7 +242,7 @@ def second(built, tmp_path_factory):
     for path in (folder / "results").iterdir():
         if path.name != "small":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for name in ("lookup", "model", "latent.parquet", "cells.parquet", "de.parquet", "model_ref.json", "manifest.json"):
+    for name in ("model", "latent.parquet", "cells.parquet", "de.parquet", "model_ref.json", "manifest.json"):
         path = folder / "results" / "small" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return folder
@@ -271,19 +268,19 @@ def test_require_without_a_model_fails_and_leaves_results(built, tmp_path):
         built / "results/small/counts.zarr",
         json.dumps(changed(CONFIG, model__reuse="require", results="r")),
     )
-    done = cli(tmp_path, "lookup", "--store", store, "--config", config, "--out", "found")
+    done = here(tmp_path, "lookup", "--store", store, "--config", config, "--out", "found")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert re.search(r"^error: .*require.*no model.*exact", done.stderr, re.MULTILINE)
     assert not (tmp_path / "found").exists() and not (tmp_path / "r").exists()
     config = json.dumps(changed(CONFIG, model__reuse="require", results=str(built / "results")))
-    done = cli(tmp_path, "lookup", "--store", store, "--config", config, "--out", "found")
+    done = here(tmp_path, "lookup", "--store", store, "--config", config, "--out", "found")
     assert done.returncode == 0 and (tmp_path / "found" / "model" / "model.safetensors").exists()
 
 
 def test_never_trains_again(built, tmp_path):
     store, config = built / "results/small/counts.zarr", changed(CONFIG, model__reuse="never", train__max_epochs=2)
     common = ["--store", store, "--config", json.dumps(config)]
-    assert cli(tmp_path, "lookup", *common, "--out", "found").returncode == 0
+    assert here(tmp_path, "lookup", *common, "--out", "found").returncode == 0
     assert json.loads((tmp_path / "found" / "lookup.json").read_text())["found"] is None
     done = cli(tmp_path, "train", *common, "--found", "found", "--out", "model", "--run", "run.json")
     assert done.returncode == 0 and "epoch 2/2" in done.stderr
@@ -319,7 +316,8 @@ def test_pyfunc_embeds_as_the_atlas_did(built, atlas, tracking_uri, monkeypatch)
 def test_map_equals_the_atlas(built, atlas, tracking_uri, tmp_path, sample, path):
     model = atlas / "model" if sample == "a" else "models:/small/latest"
     query = ["map", built / path, "--model", model, "--tracking-uri", tracking_uri, "--config", json.dumps(CONFIG)]
-    done = cli(tmp_path, *query, "--out", "latent.parquet")
+    run = cli if sample == "a" else here
+    done = run(tmp_path, *query, "--out", "latent.parquet")
     assert done.returncode == 0, done.stderr
     mapped, latent = pd.read_parquet(tmp_path / "latent.parquet"), pd.read_parquet(atlas / "latent.parquet")
     assert types(tmp_path / "latent.parquet") == types(atlas / "latent.parquet")
@@ -330,20 +328,20 @@ def test_map_equals_the_atlas(built, atlas, tracking_uri, tmp_path, sample, path
 
 def test_map_refuses_strangers(atlas, tmp_path):
     write_h5ad(tmp_path / "x.h5ad", frame(0).rename(columns=lambda g: f"X{g}"))
-    done = cli(tmp_path, "map", "x.h5ad", "--model", atlas / "model", "--out", "latent.parquet")
+    done = here(tmp_path, "map", "x.h5ad", "--model", atlas / "model", "--out", "latent.parquet")
     assert done.returncode == 1 and "genes are missing" in done.stderr and "Traceback" not in done.stderr
-    done = cli(tmp_path, "map", "x.h5ad", "--model", "models:/small", "--out", "latent.parquet")
+    done = here(tmp_path, "map", "x.h5ad", "--model", "models:/small", "--out", "latent.parquet")
     assert done.returncode == 1 and "models:/name" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_models_list_show_promote(built, atlas):
     fingerprint = json.loads((atlas / "model_ref.json").read_text())["fingerprint"]
-    done = cli(built, "models", "list")  # the default URI is the project's own
+    done = here(built, "models", "list")  # the default URI is the project's own
     assert done.returncode == 0 and re.search(r"\bsmall\s+1\b", done.stdout) and fingerprint[:8] in done.stdout
-    assert cli(built, "models", "promote", "small", "1", "--alias", "champion").returncode == 0
-    shown = json.loads(cli(built, "models", "show", "small", "champion").stdout)
+    assert here(built, "models", "promote", "small", "1", "--alias", "champion").returncode == 0
+    shown = json.loads(here(built, "models", "show", "small", "champion").stdout)
     assert shown["version"] == "1" and shown["aliases"] == ["champion"] and shown["metrics"]
     assert str(shown["organism"]) == "human" and int(shown["n_genes"]) == 100
     for arguments in (("show", "nobody"), ("show", "small", "7"), ("promote", "small", "7"), ("show", "small", "@x")):
-        done = cli(built, "models", *arguments)
+        done = here(built, "models", *arguments)
         assert done.returncode == 1 and done.stderr.count("error:") == 1 and "Traceback" not in done.stderr

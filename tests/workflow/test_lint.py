@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from _project import BIN, ROOT, cli, environment, make, snakemake
+from _project import BIN, ROOT, cli, environment, here, make, snakemake
 
 COMMANDS = ["validate", "ingest", "qc", "genes", "store", "lookup", "train", "embed", "cluster", "de", "register"]
 COMMANDS += ["report", "map"]
@@ -47,7 +47,7 @@ def test_schemas_are_those_of_the_configuration(tmp_path):
 
 @pytest.mark.parametrize("command", [[], ["models"], *([c] for c in COMMANDS), *(["models", c] for c in MODELS)])
 def test_help(command, tmp_path):
-    done = cli(tmp_path, *command, "--help")
+    done = here(tmp_path, *command, "--help")
     assert done.returncode == 0 and not done.stderr
     if command in ([], ["models"]):
         assert all(name in done.stdout for name in (MODELS if command else COMMANDS))

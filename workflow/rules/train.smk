@@ -2,7 +2,7 @@ rule lookup:
     input:
         rules.store.output.store,
     output:
-        found=directory(f"{ATLAS}/lookup"),
+        found=temp(directory(f"{ATLAS}/lookup")),
         decisions=update(f"{ATLAS}/decisions/lookup.jsonl"),
     log:
         f"{ATLAS}/logs/lookup.log",
