@@ -35,7 +35,7 @@ from scvi_core.files import Decisions, UserError, canonical_json, replacing, sha
 from scvi_core.log import log
 from scvi_core.preprocess.store import read_store
 
-RESOLUTIONS = (1.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.2, 1.6, 2.0)  # the cluster step's, then a grid
+RESOLUTIONS = (0.5, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.2, 1.6, 2.0)  # the cluster step's, then a grid
 COLUMNS = {
     "ARI": "leiden_ari", "NMI": "leiden_nmi", "clusters": "n_clusters", "best ARI": "best_ari", "best NMI": "best_nmi",
     "scIB bio": "Bio conservation", "scIB batch": "Batch correction", "scIB total": "Total",

@@ -170,7 +170,9 @@ class ClusterConfig(Section):
 
     n_neighbors: int = Field(15, ge=2, description="of each cell in the graph")
     resolutions: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (1.0,), min_length=1, description="Leiden resolutions; the first gives the column `cluster`"
+        (0.5, 1.0),
+        min_length=1,
+        description="Leiden resolutions; the first gives `cluster`, others cluster_r{resolution}",
     )
     umap: bool = Field(True, description="draw a UMAP")
     umap_min_dist: float = Field(0.5, ge=0, description="how tightly the UMAP packs cells")

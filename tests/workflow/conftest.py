@@ -6,7 +6,7 @@ from _project import CONFIG, SHEET, make, snakemake, write_config, write_sheet
 
 @pytest.fixture(scope="session")
 def builds(tmp_path_factory):
-    """The small project in two folders, each built once; side by side, as a build alone leaves one of two cores idle."""
+    """The small project in two folders, each built once; side by side, as one build leaves one of two cores idle."""
     base = tmp_path_factory.mktemp("small")
     folders = [make(base / name) for name in ("first", "twin")]
     with ThreadPoolExecutor(2) as pool:
