@@ -50,10 +50,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
             _fsync(temporary)
         os.rename(temporary, path)
         _fsync(path.parent)
-    except OSError as error:
-        if error.errno in (28, 122):  # ENOSPC, EDQUOT
+    except UserError:
+        raise
+    except Exception as error:  # not all libraries raise OSError for what the system tells them
+        code = getattr(error, "errno", None)
+        if code in (28, 122) or "No space left on device" in str(error):  # ENOSPC, EDQUOT
             raise UserError(f"{path}: no space left on the device; free some, then run again") from error
-        if error.errno in (13, 30):  # EACCES, EROFS
+        if code in (13, 30):  # EACCES, EROFS
             raise UserError(f"{path}: cannot be written ({error.strerror}); check the folder's permissions") from error
         raise
     finally:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scvi_core.files import Decisions, UserError, canonical_json, replacing, sha256_text
+from scvi_core.files import Decisions, UserError, canonical_json, replacing, sha256_file, sha256_text
 from scvi_core.preprocess.samples import SampleFile, kept_chunks, open_samples
 
 if TYPE_CHECKING:
@@ -89,9 +89,19 @@ def write_store(
                 data[at : at + part.nnz] = part.data.astype(dtype)
                 indices[at : at + part.nnz] = part.indices
                 at += part.nnz
+        _seal(temporary)
     text = f"{len(obs):,} cells x {len(chosen):,} genes, {at:,} entries, the largest count {largest}"
     decisions.add("stored_as", str(dtype), text)
     return decisions
+
+
+def _seal(store: Path) -> None:
+    """Note the digest of all files in the root's attributes: ``.zattrs`` then stands for the whole folder."""
+    import zarr
+
+    files = sorted(p for p in store.rglob("*") if p.is_file())
+    lines = "".join(f"{sha256_file(p)} {p.relative_to(store).as_posix()}\n" for p in files)
+    zarr.open_group(store, mode="r+").attrs["content_sha256"] = sha256_text(lines)
 
 
 def read_store(path: Path) -> AnnData:

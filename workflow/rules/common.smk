@@ -12,6 +12,13 @@ try:
     CONFIG = load_config(config)
     SAMPLES = {row.sample: row for row in load_samples(CONFIG.samples)}
     check_columns(CONFIG, list(SAMPLES.values()))
+    # a vanished input is an error: Snakemake would go on in silence with what it gave earlier
+    for row in SAMPLES.values():
+        earlier = CONFIG.folder / "samples" / row.sample / "counts.h5ad"
+        if not os.path.exists(row.path) and earlier.exists():
+            raise UserError(
+                f"{CONFIG.samples}: sample '{row.sample}': no file {row.path}; mend the path"
+            )
 except UserError as error:
     raise WorkflowError(str(error)) from None
 
@@ -42,15 +49,18 @@ def megabytes(base, per_megabyte):
     """Memory by size of input, more at each attempt."""
 
     def estimate(wildcards, input, attempt):
+        # an input that stands for its folder: a sample's 10x or zarr folder, the store by its .zattrs
+        folders = [
+            os.path.dirname(path) if path.endswith(".zattrs") else path
+            for path in input
+        ]
         inside = [
             os.path.join(at, name)
-            for path in input
+            for path in folders
             for at, _, names in os.walk(path)
             for name in names
         ]
-        size = (
-            input.size_mb + sum(map(os.path.getsize, inside)) / 1e6
-        )  # size_mb does not look into folders
+        size = input.size_mb + sum(map(os.path.getsize, inside)) / 1e6
         return int(attempt * (base + per_megabyte * size))
 
     return estimate

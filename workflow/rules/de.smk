@@ -15,8 +15,9 @@ rule de:
         mem_mb=megabytes(3000, 20),
         runtime=minutes(20, 0.2),
     params:
+        store=subpath(input.store, parent=True),
         model=subpath(input.model, parent=True),
         config=part("seed", "threads", "device", "de"),
     shell:
-        "scvi-core de --store {input.store:q} --model {params.model:q} --cells {input.cells:q} --config {params.config:q}"
+        "scvi-core de --store {params.store:q} --model {params.model:q} --cells {input.cells:q} --config {params.config:q}"
         " --out {output.de:q} --decisions {output.decisions:q} 2> {log:q}"

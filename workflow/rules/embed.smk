@@ -13,10 +13,11 @@ rule embed:
         mem_mb=megabytes(2500, 20),
         runtime=minutes(10, 0.1),
     params:
+        store=subpath(input.store, parent=True),
         model=subpath(input.model, parent=True),
         config=part("threads", "device"),
     shell:
-        "scvi-core embed --store {input.store:q} --model {params.model:q} --config {params.config:q} --out {output:q}"
+        "scvi-core embed --store {params.store:q} --model {params.model:q} --config {params.config:q} --out {output:q}"
         " 2> {log:q}"
 
 
@@ -36,7 +37,8 @@ rule cluster:
         mem_mb=megabytes(3000, 20),
         runtime=minutes(20, 1),
     params:
+        store=subpath(input.store, parent=True),
         config=part("seed", "threads", "cluster"),
     shell:
-        "scvi-core cluster --store {input.store:q} --latent {input.latent:q} --config {params.config:q}"
+        "scvi-core cluster --store {params.store:q} --latent {input.latent:q} --config {params.config:q}"
         " --out {output.cells:q} --decisions {output.decisions:q} 2> {log:q}"

@@ -26,7 +26,7 @@ rule store:
         qc=expand(rules.qc.output.qc, sample=SAMPLES),
         genes=rules.genes.output.genes,
     output:
-        store=directory(f"{ATLAS}/counts.zarr"),
+        store=update(f"{ATLAS}/counts.zarr/.zattrs"),  # stands for the folder: holds its digest
         decisions=update(f"{ATLAS}/decisions/store.jsonl"),
     log:
         f"{ATLAS}/logs/store.log",
@@ -37,7 +37,8 @@ rule store:
         mem_mb=megabytes(3000, 2),
         runtime=minutes(10, 0.05),
     params:
+        store=subpath(output.store, parent=True),
         config=part("input.metadata"),
     shell:
-        "scvi-core store {input.counts:q} --genes {input.genes:q} --config {params.config:q} --out {output.store:q}"
+        "scvi-core store {input.counts:q} --genes {input.genes:q} --config {params.config:q} --out {params.store:q}"
         " --decisions {output.decisions:q} 2> {log:q}"

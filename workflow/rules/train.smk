@@ -13,9 +13,10 @@ rule lookup:
         mem_mb=megabytes(2000, 20),
         runtime=minutes(10, 0.02),
     params:
+        store=subpath(input[0], parent=True),
         config=part("results", "registry.tracking_uri", "seed", "model", "train"),
     shell:
-        "scvi-core lookup --store {input:q} --config {params.config:q} --out {output.found:q}"
+        "scvi-core lookup --store {params.store:q} --config {params.config:q} --out {output.found:q}"
         " --decisions {output.decisions:q} 2> {log:q}"
 
 
@@ -40,9 +41,10 @@ rule train:
         runtime=minutes(120, 2),
         gpu=0 if CONFIG.device == "cpu" else 1,
     params:
+        store=subpath(input.store, parent=True),
         model=subpath(output.weights, parent=True),
         config=part("seed", "threads", "device", "model", "train", drop=["model.reuse"]),
         checkpoints=f"{ATLAS}/.checkpoints",
     shell:
-        "scvi-core train --store {input.store:q} --found {input.found:q} --config {params.config:q} --out {params.model:q}"
+        "scvi-core train --store {params.store:q} --found {input.found:q} --config {params.config:q} --out {params.model:q}"
         " --run {output.run:q} --checkpoints {params.checkpoints:q} --decisions {output.decisions:q} 2> {log:q}"
