@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -180,10 +180,10 @@ def lookup(
 
     Example: scvi-core lookup --store counts.zarr --config config/config.yaml --out found
     """
-    from scvi_core import registry
+    from scvi_core import registry, steps
 
     settings = load_config(config)
-    wanted = _planned(store, settings).fingerprint
+    wanted = steps.plan(store, settings).fingerprint
     found = None
     if settings.model.reuse != "never":
         found = registry.find(settings.tracking_uri, wanted)
@@ -230,12 +230,12 @@ def train(
 
     Example: scvi-core train --store counts.zarr --config config/config.yaml --out model --checkpoints .checkpoints
     """
-    from scvi_core import api
+    from scvi_core import api, steps
     from scvi_core.train import Interrupted
 
     settings = load_config(config)
     _use_threads(settings.threads)
-    plan = _planned(store, settings)
+    plan = steps.plan(store, settings)
     made = Decisions("train")
     began = time.time()
     if found is not None and (looked := json.loads((found / "lookup.json").read_text()))["found"]:
@@ -244,7 +244,8 @@ def train(
         model = api.load(found / "model")
         made.add("training", "skipped", f"the registered model has the fingerprint {plan.fingerprint[:12]}")
         model.save(out)
-        _write_run(run, settings, began, None, model, reused=True)
+        if run is not None:
+            steps.write_run(run, began, model, reused=True)
         _write_decisions(made, decisions)
         return
     made.add("library", settings.model.library, _library_reason(settings.model.library))
@@ -274,7 +275,8 @@ def train(
     made.add("device", model.card["device"], f"asked for: {settings.device}")
     made.add("epochs", numbers["epochs"], f"the weights of epoch {numbers['kept_epoch']} are kept")
     model.save(out)
-    _write_run(run, settings, began, model.history, model, reused=False)
+    if run is not None:
+        steps.write_run(run, began, model, reused=False)
     _write_decisions(made, decisions)
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
@@ -291,13 +293,13 @@ def embed(
 
     Example: scvi-core embed --store counts.zarr --model model --out latent.parquet
     """
-    from scvi_core import api
+    from scvi_core import api, steps
     from scvi_core.preprocess.store import read_store
 
     settings = load_config(config)
     _use_threads(settings.threads)
     adata = read_store(store)
-    write_parquet(out, _latent_frame(adata.obs_names, api.load(model, settings.device).latent(adata)))
+    write_parquet(out, steps.latent_table(adata.obs_names, api.load(model, settings.device).latent(adata)))
 
 
 @app.command()
@@ -314,6 +316,7 @@ def cluster(
     """
     import pandas as pd
 
+    from scvi_core import steps
     from scvi_core.cluster import cluster as group
     from scvi_core.preprocess.store import read_store
 
@@ -324,7 +327,7 @@ def cluster(
         raise UserError(f"{latent}: its cells are not those of {store}; run `scvi-core embed` again")
     made = Decisions("cluster")
     found = group(z.drop(columns="cell_id").to_numpy("float32"), settings.cluster, settings.seed, made)
-    write_parquet(out, _cells_table(obs, found))
+    write_parquet(out, steps.cells_table(obs, found))
     _write_decisions(made, decisions)
 
 
@@ -496,97 +499,6 @@ def models_promote(
 
     promote(tracking_uri, name, version, alias)
     log.info("models:/%s@%s is version %s", name, alias, version)
-
-
-def _planned(store: Path, settings: Config) -> Any:
-    """What a fit of this store by this configuration would be made of, its fingerprint included."""
-    from types import SimpleNamespace
-
-    from scvi_core import api
-    from scvi_core.config import ModelConfig
-    from scvi_core.counts import Schema, pack
-    from scvi_core.files import canonical_json, sha256_text
-    from scvi_core.preprocess.store import read_store
-
-    adata = read_store(store)
-    model = ModelConfig(**{key: getattr(settings.model, key) for key in ModelConfig.model_fields})
-    schema = Schema.of(adata, "batch", model.categorical_covariates, model.continuous_covariates)
-    api.check_design(model, schema)
-    samples = json.loads(adata.uns["samples"])
-    used = ["batch", *model.categorical_covariates, *model.continuous_covariates]
-    columns = {name: sha256_text("\n".join(adata.obs[name].astype(str))) for name in used}
-    data = {"samples": samples, "columns": columns}
-    about = {
-        "samples": {name: entry["n_cells"] for name, entry in samples.items()},
-        "organism": str(adata.uns["organism"]),
-        "data_sha256": sha256_text(canonical_json(data)),
-    }
-    names = [str(name) for name in adata.var["gene_name"]]
-    return SimpleNamespace(
-        counts=pack(adata, schema),
-        schema=schema,
-        gene_names=names,
-        data=data,
-        model=model,
-        about=about,
-        fingerprint=api.fingerprint_of(schema, data, model, settings.train, settings.seed),
-    )
-
-
-def _latent_frame(cell_ids: Any, z_nk: Any) -> Any:
-    import pandas as pd
-
-    frame = pd.DataFrame(z_nk, columns=[f"z_{k}" for k in range(z_nk.shape[1])])
-    frame.insert(0, "cell_id", [str(c) for c in cell_ids])
-    return frame
-
-
-def _cells_table(obs: Any, found: Any) -> Any:
-    """cells.parquet: the fixed columns, the user's own, then t-SNE and further resolutions."""
-    import pandas as pd
-
-    fixed = ["sample", "batch", "n_counts", "n_genes", "pct_mito", "doublet_score"]
-    front = ["cluster", "umap_1", "umap_2"]
-    own = [column for column in obs.columns if column not in fixed]
-    found = found.set_index(obs.index)
-    table = pd.concat([obs[fixed], found[front], obs[own], found.drop(columns=front)], axis=1)
-    for column in table.columns:
-        if isinstance(table[column].dtype, pd.CategoricalDtype):  # text reads the same in every Parquet reader
-            table[column] = table[column].astype(object).where(table[column].notna(), None)
-    table.insert(0, "cell_id", [str(c) for c in obs.index])
-    return table.reset_index(drop=True)
-
-
-def _write_run(path: Path | None, settings: Config, began: float, history: Any, model: Any, reused: bool) -> None:
-    """Everything about a training run that differs between runs, for MLflow; kept out of the results."""
-    import datetime
-    import platform
-    import resource
-    import subprocess
-
-    import torch
-
-    if path is None:
-        return
-    revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    seconds = time.time() - began
-    epochs = [] if history is None else [round(float(s), 4) for s in history["seconds"]]
-    n_train = model.card["metrics"]["n_train"]
-    write_json(
-        path,
-        {
-            "started": datetime.datetime.fromtimestamp(began, datetime.UTC).isoformat(timespec="seconds"),
-            "seconds": round(seconds, 2),
-            "seconds_per_epoch": epochs,
-            "cells_per_second": round(n_train * len(epochs) / max(sum(epochs), 1e-9)) if epochs else None,
-            "host": platform.node(),
-            "device": model.card["device"],
-            "threads": torch.get_num_threads(),
-            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-            "git_revision": revision.stdout.strip() or None,
-            "reused": reused,
-        },
-    )
 
 
 def _library_reason(library: str) -> str:
