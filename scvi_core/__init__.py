@@ -11,6 +11,7 @@ _HOME = {
     "Model": "scvi_core.api",
     "Config": "scvi_core.config",
     "ModelConfig": "scvi_core.config",
+    "DeConfig": "scvi_core.config",
     "TrainConfig": "scvi_core.config",
     "UserError": "scvi_core.files",
 }
@@ -23,3 +24,7 @@ def __getattr__(name: str):
 
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'scvi_core' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

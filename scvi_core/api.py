@@ -23,6 +23,7 @@ from scvi_core._version import __version__
 from scvi_core.config import DeConfig, ModelConfig, TrainConfig
 from scvi_core.counts import Counts, Schema, content_digest, fingerprint, pack
 from scvi_core.files import UserError, replacing, sha256_file, write_json, write_parquet
+from scvi_core.log import log
 from scvi_core.model import SCVI, build
 
 if TYPE_CHECKING:
@@ -58,6 +59,10 @@ class Model:
     card: dict[str, Any]
     layer: str | None = None
 
+    def __repr__(self) -> str:
+        cells, genes = self.card["n_cells"], len(self.gene_ids)
+        return f"<scVI, {self.model.likelihood}, {cells} cells x {genes} genes, fingerprint {self.fingerprint[:12]}>"
+
     @property
     def gene_ids(self) -> list[str]:
         """Identifiers of the model's genes, in order."""
@@ -68,14 +73,16 @@ class Model:
         """SHA-256 of everything that decided the weights."""
         return self.card["fingerprint"]
 
-    def _counts(self, adata: AnnData, unseen_batches: bool = False) -> Counts:
+    def _counts(self, adata: AnnData, design: bool = True) -> Counts:
         layer = self.layer if self.layer in adata.layers else None
-        counts = pack(adata, self.schema, layer, unseen_batches)
+        if layer != self.layer:
+            log.warning("adata has no layer '%s', where the model's counts were; taking X", self.layer)
+        counts = pack(adata, self.schema, layer, design)
         return counts.to(next(self.network.parameters()).device)
 
     def latent(self, adata: AnnData) -> np.ndarray:
-        """Posterior means of z, (cells, latent) float32. The encoder does not see the batch: any batch will do."""
-        return posterior.latent(self.network, self._counts(adata, unseen_batches=True))
+        """Posterior means of z, (cells, latent) float32. The encoder sees neither batch nor covariates: any will do."""
+        return posterior.latent(self.network, self._counts(adata, design=False))
 
     def elbo(self, adata: AnnData, n_samples: int = 10, seed: int = 0) -> np.ndarray:
         """(cells,) float64, nats: reconstruction - KL, KL weight 1, averaged over `n_samples` draws."""
@@ -102,11 +109,14 @@ class Model:
         library_size : counts a cell is scaled to; None gives each cell its own.
         transform_batch : decode every cell under this batch; None means its own.
         """
-        wanted = self.gene_ids if genes is None else list(genes)
-        place = {name: i for i, name in enumerate(self.gene_names)} | {g: i for i, g in enumerate(self.gene_ids)}
+        wanted = self.gene_ids if genes is None else [genes] if isinstance(genes, str) else list(genes)
+        # ids win over names, and the first of several genes of one name over the others
+        named = reversed([*enumerate(self.gene_ids), *enumerate(self.gene_names)])
+        place = {gene: i for i, gene in named}
         for gene in wanted:
             if gene not in place:
                 raise UserError(f"genes: {gene!r} is not one of the model's {len(self.gene_ids)} genes")
+        transform_batch = None if transform_batch is None else str(transform_batch)
         if transform_batch is not None and transform_batch not in self.schema.batches:
             raise UserError(f"transform_batch: {transform_batch!r} is not one of {', '.join(self.schema.batches)}")
         values = posterior.normalized_expression(
@@ -236,13 +246,9 @@ def fit(
     >>> adata.obsm["X_scvi"] = model.latent(adata)
     """
     model = model or ModelConfig()
-    if categorical_covariates or continuous_covariates:
-        model = model.model_copy(
-            update={
-                "categorical_covariates": tuple(categorical_covariates),
-                "continuous_covariates": tuple(continuous_covariates),
-            }
-        )
+    given = {"categorical_covariates": categorical_covariates, "continuous_covariates": continuous_covariates}
+    update = {key: (names,) if isinstance(names, str) else tuple(names) for key, names in given.items() if names}
+    model = model.model_copy(update=update)
     schema = Schema.of(adata, batch_key, model.categorical_covariates, model.continuous_covariates)
     counts = pack(adata, schema, layer)
     names = adata.var.get("gene_name", adata.var_names)
@@ -296,8 +302,7 @@ def fit_counts(
         raise UserError(f"holdout: positions must lie in 0..{len(counts) - 1}")
     identity = fingerprint_of(schema, data, model, train, seed, held)
     if held is None:
-        order = np.random.default_rng([seed, 2**31]).permutation(len(counts))
-        held = np.sort(order[: round(train.validation_fraction * len(counts))])
+        held = training.hold_out(train, len(counts), seed)
     train_rows = np.setdiff1d(np.arange(len(counts)), held)
     where = training.resolve_device(device)
     network = _network(model, schema, seed)
@@ -350,6 +355,9 @@ def check_design(model: ModelConfig, schema: Schema) -> None:
     """Refuse a model that the data cannot bear: per-batch dispersion with one batch, a covariate of one level."""
     if model.dispersion == "gene-batch" and len(schema.batches) < 2:
         raise UserError("model.dispersion: 'gene-batch' needs two batches or more; this data has one; use 'gene'")
+    for column in schema.categorical:
+        if column in schema.continuous or column == schema.batch_key:
+            raise UserError(f"model.categorical_covariates: '{column}' is also asked for in another role; keep one")
     for column, levels in schema.categorical.items():
         if len(levels) < 2:
             raise UserError(f"model.categorical_covariates: '{column}' has one level ({levels[0]!r}); leave it out")

@@ -30,7 +30,7 @@ REMEDY = {
 }
 # columns of cells.parquet, latent.parquet and of the inside of the store, which a sample sheet may not redefine
 RESERVED = {
-    "cell_id", "barcode", "n_counts", "n_genes", "pct_mito", "pct_ribo", "pct_hb", "pct_top50",
+    "_index", "cell_id", "barcode", "n_counts", "n_genes", "pct_mito", "pct_ribo", "pct_hb", "pct_top50",
     "doublet_score", "predicted_doublet", "flags", "keep", "reason", "cluster",
     "umap_1", "umap_2", "tsne_1", "tsne_2",
 }  # fmt: skip

@@ -157,7 +157,7 @@ class Counts:
         )
 
 
-def pack(adata: AnnData, schema: Schema, layer: str | None = None, unseen_batches: bool = False) -> Counts:
+def pack(adata: AnnData, schema: Schema, layer: str | None = None, design: bool = True) -> Counts:
     """Pack the counts of an AnnData by a model's schema.
 
     Parameters
@@ -165,8 +165,8 @@ def pack(adata: AnnData, schema: Schema, layer: str | None = None, unseen_batche
     adata : cells × genes, raw counts in ``X`` or `layer`. Its genes may be more than the schema's and in another
         order, but none of the schema's may be missing.
     schema : of the model.
-    unseen_batches : code batches that the schema does not know as the first one, for what does not depend on the
-        batch (the encoder does not see it); otherwise they are an error.
+    design : False leaves batch and covariates out (all zeros): the encoder does not see them, so new cells can be
+        embedded whose batch and covariates the model never met.
 
     Raises
     ------
@@ -185,6 +185,8 @@ def pack(adata: AnnData, schema: Schema, layer: str | None = None, unseen_batche
         )
     if layer is not None and layer not in adata.layers:
         raise UserError(f"adata: no layer '{layer}' (layers: {', '.join(adata.layers) or 'none'})")
+    if adata.isbacked:
+        adata = adata.to_memory()
     x = sp.csr_matrix(adata.layers[layer] if layer is not None else adata.X)
     if tuple(map(str, adata.var_names)) != schema.gene_ids:
         x = x[:, [have[gene] for gene in schema.gene_ids]]
@@ -202,23 +204,24 @@ def pack(adata: AnnData, schema: Schema, layer: str | None = None, unseen_batche
         )
     top = int(values.max(initial=0))
     small = np.uint8 if top < 2**8 else np.int16 if top < 2**15 else np.int32
-    codes = [_codes(adata, column, levels) for column, levels in schema.categorical.items()]
-    numbers = [
-        ((_numbers(adata, column) - mean) / spread).astype(np.float32)
-        for column, (mean, spread) in schema.continuous.items()
-    ]
     n_cells = adata.n_obs
-    if schema.batch_key is None:
-        batch = np.zeros(n_cells, dtype=np.int64)
-    else:
-        batch = _codes(adata, schema.batch_key, schema.batches, fallback=unseen_batches)
+    batch = np.zeros(n_cells, dtype=np.int64)
+    categories = np.zeros((n_cells, len(schema.categorical)), dtype=np.int64)
+    numbers = np.zeros((n_cells, len(schema.continuous)), dtype=np.float32)
+    if design:
+        if schema.batch_key is not None:
+            batch = _codes(adata, schema.batch_key, schema.batches)
+        for i, (column, levels) in enumerate(schema.categorical.items()):
+            categories[:, i] = _codes(adata, column, levels)
+        for i, (column, (mean, spread)) in enumerate(schema.continuous.items()):
+            numbers[:, i] = (_numbers(adata, column) - mean) / spread
     return Counts(
         indptr_n=torch.from_numpy(x.indptr.astype(np.int64)),
         genes_m=torch.from_numpy(x.indices.astype(np.int32)),
         values_m=torch.from_numpy(values.astype(small)),
         batch_n=torch.from_numpy(batch),
-        categories_nc=torch.from_numpy(np.stack(codes, 1) if codes else np.zeros((n_cells, 0), dtype=np.int64)),
-        continuous_nc=torch.from_numpy(np.stack(numbers, 1) if numbers else np.zeros((n_cells, 0), dtype=np.float32)),
+        categories_nc=torch.from_numpy(categories),
+        continuous_nc=torch.from_numpy(numbers),
         n_genes=len(schema.gene_ids),
         levels=tuple(len(levels) for levels in schema.categorical.values()),
     )
@@ -306,18 +309,16 @@ def _levels(adata: AnnData, column: str) -> tuple[str, ...]:
     return tuple(sorted(set(_column(adata, column).astype(str))))
 
 
-def _codes(adata: AnnData, column: str, levels: tuple[str, ...], fallback: bool = False) -> np.ndarray:
+def _codes(adata: AnnData, column: str, levels: tuple[str, ...]) -> np.ndarray:
     place = {level: code for code, level in enumerate(levels)}
-    if fallback and column not in adata.obs:
-        return np.zeros(adata.n_obs, dtype=np.int64)
     values = _column(adata, column).astype(str).to_numpy()
     unknown = sorted(set(values) - set(place))
-    if unknown and not fallback:
+    if unknown:
         raise UserError(
             f"adata.obs['{column}']: {unknown[0]!r} is not one the model was trained on ({', '.join(levels[:8])}"
             + (", ...)" if len(levels) > 8 else ")")
         )
-    return np.fromiter((place.get(value, 0) for value in values), dtype=np.int64, count=len(values))
+    return np.fromiter((place[value] for value in values), dtype=np.int64, count=len(values))
 
 
 def _numbers(adata: AnnData, column: str) -> np.ndarray:

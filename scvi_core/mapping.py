@@ -42,26 +42,32 @@ def embed(model: Model, cells: AnnData | pd.DataFrame | str | Path) -> pd.DataFr
 
     Notes
     -----
-    Genes of the model that the input lacks count as 0, with a warning that says how many.
+    Genes of the model that the input lacks count as 0, and cells without a count in the model's genes are left out,
+    each with a warning that says how many. Batch and covariates are not needed.
     """
     import pandas as pd
 
     if isinstance(cells, pd.DataFrame) and cells.shape[1] == 1 and not pd.api.types.is_numeric_dtype(cells.iloc[:, 0]):
         return pd.concat([embed(model, str(path)) for path in cells.iloc[:, 0]], ignore_index=True)
-    adata = align(_read(cells), list(model.gene_ids), list(model.gene_names))
+    adata = align(_read(cells), list(model.gene_ids), list(model.gene_names), model.layer)
+    seen = np.asarray(adata.X.sum(axis=1)).ravel() > 0
+    if not seen.all():
+        log.warning("new cells: %d of %d have no counts in the model's genes: left out", (~seen).sum(), len(seen))
+        adata = adata[seen].copy()
     latent = np.asarray(model.latent(adata), dtype=np.float32)
     frame = pd.DataFrame(latent, columns=[f"z_{k}" for k in range(latent.shape[1])])
     frame.insert(0, "cell_id", adata.obs_names.astype(str).to_numpy())
     return frame
 
 
-def align(adata: AnnData, gene_ids: list[str], gene_names: list[str]) -> AnnData:
+def align(adata: AnnData, gene_ids: list[str], gene_names: list[str], layer: str | None = None) -> AnnData:
     """Bring cells to a model's genes, in its order.
 
     Parameters
     ----------
     adata : cells × any genes; their index or a text column of ``var`` names them by id (version suffixes allowed) or
         by name. Columns of one gene are summed.
+    layer : where the counts are, if `adata` has that layer; else they are in X.
     gene_ids, gene_names : (genes,) of the model. A name that several of its genes share means the first.
 
     Returns
@@ -93,12 +99,15 @@ def align(adata: AnnData, gene_ids: list[str], gene_names: list[str]) -> AnnData
         )
     if len(missing):
         log.warning("new cells: %d of the model's %d genes are missing and count as 0", len(missing), len(gene_ids))
-    x = sp.csr_matrix(adata.X)
+    x = sp.csr_matrix(adata.X if layer is None else adata.layers.get(layer, adata.X))
     # input genes × model genes, ones where they are the same: one product reorders, drops, sums and fills
     source = np.flatnonzero(best >= 0)
     kind = x.dtype if x.dtype.kind == "f" else np.int64
     select = sp.csr_matrix((np.ones(len(source), dtype=kind), (source, best[source])), (adata.n_vars, len(gene_ids)))
-    return ad.AnnData(x @ select, obs=adata.obs, var=pd.DataFrame(index=pd.Index(gene_ids)))
+    aligned = ad.AnnData(x @ select, obs=adata.obs, var=pd.DataFrame(index=pd.Index(gene_ids)))
+    if layer is not None and layer in adata.layers:
+        aligned.layers[layer] = aligned.X
+    return aligned
 
 
 def _read(cells: Any) -> AnnData:

@@ -75,6 +75,12 @@ def n_epochs(config: TrainConfig, n_cells: int) -> int:
     return max(10, min(400, round(200 * math.sqrt(2000 / n_cells))))
 
 
+def hold_out(config: TrainConfig, n_cells: int, seed: int) -> np.ndarray:
+    """Positions of the cells set aside for validation, drawn at random, sorted."""
+    order = np.random.default_rng([seed, 2**31]).permutation(n_cells)
+    return np.sort(order[: round(config.validation_fraction * n_cells)])
+
+
 def learning_rate(config: TrainConfig, step: int, total: int) -> float:
     """Rate of one step: constant, or a linear rise over the first tenth and a half cosine down to zero."""
     if config.schedule == "constant":

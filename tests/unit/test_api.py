@@ -12,6 +12,7 @@ import scvi_core as sv
 from scvi_core import api
 from scvi_core.config import ModelConfig
 from scvi_core.files import UserError
+from scvi_core.mapping import embed
 
 SMALL = ModelConfig(n_hidden=8, n_latent=2)
 
@@ -248,3 +249,34 @@ def test_code_version_names_what_decides_the_weights(monkeypatch, tmp_path):
         (copy / name).write_text((copy / name).read_text() + "\n")
         monkeypatch.setattr(api, "__file__", str(copy / "api.py"))
         assert api.code_version() != before, name
+
+
+def test_new_cells_need_neither_batch_nor_covariates(fitted):
+    adata, model = fitted
+    bare = ad.AnnData(adata.X, var=adata.var, obs=pd.DataFrame(index=adata.obs_names))
+    assert np.array_equal(model.latent(bare), model.latent(adata))
+    with pytest.raises(UserError, match="no column 'batch'"):
+        model.elbo(bare)
+
+
+def test_new_cells_in_another_layer_and_without_counts():
+    adata = cells()
+    adata.layers["counts"] = adata.X.copy()
+    adata.X = adata.X * 2  # whole numbers, but not the counts
+    model = fit(adata, layer="counts")
+    assert np.array_equal(embed(model, adata).iloc[:, 1:].to_numpy(), model.latent(adata))
+    some = cells()
+    counts = some.X.toarray()
+    counts[3] = 0
+    some.X = counts
+    frame = embed(model, some)
+    assert "cell3" not in set(frame["cell_id"]) and len(frame) == some.n_obs - 1
+
+
+def test_covariates_are_what_was_asked_for():
+    config = SMALL.model_copy(update={"continuous_covariates": ("age",)})
+    model = fit(categorical_covariates="day", model=config)
+    assert list(model.schema.categorical) == ["day"] and list(model.schema.continuous) == ["age"]
+    with pytest.raises(UserError, match="another role"):
+        fit(categorical_covariates=["batch"])
+    assert "scVI" in repr(model) and len(repr(model)) < 200

@@ -148,9 +148,9 @@ def test_unseen_batches_where_they_do_not_matter():
     schema, _ = packed(adata)
     other = adata.copy()
     other.obs["batch"] = "elsewhere"
-    assert pack(other, schema, unseen_batches=True).batch_n.tolist() == [0] * 20
+    assert pack(other, schema, design=False).batch_n.tolist() == [0] * 20
     del other.obs["batch"]
-    assert pack(other, schema, unseen_batches=True).batch_n.tolist() == [0] * 20
+    assert pack(other, schema, design=False).batch_n.tolist() == [0] * 20
     with pytest.raises(UserError, match="no column 'batch'"):
         pack(other, schema)
 
