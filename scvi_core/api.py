@@ -355,12 +355,11 @@ def check_design(model: ModelConfig, schema: Schema) -> None:
     """Refuse a model that the data cannot bear: per-batch dispersion with one batch, a covariate of one level."""
     if model.dispersion == "gene-batch" and len(schema.batches) < 2:
         raise UserError("model.dispersion: 'gene-batch' needs two batches or more; this data has one; use 'gene'")
-    for column in schema.categorical:
-        if column in schema.continuous or column == schema.batch_key:
-            raise UserError(f"model.categorical_covariates: '{column}' is also asked for in another role; keep one")
     for column, levels in schema.categorical.items():
         if len(levels) < 2:
             raise UserError(f"model.categorical_covariates: '{column}' has one level ({levels[0]!r}); leave it out")
+        if column in schema.continuous or column == schema.batch_key:
+            raise UserError(f"model.categorical_covariates: '{column}' is also asked for in another role; keep one")
 
 
 def _only(model: ModelConfig) -> dict[str, Any]:
