@@ -3,7 +3,13 @@
 ``import scvi_core as sv``; names are loaded when first used, so that the import itself is light.
 """
 
+import os
+
 from scvi_core._version import __version__
+
+# Threads that wait, asleep, not spinning: a step has dozens of short parallel parts, and where anything else runs on
+# the machine, spinning for a thread that is not scheduled costs ten times the work. Read by OpenMP when torch loads it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 _HOME = {
     "fit": "scvi_core.api",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import platform
 import tempfile
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from scvi_core import posterior
+from scvi_core import native, posterior
 from scvi_core import train as training
 from scvi_core._version import __version__
 from scvi_core.config import DeConfig, ModelConfig, TrainConfig
@@ -261,7 +262,7 @@ def fit(
         train or TrainConfig(),
         holdout,
         seed,
-        device,
+        training.resolve_device(device),
         progress,
     )
     fitted.layer = layer
@@ -277,7 +278,7 @@ def fit_counts(
     train: TrainConfig,
     holdout: Sequence[int] | np.ndarray | None,
     seed: int,
-    device: str,
+    device: torch.device,
     progress: bool = True,
     checkpoint: Path | None = None,
     stop: Callable[[], bool] = lambda: False,
@@ -304,19 +305,19 @@ def fit_counts(
     if held is None:
         held = training.hold_out(train, len(counts), seed)
     train_rows = np.setdiff1d(np.arange(len(counts)), held)
-    where = training.resolve_device(device)
     network = _network(model, schema, seed)
     history = training.train(
-        network, counts, train_rows, held, train, seed, where, checkpoint, identity, progress, stop
+        network, counts, train_rows, held, train, seed, device, checkpoint, identity, progress, stop
     )
     kept = len(history) - 1
     if train.early_stopping and len(held):  # as training chose: the best from the end of the KL warm-up on
         kept = history["validation_elbo"].where(history["kl_weight"] == train.kl_weight).idxmax()
     last = history.iloc[-1]
+    final = training.elbo_of(network, counts.subset(held).to(device), seed) if len(held) else math.nan
     metrics = {
         "epochs": int(last["epoch"]),
         "train_elbo": round(float(last["train_elbo"]), 4),
-        "validation_elbo": round(training.elbo_of(network, counts.to(where), held, seed), 4) if len(held) else None,
+        "validation_elbo": round(final, 4) if len(held) else None,
         "kept_epoch": int(history["epoch"].iloc[kept]),
         "n_train": len(train_rows),
         "n_validation": len(held),
@@ -327,7 +328,9 @@ def fit_counts(
         "fingerprint": identity,
         "metrics": metrics,
         "n_cells": len(counts),
-        "device": where.type,
+        "device": device.type,
+        "kernels": "compiled" if native.serves(network.rho.weight) else "plain",
+        "precision": "bf16" if network.half else "float32",
         "software": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     } | (about or {})
     return Model(network, schema, model, train, seed, history, gene_names, card)
@@ -346,7 +349,7 @@ def code_version() -> str:
     """Package version and a digest of the files whose code decides the weights."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for name in ("counts.py", "kernels.py", "likelihood.py", "model.py", "train.py"):
+    for name in ("counts.py", "kernels.c", "kernels.py", "likelihood.py", "model.py", "train.py"):
         digest.update((here / name).read_bytes())
     return f"{__version__}+{digest.hexdigest()[:12]}"
 

@@ -222,6 +222,9 @@ def train(
     checkpoints: Annotated[
         Path | None, typer.Option(help="folder that keeps the state of an unfinished fit; the same command goes on")
     ] = None,
+    devices: Annotated[
+        int, typer.Option(min=1, help="processes that share each minibatch: on a GPU each, or on `threads` CPU threads")
+    ] = 1,
     decisions: DecisionsOption = None,
 ) -> None:
     """Fit the model, or take the registered one that `lookup` found.
@@ -230,11 +233,17 @@ def train(
 
     Example: scvi-core train --store counts.zarr --config config/config.yaml --out model --checkpoints .checkpoints
     """
-    from scvi_core import api, steps
-    from scvi_core.train import Interrupted
+    from scvi_core import api, native, parallel, steps
+    from scvi_core.stream import open_counts
+    from scvi_core.train import Interrupted, resolve_device
 
     settings = load_config(config)
-    _use_threads(settings.threads)
+    if devices > 1 and not parallel.started():
+        status = parallel.launch(devices, sys.argv[1:])
+        if status:
+            raise typer.Exit(status)
+        return
+    _use_threads(max(1, settings.threads // devices))
     plan = steps.plan(store, settings)
     made = Decisions("train")
     began = time.time()
@@ -250,12 +259,15 @@ def train(
         return
     made.add("library", settings.model.library, _library_reason(settings.model.library))
     stopping = _stop_on_signals()
+    device = resolve_device(settings.device)
+    if parallel.started():
+        device = parallel.join(device)
     checkpoint = None if checkpoints is None else checkpoints / f"{plan.fingerprint}.safetensors"
     if checkpoint is not None:
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
     try:
         model = api.fit_counts(
-            plan.counts,
+            open_counts(store, plan.cells, plan.schema, settings.train.memory_gb),
             plan.schema,
             plan.gene_names,
             plan.data,
@@ -263,16 +275,23 @@ def train(
             settings.train,
             None,
             settings.seed,
-            settings.device,
+            device,
             checkpoint=checkpoint,
             stop=lambda: bool(stopping),
             about=plan.about,
         )
     except Interrupted:
-        log.warning("train: stopped by signal %s; %s", stopping[0], f"{checkpoint} is kept" if checkpoint else "")
+        log.warning("train: stopped by signal; %s", f"{checkpoint} is kept" if checkpoint else "nothing is kept")
         raise typer.Exit(RUN_AGAIN) from None
+    finally:
+        first = parallel.rank() == 0
+        parallel.leave()
+    if not first:
+        return
     numbers = model.card["metrics"]
     made.add("device", model.card["device"], f"asked for: {settings.device}")
+    made.add("kernels", model.card["kernels"], native.reason or "built when scvi-core was installed")
+    made.add("precision", model.card["precision"], f"asked for: {settings.train.precision}")
     made.add("epochs", numbers["epochs"], f"the weights of epoch {numbers['kept_epoch']} are kept")
     model.save(out)
     if run is not None:
@@ -547,8 +566,6 @@ def _write_schemas(folder: Path) -> None:
 
 def main() -> None:
     """Entry point: a :class:`UserError` becomes one line and exit code 1; what is unexpected keeps its traceback."""
-    # on cores that other work shares, threads that spin while they wait cost a factor of ten; set before torch loads
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         app()
     except UserError as error:

@@ -148,13 +148,24 @@ class TrainConfig(Section):
     kl_warmup: float = Field(
         0.5, ge=0, le=1, description="share of all steps over which the KL weight rises from 0; always completes"
     )
-    validation_fraction: float = Field(0.1, ge=0, lt=1, description="cells set aside to measure the held-out ELBO")
+    precision: Literal["auto", "float32", "bf16"] = Field(
+        "auto",
+        description="of the decoder's matrix products in training; auto is bf16 where the processor multiplies in it",
+    )
+    validation_fraction: float = Field(
+        0.1, ge=0, lt=1, description="cells set aside to measure the held-out ELBO, 10,000 at most"
+    )
     early_stopping: bool = Field(
         False,
         description="stop when the validation ELBO no longer rises, and keep the best weights; off, as the schedule is "
         "sized to the data and the embedding mixes batches later than the ELBO peaks",
     )
     patience: int = Field(45, ge=1, description="epochs without a better validation ELBO before stopping")
+    memory_gb: float = Field(
+        8.0,
+        gt=0,
+        description="10^9 bytes that packed counts may take, 3 to 8 a non-zero; larger stores stream in blocks",
+    )
     gradient_clip: float = Field(0.0, ge=0, description="largest gradient norm; 0 leaves gradients as they are")
 
     @field_validator("max_epochs")

@@ -14,7 +14,9 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
+from scvi_core import native
 from scvi_core.files import UserError, canonical_json, sha256_text
+from scvi_core.kernels import Nonzeros
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -80,18 +82,20 @@ class Minibatch:
 
     Attributes
     ----------
-    x_ng : (cells, genes) float32 counts.
+    x : counts, by their non-zeros.
     library_n : (cells,) float32, total counts over the model's genes.
     batch_n : (cells,) int64 batch codes.
     covariates_nc : (cells, columns) float32: one-hot categorical covariates, then standardised continuous ones.
-    nonzero_m : (non-zeros,) int64 positions of the non-zeros in ``x_ng.view(-1)``, each once.
     """
 
-    x_ng: torch.Tensor
+    x: Nonzeros
     library_n: torch.Tensor
     batch_n: torch.Tensor
     covariates_nc: torch.Tensor
-    nonzero_m: torch.Tensor
+
+    def to(self, device: torch.device) -> Minibatch:
+        """The same cells on another device."""
+        return _moved(dataclasses.replace(self, x=_moved(self.x, device)), device)
 
 
 @dataclasses.dataclass
@@ -101,8 +105,9 @@ class Counts:
     Attributes
     ----------
     indptr_n : (cells + 1,) int64.
-    genes_m : (non-zeros,) int32 column of each non-zero.
+    genes_m : (non-zeros,) int16 or int32 column of each non-zero.
     values_m : (non-zeros,) uint8, int16 or int32 counts.
+    library_n : (cells,) float64 total counts of each cell.
     batch_n : (cells,) int64. categories_nc : (cells, covariates) int64. continuous_nc : (cells, covariates) float32.
     n_genes : columns. levels : number of categories of each categorical covariate.
     """
@@ -110,6 +115,7 @@ class Counts:
     indptr_n: torch.Tensor
     genes_m: torch.Tensor
     values_m: torch.Tensor
+    library_n: torch.Tensor
     batch_n: torch.Tensor
     categories_nc: torch.Tensor
     continuous_nc: torch.Tensor
@@ -121,40 +127,60 @@ class Counts:
 
     def to(self, device: torch.device) -> Counts:
         """The same cells on another device."""
-        moved = {
-            f.name: value.to(device)
-            for f in dataclasses.fields(self)
-            if isinstance(value := getattr(self, f.name), torch.Tensor)
-        }
-        return dataclasses.replace(self, **moved)
+        return _moved(self, device)
 
-    def library(self) -> torch.Tensor:
-        """(cells,) float64 total counts of every cell."""
-        total_m = torch.cat([self.values_m.new_zeros(1, dtype=torch.float64), self.values_m.double().cumsum(0)])
-        return total_m[self.indptr_n[1:]] - total_m[self.indptr_n[:-1]]
+    def subset(self, rows: np.ndarray) -> Counts:
+        """Some of the cells, packed and in memory."""
+        parts = []
+        for start in range(0, len(rows), 1024):
+            rows_n = torch.from_numpy(rows[start : start + 1024])
+            starts_n = self.starts(rows_n)
+            lengths_n = self.indptr_n[rows_n + 1] - self.indptr_n[rows_n]
+            place_m = torch.repeat_interleave(starts_n - lengths_n.cumsum(0) + lengths_n, lengths_n)
+            place_m += torch.arange(len(place_m))
+            parts.append((lengths_n, self.genes_m[place_m], self.values_m[place_m]))
+        lengths_n, genes_m, values_m = (torch.cat(part) for part in zip(*parts, strict=True))
+        taken = {name: getattr(self, name)[rows] for name in ("library_n", "batch_n", "categories_nc", "continuous_nc")}
+        indptr_n = torch.cat([lengths_n.new_zeros(1), lengths_n.cumsum(0)])
+        return Counts(
+            indptr_n=indptr_n, genes_m=genes_m, values_m=values_m, n_genes=self.n_genes, levels=self.levels, **taken
+        )
+
+    def order(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """In which order an epoch goes through some cells: any, as all are in memory."""
+        return rng.permutation(rows)
+
+    def starts(self, rows_n: torch.Tensor) -> torch.Tensor:
+        """Where some cells begin in `genes_m` and `values_m`, (cells,) int64."""
+        return self.indptr_n[rows_n]
 
     def gather(self, rows_n: torch.Tensor) -> Minibatch:
         """The cells at positions `rows_n` (int64, on the same device), in that order, without Python per cell."""
-        starts_n = self.indptr_n[rows_n]
-        lengths_n = self.indptr_n[rows_n + 1] - starts_n
-        n_cells = len(rows_n)
-        row_m = torch.repeat_interleave(torch.arange(n_cells, device=rows_n.device), lengths_n)
-        first_n = lengths_n.cumsum(0) - lengths_n
-        place_m = torch.arange(len(row_m), device=rows_n.device) + (starts_n - first_n)[row_m]
-        flat_m = row_m * self.n_genes + self.genes_m[place_m]
-        x_ng = torch.zeros(n_cells * self.n_genes, device=rows_n.device)
-        x_ng[flat_m] = self.values_m[place_m].float()
-        x_ng = x_ng.view(n_cells, self.n_genes)
+        starts_n = self.starts(rows_n)
+        lengths_n = self.indptr_n[rows_n + 1] - self.indptr_n[rows_n]
+        indptr_n = torch.cat([lengths_n.new_zeros(1), lengths_n.cumsum(0)])
+        if native.serves(self.continuous_nc):
+            genes_m, x_m = native.gather(starts_n, self.genes_m, self.values_m, indptr_n)
+        else:
+            shift_m = torch.repeat_interleave(starts_n - indptr_n[:-1], lengths_n)
+            place_m = torch.arange(len(shift_m), device=rows_n.device) + shift_m
+            genes_m, x_m = self.genes_m[place_m].int(), self.values_m[place_m].float()
+        x = Nonzeros(indptr_n, genes_m, x_m, self.n_genes)
         one_hots = [
             torch.nn.functional.one_hot(self.categories_nc[rows_n, i], n).float() for i, n in enumerate(self.levels)
         ]
         return Minibatch(
-            x_ng=x_ng,
-            library_n=x_ng.sum(1),
+            x=x,
+            library_n=self.library_n[rows_n].float(),
             batch_n=self.batch_n[rows_n],
             covariates_nc=torch.cat([*one_hots, self.continuous_nc[rows_n]], 1),
-            nonzero_m=flat_m,
         )
+
+
+def _moved(of: Any, device: torch.device) -> Any:
+    """A dataclass with its tensors on another device."""
+    fields = {f.name: getattr(of, f.name) for f in dataclasses.fields(of)}
+    return dataclasses.replace(of, **{k: v.to(device) for k, v in fields.items() if isinstance(v, torch.Tensor)})
 
 
 def pack(adata: AnnData, schema: Schema, layer: str | None = None, design: bool = True) -> Counts:
@@ -202,12 +228,28 @@ def pack(adata: AnnData, schema: Schema, layer: str | None = None, design: bool 
             f"adata: {len(empty)} cells have no counts in the model's genes (such as {adata.obs_names[empty[0]]!r}); "
             "drop them first"
         )
-    top = int(values.max(initial=0))
-    small = np.uint8 if top < 2**8 else np.int16 if top < 2**15 else np.int32
-    n_cells = adata.n_obs
-    batch = np.zeros(n_cells, dtype=np.int64)
-    categories = np.zeros((n_cells, len(schema.categorical)), dtype=np.int64)
-    numbers = np.zeros((n_cells, len(schema.continuous)), dtype=np.float32)
+    gene_type, value_type = small_types(len(schema.gene_ids), int(values.max(initial=0)))
+    return Counts(
+        indptr_n=torch.from_numpy(x.indptr.astype(np.int64)),
+        genes_m=torch.from_numpy(x.indices.astype(gene_type)),
+        values_m=torch.from_numpy(values.astype(value_type)),
+        library_n=torch.from_numpy(np.asarray(x.sum(1, dtype=np.float64)).ravel()),
+        n_genes=len(schema.gene_ids),
+        **codes(adata, schema, design),
+    )
+
+
+def small_types(n_genes: int, largest: int) -> tuple[type, type]:
+    """The smallest types, among those that PyTorch indexes by, of gene numbers and of counts."""
+    value_type = np.uint8 if largest < 2**8 else np.int16 if largest < 2**15 else np.int32
+    return np.int16 if n_genes <= 2**15 else np.int32, value_type
+
+
+def codes(adata: AnnData, schema: Schema, design: bool = True) -> dict[str, Any]:
+    """The fields of :class:`Counts` that come from the cells' columns: batch, covariates and their levels."""
+    batch = np.zeros(adata.n_obs, dtype=np.int64)
+    categories = np.zeros((adata.n_obs, len(schema.categorical)), dtype=np.int64)
+    numbers = np.zeros((adata.n_obs, len(schema.continuous)), dtype=np.float32)
     if design:
         if schema.batch_key is not None:
             batch = _codes(adata, schema.batch_key, schema.batches)
@@ -215,16 +257,12 @@ def pack(adata: AnnData, schema: Schema, layer: str | None = None, design: bool 
             categories[:, i] = _codes(adata, column, levels)
         for i, (column, (mean, spread)) in enumerate(schema.continuous.items()):
             numbers[:, i] = (_numbers(adata, column) - mean) / spread
-    return Counts(
-        indptr_n=torch.from_numpy(x.indptr.astype(np.int64)),
-        genes_m=torch.from_numpy(x.indices.astype(np.int32)),
-        values_m=torch.from_numpy(values.astype(small)),
-        batch_n=torch.from_numpy(batch),
-        categories_nc=torch.from_numpy(categories),
-        continuous_nc=torch.from_numpy(numbers),
-        n_genes=len(schema.gene_ids),
-        levels=tuple(len(levels) for levels in schema.categorical.values()),
-    )
+    return {
+        "batch_n": torch.from_numpy(batch),
+        "categories_nc": torch.from_numpy(categories),
+        "continuous_nc": torch.from_numpy(numbers),
+        "levels": tuple(len(levels) for levels in schema.categorical.values()),
+    }
 
 
 def check_counts(values: np.ndarray, where: str) -> np.ndarray:

@@ -18,26 +18,123 @@ A step of training spends most of its time here, on a tile of cells × genes. Wh
       d/d log mu = (x - mu) / (1 + mu / theta)
       d/d log theta = -theta s - d/d log mu + x + dB/d log theta,    dB/d log theta = -sum_{k<x} k / (theta + k)
 
-Only elementwise operations and sums along an axis, so results are the same at every run, on any device. Suffixes as in
-:mod:`scvi_core.model`; m runs over the non-zeros.
+On the CPU in float32 ``kernels.c`` does the work, in one pass; what stands here in PyTorch serves other devices and
+float64, checks the compiled code, and replaces it where it could not be built. Only elementwise operations and sums
+along an axis, so results are the same at every run, on any device. Suffixes as in :mod:`scvi_core.model`; m runs over
+the non-zeros.
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch.autograd.function import once_differentiable
+
+from scvi_core import native
 
 TABLE = 8  # counts up to this read B(x, theta) from a table, where theta is one per gene
 LIMIT = 60.0  # |log theta| beyond this is as good as this, and keeps mu / theta within float32
 
 
+@dataclasses.dataclass
+class Nonzeros:
+    """Counts of some cells, by their non-zeros: a compressed sparse row matrix.
+
+    Attributes
+    ----------
+    indptr_n : (cells + 1,) int64, where each cell begins.
+    genes_m : (non-zeros,) int32 gene of each, no gene twice in a cell.
+    x_m : (non-zeros,) counts, float32.
+    n_genes : columns.
+    """
+
+    indptr_n: torch.Tensor
+    genes_m: torch.Tensor
+    x_m: torch.Tensor
+    n_genes: int
+
+    @staticmethod
+    def of(x_ng: torch.Tensor) -> Nonzeros:
+        """From a dense (cells, genes) tensor."""
+        row_m, gene_m = x_ng.nonzero(as_tuple=True)
+        lengths_n = (x_ng != 0).sum(1)
+        indptr_n = torch.cat([lengths_n.new_zeros(1), lengths_n.cumsum(0)])
+        return Nonzeros(indptr_n, gene_m.int(), x_ng[row_m, gene_m].float(), x_ng.shape[1])
+
+    def __len__(self) -> int:
+        return len(self.indptr_n) - 1
+
+    def rows(self) -> torch.Tensor:
+        """(non-zeros,) int64 cell of each."""
+        cells_n = torch.arange(len(self), device=self.indptr_n.device)
+        return torch.repeat_interleave(cells_n, self.indptr_n.diff(), output_size=len(self.genes_m))
+
+    def totals(self) -> torch.Tensor:
+        """(cells,) float64 sums of the counts."""
+        total_m = torch.cat([self.x_m.new_zeros(1, dtype=torch.float64), self.x_m.double().cumsum(0)])
+        return total_m[self.indptr_n[1:]] - total_m[self.indptr_n[:-1]]
+
+    def dense(self, value_m: torch.Tensor | None = None) -> torch.Tensor:
+        """(cells, genes), of the counts or of other values of the non-zeros."""
+        value_m = self.x_m if value_m is None else value_m
+        out_ng = value_m.new_zeros(len(self), self.n_genes)
+        _put(out_ng, self.rows() * self.n_genes + self.genes_m, value_m)
+        return out_ng
+
+
+def linear(x: Nonzeros, value_m: torch.Tensor, weight_gh: torch.Tensor) -> torch.Tensor:
+    """(cells, hidden): values of the non-zeros times (genes, hidden) weights, the product of which only they are read.
+
+    Gradients go to the weights alone.
+    """
+    if native.serves(weight_gh):
+        return _Linear.apply(x, value_m, weight_gh)
+    return x.dense(value_m.to(weight_gh.dtype)) @ weight_gh
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, value_m, weight_gh):
+        ctx.x, ctx.value_m = x, value_m
+        return native.sparse_linear(x.indptr_n, x.genes_m, value_m, weight_gh)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, outer_nh):
+        x = ctx.x
+        return None, None, native.sparse_linear_gradient(x.indptr_n, x.genes_m, ctx.value_m, outer_nh, x.n_genes)
+
+
+def half_linear(h_nh: torch.Tensor, weight_gh: torch.Tensor, bias_g: torch.Tensor) -> torch.Tensor:
+    """(cells, genes): h W' + bias, its product, and those of its gradients, of bfloat16 numbers and rounded to them.
+
+    Sums within a product are float32, and so is the bias, where most of a logit lies.
+    """
+    return _HalfLinear.apply(h_nh, weight_gh, bias_g)
+
+
+class _HalfLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h_nh, weight_gh, bias_g):
+        h_nh, weight_gh = h_nh.bfloat16(), weight_gh.bfloat16()
+        ctx.save_for_backward(h_nh, weight_gh)
+        return (h_nh @ weight_gh.t()).float().add_(bias_g)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, outer_ng):
+        h_nh, weight_gh = ctx.saved_tensors
+        half_ng = outer_ng.bfloat16()
+        return (half_ng @ weight_gh).float(), (half_ng.t() @ h_nh).float(), outer_ng.sum(0)
+
+
 def log_likelihood(
-    x_ng: torch.Tensor,
+    x: Nonzeros,
     logit_rho_ng: torch.Tensor,
     log_library_n: torch.Tensor,
     log_theta_ng: torch.Tensor | None = None,
     logit_pi_ng: torch.Tensor | None = None,
-    nonzero_m: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Log p(x_n), summed over genes, (cells,); mu = library × softmax over genes of `logit_rho_ng`.
 
@@ -45,26 +142,24 @@ def log_likelihood(
 
     Parameters
     ----------
-    x_ng : (cells, genes) counts, float32 or float64 as all else. Has no gradient.
-    logit_rho_ng : (cells, genes) before the softmax.
+    x : counts. Have no gradient.
+    logit_rho_ng : (cells, genes) before the softmax, float32 or float64 as all that follow.
     log_library_n : (cells,).
     log_theta_ng : (1, genes) or (cells, genes) log inverse dispersion.
     logit_pi_ng : (cells, genes) dropout. Below -80 (float32) it is as good as -80: a probability of 1e-35.
-    nonzero_m : positions of the non-zeros in ``x_ng.view(-1)``, if known: to look for them is slow.
     """
-    inputs = (x_ng, logit_rho_ng, log_library_n, log_theta_ng, logit_pi_ng, nonzero_m)
-    wanted = [t is not None and t.requires_grad for t in inputs[1:5]]
-    if torch.is_grad_enabled() and any(wanted):
-        return _Fused.apply(*inputs)
-    return _fused(*inputs, gradient=False)[0]
+    inputs = (logit_rho_ng, log_library_n, log_theta_ng, logit_pi_ng)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return _Fused.apply(x, *inputs)
+    return _evaluate(x, *inputs, gradient=False)[0]
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *inputs):
-        value_n, *gradients = _fused(*inputs, gradient=True)
+    def forward(ctx, x, *inputs):
+        value_n, *gradients = _evaluate(x, *inputs, gradient=True)
         ctx.save_for_backward(*gradients)
-        ctx.theta_per_gene = inputs[3] is not None and len(inputs[3]) == 1
+        ctx.theta_per_gene = inputs[2] is not None and len(inputs[2]) == 1
         return value_n
 
     @staticmethod
@@ -76,16 +171,20 @@ class _Fused(torch.autograd.Function):
             theta_ng = outer_n[None] @ theta_ng if ctx.theta_per_gene else theta_ng * outer_n1
         if pi_ng is not None:
             pi_ng = pi_ng * outer_n1
-        return None, rho_ng * outer_n1, library_n * outer_n, theta_ng, pi_ng, None
+        return None, rho_ng * outer_n1, library_n * outer_n, theta_ng, pi_ng
 
 
-def _fused(x_ng, logit_rho_ng, log_library_n, log_theta_ng, logit_pi_ng, nonzero_m, gradient):
+def _evaluate(x, logit_rho_ng, *inputs, gradient):
     """Log-likelihood (cells,) and, if asked, its gradients by logit_rho, log_library, log_theta and logit_pi."""
-    x_ng, logit_rho_ng = x_ng.contiguous(), logit_rho_ng.contiguous()
-    if nonzero_m is None:
-        nonzero_m = x_ng.view(-1).nonzero()[:, 0]
-    x_m = _at(x_ng, nonzero_m)
-    row_m = nonzero_m.div(x_ng.shape[1], rounding_mode="floor")
+    if native.serves(logit_rho_ng):
+        return native.log_likelihood(x.indptr_n, x.genes_m, x.x_m, logit_rho_ng, *inputs, gradient)
+    return _plain(x, logit_rho_ng, *inputs, gradient)
+
+
+def _plain(x, logit_rho_ng, log_library_n, log_theta_ng, logit_pi_ng, gradient):
+    logit_rho_ng = logit_rho_ng.contiguous()
+    x_m, row_m = x.x_m.double(), x.rows()
+    nonzero_m = row_m * x.n_genes + x.genes_m
     library_n1 = log_library_n.exp()[:, None]
     rho_ng = torch.softmax(logit_rho_ng, 1)
     # log of the softmax's denominator; the largest share is no less than 1 / genes, so its log is safe
@@ -93,13 +192,15 @@ def _fused(x_ng, logit_rho_ng, log_library_n, log_theta_ng, logit_pi_ng, nonzero
     log_mu_m = _at(logit_rho_ng, nonzero_m) + _at(log_library_n - log_sum_n, row_m)
 
     if log_theta_ng is None:
-        value_ng = torch.zeros_like(x_ng)
+        value_ng = torch.zeros_like(logit_rho_ng)
         _put(value_ng, nonzero_m, x_m * log_mu_m - torch.lgamma(x_m + 1))
         value_n = value_ng.sum(1) - library_n1[:, 0]
         if not gradient:
             return value_n, None, None, None, None
-        total_n1 = x_ng.sum(1, keepdim=True)
-        return value_n, torch.addcmul(x_ng, rho_ng, total_n1, value=-1), (total_n1 - library_n1)[:, 0], None, None
+        total_n1 = x.totals().to(logit_rho_ng.dtype)[:, None]
+        grad_rho_ng = torch.mul(rho_ng, -total_n1, out=rho_ng)
+        _add(grad_rho_ng, nonzero_m, x_m)
+        return value_n, grad_rho_ng, (total_n1 - library_n1)[:, 0], None, None
 
     log_theta_ng = log_theta_ng.contiguous().clamp(-LIMIT, LIMIT)
     mu_ng = rho_ng.mul_(library_n1)
@@ -108,7 +209,7 @@ def _fused(x_ng, logit_rho_ng, log_library_n, log_theta_ng, logit_pi_ng, nonzero
 
     # non-zeros, in float64
     per_gene = len(log_theta_ng) == 1
-    at_m = nonzero_m - row_m * x_ng.shape[1] if per_gene else nonzero_m
+    at_m = x.genes_m.long() if per_gene else nonzero_m
     log_theta_m = _at(log_theta_ng, at_m)
     s_m = torch.logaddexp(log_mu_m - log_theta_m, log_mu_m.new_zeros(()))
     table = _table(log_theta_ng[0]) if per_gene else None
@@ -121,7 +222,7 @@ def _fused(x_ng, logit_rho_ng, log_library_n, log_theta_ng, logit_pi_ng, nonzero
     else:
         logit_pi_ng = logit_pi_ng.contiguous()
         value_m += torch.nn.functional.logsigmoid(-_at(logit_pi_ng, nonzero_m))
-        logit_pi_ng = logit_pi_ng.clamp(min=-80.0 if x_ng.dtype == torch.float32 else -700.0)
+        logit_pi_ng = logit_pi_ng.clamp(min=-80.0 if logit_pi_ng.dtype == torch.float32 else -700.0)
         share_ng = (logit_pi_ng - zero_ng).sigmoid_()  # v
         pi_ng = logit_pi_ng.sigmoid_()
         value_ng = (pi_ng / share_ng).log_()
@@ -130,7 +231,8 @@ def _fused(x_ng, logit_rho_ng, log_library_n, log_theta_ng, logit_pi_ng, nonzero
     if not gradient:
         return value_n, None, None, None, None
 
-    grad_mu_ng = x_ng - mu_ng  # by log mu
+    grad_mu_ng = -mu_ng  # by log mu
+    _add(grad_mu_ng, nonzero_m, x_m)
     grad_pi_ng = None
     if share_ng is not None:
         share_ng.view(-1).scatter_(0, nonzero_m, 0.0)
@@ -139,7 +241,7 @@ def _fused(x_ng, logit_rho_ng, log_library_n, log_theta_ng, logit_pi_ng, nonzero
         zero_ng.addcmul_(share_ng, zero_ng, value=-1)
     grad_mu_ng.div_(odds_ng.add_(1))
     grad_theta_ng = zero_ng.sub_(grad_mu_ng)
-    grad_theta_ng.view(-1).index_add_(0, nonzero_m, (x_m + slope_m).to(x_ng.dtype))
+    _add(grad_theta_ng, nonzero_m, x_m + slope_m)
     grad_library_n1 = grad_mu_ng.sum(1, keepdim=True)
     grad_rho_ng = grad_mu_ng.addcmul_(mu_ng, grad_library_n1 / library_n1, value=-1)
     return value_n, grad_rho_ng, grad_library_n1[:, 0], grad_theta_ng, grad_pi_ng
@@ -153,6 +255,11 @@ def _at(tensor, place_m):
 def _put(tensor, place_m, value_m):
     """Set entries of a flattened tensor, each place once."""
     tensor.view(-1).scatter_(0, place_m, value_m.to(tensor.dtype))
+
+
+def _add(tensor, place_m, value_m):
+    """Add to entries of a flattened tensor, to each place once."""
+    tensor.view(-1).index_add_(0, place_m, value_m.to(tensor.dtype))
 
 
 def _table(log_theta_g):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 
 import torch
 from torch import nn
@@ -22,24 +23,67 @@ from torch import nn
 from scvi_core import kernels
 from scvi_core.config import ModelConfig
 from scvi_core.counts import Minibatch
+from scvi_core.kernels import Nonzeros
+from scvi_core.parallel import BatchNorm
+
+
+class Noise:
+    """The random numbers of one minibatch. They depend on the seed alone, so that a resumed fit is the same.
+
+    Parameters
+    ----------
+    seed, device : of the generator.
+    n_cells, mine : cells of the whole minibatch, and which of them are here, where several processes share it: the
+        numbers are those that one process would draw.
+    """
+
+    def __init__(
+        self, seed: int, device: torch.device | str = "cpu", n_cells: int | None = None, mine: slice = slice(None)
+    ):
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.n_cells, self.mine = n_cells, mine
+
+    def normal(self, like: torch.Tensor) -> torch.Tensor:
+        """Standard normal numbers, (cells, ...) as `like`."""
+        return self._empty(like).normal_(generator=self.generator)[self.mine]
+
+    def kept(self, like: torch.Tensor, dropout: float) -> torch.Tensor:
+        """1 with probability 1 - dropout, else 0."""
+        return self._empty(like).bernoulli_(1 - dropout, generator=self.generator)[self.mine]
+
+    def _empty(self, like: torch.Tensor) -> torch.Tensor:
+        return like.new_empty(self.n_cells or len(like), *like.shape[1:])
+
+
+class LinearOfCounts(nn.Module):
+    """Linear in log(1 + counts), by the non-zeros alone: zeros add nothing, so they are not read."""
+
+    def __init__(self, n_genes: int, n_out: int):
+        super().__init__()
+        bound = 1 / math.sqrt(n_genes)  # as nn.Linear draws them
+        self.weight_gh = nn.Parameter(torch.empty(n_genes, n_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(n_out).uniform_(-bound, bound))
+        self.out_features = n_out
+
+    def forward(self, x: Nonzeros) -> torch.Tensor:
+        """Counts of some cells -> (cells, out)."""
+        return kernels.linear(x, x.x_m.log1p(), self.weight_gh) + self.bias
 
 
 class Layer(nn.Module):
-    """Linear, batch norm, ReLU, dropout; `covariates` columns are seen besides the input."""
+    """Linear, batch norm, ReLU, dropout."""
 
-    def __init__(self, n_in: int, n_covariates: int, n_out: int, dropout: float):
+    def __init__(self, linear: nn.Linear | LinearOfCounts, dropout: float):
         super().__init__()
-        self.linear = nn.Linear(n_in + n_covariates, n_out)
-        self.norm = nn.BatchNorm1d(n_out, momentum=0.01, eps=1e-3)
+        self.linear = linear
+        self.norm = BatchNorm(linear.out_features, momentum=0.01, eps=1e-3)
         self.dropout = dropout
 
-    def forward(self, x: torch.Tensor, noise: torch.Generator | None) -> torch.Tensor:
-        """(cells, in + covariates) -> (cells, out)."""
+    def forward(self, x: torch.Tensor | Nonzeros, noise: Noise | None) -> torch.Tensor:
+        """What its linear part takes -> (cells, out)."""
         h = torch.relu(self.norm(self.linear(x)))
         if self.training and self.dropout:
-            # its own generator: a step's noise depends on seed and step alone, so that a resumed fit is the same
-            keep = torch.empty_like(h).bernoulli_(1 - self.dropout, generator=noise)
-            h = h * keep / (1 - self.dropout)
+            h = h * noise.kept(h, self.dropout).div_(1 - self.dropout)
         return h
 
 
@@ -48,14 +92,15 @@ class Gaussian(nn.Module):
 
     def __init__(self, n_genes: int, n_hidden: int, n_layers: int, n_out: int, dropout: float):
         super().__init__()
-        widths = [n_genes] + [n_hidden] * n_layers
-        self.layers = nn.ModuleList(Layer(a, 0, b, dropout) for a, b in itertools.pairwise(widths))
+        first = LinearOfCounts(n_genes, n_hidden)
+        further = [nn.Linear(n_hidden, n_hidden) for _ in range(n_layers - 1)]
+        self.layers = nn.ModuleList(Layer(linear, dropout) for linear in (first, *further))
         self.mean = nn.Linear(n_hidden, n_out)
         self.log_variance = nn.Linear(n_hidden, n_out)
 
-    def forward(self, x_ng: torch.Tensor, noise: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cells, genes) counts -> (cells, out) means and variances."""
-        h = torch.log1p(x_ng)
+    def forward(self, x: Nonzeros, noise: Noise | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Counts of some cells -> (cells, out) means and variances."""
+        h = x
         for layer in self.layers:
             h = layer(h, noise)
         return self.mean(h), self.log_variance(h).exp() + 1e-4
@@ -100,7 +145,8 @@ class SCVI(nn.Module):
             self.register_buffer("library_mean_s", library_mean_s.float())
             self.register_buffer("library_variance_s", library_variance_s.float())
         widths = [config.n_latent] + [config.n_hidden] * config.n_layers
-        self.decoder = nn.ModuleList(Layer(a, n_design, b, 0.0) for a, b in itertools.pairwise(widths))
+        self.decoder = nn.ModuleList(Layer(nn.Linear(a + n_design, b), 0.0) for a, b in itertools.pairwise(widths))
+        self.half = False  # whether the heads multiply in bfloat16 while training
         self.rho = nn.Linear(config.n_hidden, n_genes)
         if config.likelihood == "zinb":
             self.dropout_logit = nn.Linear(config.n_hidden, n_genes)
@@ -111,12 +157,12 @@ class SCVI(nn.Module):
                 rows = n_batches if config.dispersion == "gene-batch" else 1
                 self.log_theta_sg = nn.Parameter(torch.randn(rows, n_genes))
 
-    def encode(self, cells: Minibatch, noise: torch.Generator | None = None) -> Posterior:
+    def encode(self, cells: Minibatch, noise: Noise | None = None) -> Posterior:
         """q(z, log l | x)."""
-        mean_nk, variance_nk = self.encoder(cells.x_ng, noise)
+        mean_nk, variance_nk = self.encoder(cells.x, noise)
         if self.config.library == "observed":
             return Posterior(mean_nk, variance_nk, None, None)
-        mean_n1, variance_n1 = self.library_encoder(cells.x_ng, noise)
+        mean_n1, variance_n1 = self.library_encoder(cells.x, noise)
         return Posterior(mean_nk, variance_nk, mean_n1[:, 0], variance_n1[:, 0])
 
     def hidden(self, z_nk: torch.Tensor, batch_n: torch.Tensor, covariates_nc: torch.Tensor) -> torch.Tensor:
@@ -129,6 +175,11 @@ class SCVI(nn.Module):
             h = layer(torch.cat([h, *design], 1), None)
         return h
 
+    def _head(self, head: nn.Linear, hidden_nh: torch.Tensor) -> torch.Tensor:
+        if self.half and self.training:
+            return kernels.half_linear(hidden_nh, head.weight, head.bias)
+        return head(hidden_nh)
+
     def log_rho(self, hidden_nh: torch.Tensor) -> torch.Tensor:
         """(cells, genes) log of the expected shares: log softmax over genes."""
         return torch.log_softmax(self.rho(hidden_nh), 1)
@@ -139,31 +190,26 @@ class SCVI(nn.Module):
         log_theta_ng = logit_pi_ng = None
         if self.config.likelihood != "poisson":
             if self.config.dispersion == "gene-cell":
-                log_theta_ng = self.log_theta(hidden_nh)
+                log_theta_ng = self._head(self.log_theta, hidden_nh)
             elif self.config.dispersion == "gene-batch":
                 # not by indexing, whose gradient may add up in another order at every run (index_put_, accumulating)
                 log_theta_ng = nn.functional.embedding(cells.batch_n, self.log_theta_sg)
             else:
                 log_theta_ng = self.log_theta_sg
         if self.config.likelihood == "zinb":
-            logit_pi_ng = self.dropout_logit(hidden_nh)
+            logit_pi_ng = self._head(self.dropout_logit, hidden_nh)
         # the equations stand in scvi_core.likelihood, and these are they
-        return kernels.log_likelihood(
-            cells.x_ng, self.rho(hidden_nh), log_library_n, log_theta_ng, logit_pi_ng, cells.nonzero_m
-        )
+        logit_rho_ng = self._head(self.rho, hidden_nh)
+        return kernels.log_likelihood(cells.x, logit_rho_ng, log_library_n, log_theta_ng, logit_pi_ng)
 
-    def sample(
-        self, cells: Minibatch, q: Posterior, noise: torch.Generator | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def sample(self, cells: Minibatch, q: Posterior, noise: Noise) -> tuple[torch.Tensor, torch.Tensor]:
         """One draw of (z_nk, log l_n) from q, reparameterised; log l_n is the observed one where it is observed."""
-        z_nk = q.mean_nk + q.variance_nk.sqrt() * _normal_like(q.mean_nk, noise)
+        z_nk = q.mean_nk + q.variance_nk.sqrt() * noise.normal(q.mean_nk)
         if q.library_mean_n is None:
             return z_nk, cells.library_n.log()
-        return z_nk, q.library_mean_n + q.library_variance_n.sqrt() * _normal_like(q.library_mean_n, noise)
+        return z_nk, q.library_mean_n + q.library_variance_n.sqrt() * noise.normal(q.library_mean_n)
 
-    def elbo_terms(
-        self, cells: Minibatch, noise: torch.Generator | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def elbo_terms(self, cells: Minibatch, noise: Noise) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The evidence lower bound in its parts, (cells,) nats each, by one draw from q.
 
         Returns
@@ -182,10 +228,6 @@ class SCVI(nn.Module):
         ratio_n = q.library_variance_n / variance_n
         kl_l_n = 0.5 * (ratio_n + (q.library_mean_n - mean_n) ** 2 / variance_n - 1 - ratio_n.log())
         return reconstruction_n, kl_z_n, kl_l_n
-
-
-def _normal_like(like: torch.Tensor, noise: torch.Generator | None) -> torch.Tensor:
-    return torch.empty_like(like).normal_(generator=noise)
 
 
 def build(config: ModelConfig, n_genes: int, n_batches: int, n_covariates: int, seed: int) -> SCVI:

@@ -15,7 +15,7 @@ from scvi_core.config import DeConfig
 from scvi_core.counts import Counts, Minibatch
 from scvi_core.files import UserError
 from scvi_core.log import log
-from scvi_core.model import SCVI
+from scvi_core.model import SCVI, Noise
 
 BLOCK = 1024  # cells at a time: 8 MB of float32 at 2,000 genes
 
@@ -40,7 +40,7 @@ def latent(model: SCVI, counts: Counts) -> np.ndarray:
 @torch.inference_mode()
 def elbo(model: SCVI, counts: Counts, n_samples: int = 10, seed: int = 0) -> np.ndarray:
     """Evidence lower bound of each cell, (cells,) float64, nats, KL weight 1, averaged over `n_samples` draws."""
-    noise = torch.Generator(counts.indptr_n.device).manual_seed(seed)
+    noise = Noise(seed, counts.indptr_n.device)
     out = np.zeros(len(counts))
     for at, cells in _blocks(counts):
         for _ in range(n_samples):
@@ -55,7 +55,7 @@ def marginal_log_likelihood(model: SCVI, counts: Counts, n_samples: int = 1000, 
 
     log p(x) = log E_q[ p(x | z, l) p(z) p(l) / q(z, l | x) ]; a lower bound in expectation, tight as samples grow.
     """
-    noise = torch.Generator(counts.indptr_n.device).manual_seed(seed)
+    noise = Noise(seed, counts.indptr_n.device)
     out = np.empty(len(counts))
     for at, cells in _blocks(counts, size=128):
         q = model.encode(cells)
@@ -97,7 +97,7 @@ def normalized_expression(
     transform_batch : decode every cell under this batch; None means its own.
     n_samples : draws of z to average.
     """
-    noise = torch.Generator(counts.indptr_n.device).manual_seed(seed)
+    noise = Noise(seed, counts.indptr_n.device)
     out = np.zeros((len(counts), len(genes)), dtype=np.float32)
     columns = torch.from_numpy(np.asarray(genes, dtype=np.int64)).to(counts.indptr_n.device)
     for at, cells in _blocks(counts):
@@ -122,7 +122,7 @@ def _draw(
     samples of two groups share theirs.
     """
     drawn = rng.choice(rows, n_samples)
-    noise = torch.Generator(counts.indptr_n.device).manual_seed(int(rng.integers(2**31)))
+    noise = Noise(int(rng.integers(2**31)), counts.indptr_n.device)
     hidden = []
     for at, cells in _blocks(counts, drawn):
         q = model.encode(cells)
@@ -199,7 +199,7 @@ def differential_expression(
     pool_mh = torch.cat([_draw(model, counts, r, config.n_samples, batches, rng) for r in rows])
     normaliser_m = _log_normaliser(model, pool_mh)
     rest = _rest_of_pool(np.array([len(r) for r in rows]), config.n_samples, batches, rng)
-    c = 0.01 / float(counts.library().median())
+    c = 0.01 / float(counts.library_n.median())
     raw_kg, nonzero_kg = _raw_moments(counts, rows)
     n_genes = counts.n_genes
     columns = {key: np.empty((len(names), n_genes)) for key in (

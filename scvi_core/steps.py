@@ -12,7 +12,7 @@ import subprocess
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -20,9 +20,12 @@ import torch
 
 from scvi_core import api
 from scvi_core.config import Config, ModelConfig
-from scvi_core.counts import Counts, Schema, pack
+from scvi_core.counts import Schema
 from scvi_core.files import canonical_json, sha256_text, write_json
 from scvi_core.preprocess.store import read_store
+
+if TYPE_CHECKING:
+    from anndata import AnnData
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +34,14 @@ class Plan:
 
     Attributes
     ----------
-    counts, schema, gene_names, model : what is fitted, and how its columns are coded.
+    cells : the store's cells and genes, without counts.
+    schema, gene_names, model : what is fitted, and how its columns are coded.
     data : digests of samples and used columns.
     about : entries of the model card: samples, organism, data_sha256.
     fingerprint : of the weights that will come of it.
     """
 
-    counts: Counts
+    cells: AnnData
     schema: Schema
     gene_names: list[str]
     model: ModelConfig
@@ -48,7 +52,7 @@ class Plan:
 
 def plan(store: Path, settings: Config) -> Plan:
     """What a fit of this store by this configuration is made of."""
-    adata = read_store(store)
+    adata = read_store(store, counts=False)
     model = ModelConfig(**{key: getattr(settings.model, key) for key in ModelConfig.model_fields})
     schema = Schema.of(adata, "batch", model.categorical_covariates, model.continuous_covariates)
     api.check_design(model, schema)
@@ -63,7 +67,7 @@ def plan(store: Path, settings: Config) -> Plan:
     }
     names = [str(name) for name in adata.var["gene_name"]]
     fingerprint = api.fingerprint_of(schema, data, model, settings.train, settings.seed)
-    return Plan(pack(adata, schema), schema, names, model, data, about, fingerprint)
+    return Plan(adata, schema, names, model, data, about, fingerprint)
 
 
 def latent_table(cell_ids: Iterable[str], z_nk: np.ndarray) -> pd.DataFrame:

@@ -1,12 +1,14 @@
 """The training loop: minibatches, warm-up of the KL term, validation, early stopping, checkpoints.
 
-One state, :class:`State`, is all there is to a running fit: saved whole after an epoch and on request, it resumes
-bit for bit, because the order of cells depends on (seed, epoch) and the noise on (seed, step) alone.
+One state, :class:`State`, is all there is to a running fit: saved whole every half minute and on request, it resumes
+bit for bit, because the order of cells depends on (seed, epoch) and the noise on (seed, step) alone. Several processes
+may run the loop together (:mod:`scvi_core.parallel`): each takes its share of every minibatch, and the first writes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import time
@@ -19,12 +21,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from scvi_core import native, parallel
 from scvi_core.config import TrainConfig
-from scvi_core.counts import Counts, Minibatch
+from scvi_core.counts import Counts
 from scvi_core.files import UserError, canonical_json, replacing
 from scvi_core.log import log
-from scvi_core.model import SCVI
+from scvi_core.model import SCVI, Noise
 
+CHECKED = 100  # steps between two looks at whether the loss is finite: each waits for the device
 HISTORY = ["epoch", "seconds", "train_elbo", "validation_elbo", "kl_weight", "learning_rate"]
 
 
@@ -40,7 +44,7 @@ class State:
     optimiser: torch.optim.Optimizer
     step: int = 0  # optimiser steps done
     epoch: int = 0  # epochs done
-    elbo_sum: float = 0.0  # over the cells seen in the running epoch
+    elbo_sum: float = 0.0  # over the cells of the running epoch, as far as they were seen before the fit was resumed
     best_elbo: float = -math.inf
     best_epoch: int = 0
     best: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
@@ -64,6 +68,21 @@ def resolve_device(device: str) -> torch.device:
     return chosen
 
 
+def resolve_precision(precision: str, device: torch.device) -> bool:
+    """`auto`, `float32` or `bf16` -> whether the decoder's heads multiply in bfloat16, said in the log.
+
+    `auto` takes bfloat16 where the processor multiplies in it (AVX512-BF16, AMX, or a GPU that has it).
+    """
+    if device.type == "cuda":
+        found = torch.cuda.is_bf16_supported()
+    else:
+        able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        found = bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    half = precision == "bf16" or (precision == "auto" and found)
+    log.info("matrix products in %s (asked for: %s)", "bfloat16" if half else "float32", precision)
+    return half
+
+
 def n_epochs(config: TrainConfig, n_cells: int) -> int:
     """Epochs to run at most: as configured, else fewer the more cells there are.
 
@@ -76,9 +95,9 @@ def n_epochs(config: TrainConfig, n_cells: int) -> int:
 
 
 def hold_out(config: TrainConfig, n_cells: int, seed: int) -> np.ndarray:
-    """Positions of the cells set aside for validation, drawn at random, sorted."""
+    """Positions of the cells set aside for validation, drawn at random, sorted: the share asked for, 10,000 at most."""
     order = np.random.default_rng([seed, 2**31]).permutation(n_cells)
-    return np.sort(order[: round(config.validation_fraction * n_cells)])
+    return np.sort(order[: min(10_000, round(config.validation_fraction * n_cells))])
 
 
 def learning_rate(config: TrainConfig, step: int, total: int) -> float:
@@ -114,19 +133,21 @@ def train(
     identity: str = "",
     progress: bool = True,
     stop: Callable[[], bool] = lambda: False,
+    every: float = 30.0,
 ) -> pd.DataFrame:
     """Fit `model` in place.
 
     Parameters
     ----------
     model : with fresh weights. It is moved to `device` and left there, with the best weights, in eval mode.
-    counts : all cells, packed.
+    counts : all cells, packed in memory, or :class:`scvi_core.stream.Stream`.
     train_rows, validation_rows : positions of the cells; the second are never trained on, and may be none.
     config, seed : with the data and the initial weights they decide the result.
     checkpoint : file that holds the state of the fit while it runs; if there is one of the same `identity`, the fit
         goes on from there. The caller removes it when the result is safe.
     identity : what the checkpoint belongs to (the fingerprint).
-    stop : asked after every step; true writes the checkpoint and raises :class:`Interrupted`.
+    stop : asked at every step; true writes the checkpoint and raises :class:`Interrupted`.
+    every : seconds between two checkpoints.
 
     Returns
     -------
@@ -137,70 +158,84 @@ def train(
     Raises
     ------
     UserError
-        When the loss is not finite: names epoch, step and likely cause; the checkpoint of the last whole epoch stays.
+        When the loss is not finite: names epoch, step and likely cause; the last checkpoint stays.
     Interrupted
         When `stop` said so.
     """
     model.to(device)
+    epochs, steps = n_epochs(config, len(train_rows)), n_steps(config, len(train_rows))
     if len(train_rows) < 2:
         raise UserError(f"train: {len(train_rows)} cells to train on; at least 2 are needed")
+    if parallel.world() > len(train_rows) // steps:
+        raise UserError(
+            f"train: {parallel.world()} processes for minibatches of {len(train_rows) // steps} cells; ask for fewer "
+            "--devices or raise train.batch_size"
+        )
+    if device.type == "cpu" and native.library is None:
+        log.warning("kernels in plain PyTorch, several times slower: the compiled ones are %s", native.reason)
+    model.half = resolve_precision(config.precision, device)
+    _set_library_prior(model, counts, train_rows)
+    held = counts.subset(validation_rows).to(device) if len(validation_rows) else None
     counts = counts.to(device)
-    _set_library_prior(model, counts, torch.from_numpy(train_rows).to(device))
     optimiser = torch.optim.Adam(
         model.parameters(), config.learning_rate, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True
     )
     state = State(model, optimiser)
     if checkpoint is not None and checkpoint.exists():
         _resume(state, checkpoint, identity)
-    epochs = n_epochs(config, len(train_rows))
-    steps = n_steps(config, len(train_rows))
-    noise = torch.Generator(device)
-    cells = None
+    saved = time.monotonic()
+    progress = progress and parallel.rank() == 0
     with _bar(progress, epochs, state.epoch) as show:
         while state.epoch < epochs and not _has_stalled(state, config):
             began = time.perf_counter()
-            order = np.random.default_rng([seed, state.epoch]).permutation(train_rows)
-            batches = np.array_split(order, steps)
+            order = counts.order(train_rows, np.random.default_rng([seed, state.epoch]))
+            minibatches = np.array_split(order, steps)
+            elbo_b = torch.zeros(steps, dtype=torch.float64, device=device)  # a minibatch's sum, left on the device
             model.train()
-            for rows in batches[state.step - state.epoch * steps :]:
-                noise.manual_seed(seed * 1_000_003 + state.step)
-                cells = counts.gather(torch.from_numpy(rows).to(device))
+            for i in range(state.step - state.epoch * steps, steps):
+                mine = parallel.share(len(minibatches[i]))
+                cells = counts.gather(torch.from_numpy(minibatches[i][mine]).to(device))
+                noise = Noise(seed * 1_000_003 + state.step, device, len(minibatches[i]), mine)
                 reconstruction_n, kl_z_n, kl_l_n = model.elbo_terms(cells, noise)
-                loss = (kl_weight(config, state.step, epochs * steps) * kl_z_n + kl_l_n - reconstruction_n).mean()
+                loss_n = kl_weight(config, state.step, epochs * steps) * kl_z_n + kl_l_n - reconstruction_n
                 optimiser.param_groups[0]["lr"] = learning_rate(config, state.step, epochs * steps)
                 optimiser.zero_grad(set_to_none=True)
-                loss.backward()
+                (loss_n.sum() / len(minibatches[i])).backward()
+                due = checkpoint is not None and time.monotonic() - saved > every
+                stopping, due = parallel.sum_gradients(model, stop(), due)
                 if config.gradient_clip:
                     torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
                 optimiser.step()
+                elbo_b[i] = (reconstruction_n - kl_z_n - kl_l_n).detach().sum()
                 state.step += 1
-                elbo = float((reconstruction_n - kl_z_n - kl_l_n).detach().sum())
-                if not math.isfinite(elbo):
-                    raise UserError(_diagnosis(state, config, cells, steps, checkpoint))
-                state.elbo_sum += elbo
-                if stop():
-                    _check_weights(state, config, cells, steps, checkpoint)
-                    if checkpoint is not None:
-                        _save(state, checkpoint, identity)
+                last = i == steps - 1
+                if last or stopping or due or state.step % CHECKED == 0:
+                    _check(state, config, elbo_b, checkpoint)
+                if (stopping or due) and not last:
+                    _save(state, elbo_b, checkpoint, identity)
+                    saved = time.monotonic()
+                if stopping and not last:
                     raise Interrupted
-            # the last step's update is not in its loss; nothing that is not finite may reach the checkpoint
-            _check_weights(state, config, cells, steps, checkpoint)
-            validation_elbo = elbo_of(model, counts, validation_rows, seed) if len(validation_rows) else math.nan
-            if len(validation_rows) and not math.isfinite(validation_elbo):
-                raise UserError(_diagnosis(state, config, cells, steps, checkpoint))
+            validation_elbo = math.nan if held is None else elbo_of(model, held, seed)
+            if held is not None and not math.isfinite(validation_elbo):
+                raise UserError(_diagnosis(state, config, steps - 1, steps, checkpoint))
             state.epoch += 1
-            train_elbo, state.elbo_sum = state.elbo_sum / len(train_rows), 0.0
+            train_elbo = (state.elbo_sum + float(parallel.summed(elbo_b).sum())) / len(train_rows)
+            state.elbo_sum, elbo_b = 0.0, elbo_b[:0]
             seconds = time.perf_counter() - began
             schedule = [rule(config, state.step - 1, epochs * steps) for rule in (kl_weight, learning_rate)]
             state.history.append([state.epoch, seconds, train_elbo, validation_elbo, *schedule])
             show(train_elbo, validation_elbo, len(train_rows) / seconds)
             # the ELBO of a model still under warm-up is no measure of it, so the best is sought from its end
             warm = schedule[0] == config.kl_weight
-            if len(validation_rows) and config.early_stopping and warm and validation_elbo > state.best_elbo:
+            if held is not None and config.early_stopping and warm and validation_elbo > state.best_elbo:
                 state.best_elbo, state.best_epoch = validation_elbo, state.epoch
                 state.best = {k: v.detach().clone() for k, v in model.state_dict().items()}
-            if checkpoint is not None:
-                _save(state, checkpoint, identity)
+            if stopping or due or state.epoch == epochs:
+                _save(state, elbo_b, checkpoint, identity)
+                saved = time.monotonic()
+            if stopping:
+                raise Interrupted
     if _has_stalled(state, config):
         log.info("early stopping after epoch %d: no better validation ELBO in %d", state.epoch, config.patience)
     if state.best:
@@ -210,24 +245,25 @@ def train(
 
 
 @torch.no_grad()
-def elbo_of(model: SCVI, counts: Counts, rows: np.ndarray, seed: int, block: int = 1024) -> float:
-    """Mean ELBO of some cells (nats, KL weight 1), by one draw each whose noise is the same at every call."""
+def elbo_of(model: SCVI, counts: Counts, seed: int, block: int = 1024) -> float:
+    """Mean ELBO of cells (nats, KL weight 1), by one draw each whose noise is the same at every call."""
     model.eval()
-    device = counts.indptr_n.device
-    noise = torch.Generator(device).manual_seed(seed)
-    total = 0.0
-    for start in range(0, len(rows), block):
-        cells = counts.gather(torch.from_numpy(rows[start : start + block]).to(device))
-        reconstruction_n, kl_z_n, kl_l_n = model.elbo_terms(cells, noise)
-        total += float((reconstruction_n - kl_z_n - kl_l_n).double().sum())
-    return total / len(rows)
+    device = next(model.parameters()).device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for start in range(0, len(counts), block):
+        rows_n = torch.arange(start, min(start + block, len(counts)), device=device)
+        mine = parallel.share(len(rows_n))
+        noise = Noise(seed * 1_000_003 + start, device, len(rows_n), mine)
+        terms = model.elbo_terms(counts.gather(rows_n[mine]), noise)
+        total += (terms[0] - terms[1] - terms[2]).double().sum()
+    return float(parallel.summed(total)) / len(counts)
 
 
-def _set_library_prior(model: SCVI, counts: Counts, rows: torch.Tensor) -> None:
+def _set_library_prior(model: SCVI, counts: Counts, rows: np.ndarray) -> None:
     """Moments of log library size within each batch's training cells (Lopez et al. 2018, Methods)."""
     if model.config.library != "latent":
         return
-    log_library_n = counts.library()[rows].log()
+    log_library_n = counts.library_n[rows].log()
     batch_n = counts.batch_n[rows]
     for s in range(model.n_batches):
         mine_n = log_library_n[batch_n == s]
@@ -242,21 +278,22 @@ def _has_stalled(state: State, config: TrainConfig) -> bool:
     return bool(state.best) and state.epoch - state.best_epoch >= config.patience
 
 
-def _check_weights(
-    state: State, config: TrainConfig, cells: Minibatch | None, steps: int, checkpoint: Path | None
-) -> None:
+def _check(state: State, config: TrainConfig, elbo_b: torch.Tensor, checkpoint: Path | None) -> None:
+    """Refuse to go on when a loss of the running epoch was not finite, or the last step's update is not."""
+    lost = (~torch.isfinite(parallel.summed(elbo_b))).nonzero()[:, 0]
+    steps = len(elbo_b)
+    if len(lost):
+        raise UserError(_diagnosis(state, config, int(lost[0]), steps, checkpoint))
     if not all(torch.isfinite(value).all() for value in state.model.state_dict().values()):
-        raise UserError(_diagnosis(state, config, cells, steps, checkpoint))
+        raise UserError(_diagnosis(state, config, (state.step - 1) % steps, steps, checkpoint))
 
 
-def _diagnosis(state: State, config: TrainConfig, cells: Minibatch | None, steps: int, checkpoint: Path | None) -> str:
-    where = f"epoch {state.epoch + 1}, step {(state.step - 1) % steps + 1} of {steps}"
+def _diagnosis(state: State, config: TrainConfig, step: int, steps: int, checkpoint: Path | None) -> str:
+    where = f"epoch {state.epoch + 1}, step {step + 1} of {steps}"
+    cause = "counts out of range; look for outlier cells (qc.max_counts)"
     if any(not torch.isfinite(p).all() for p in state.model.parameters()):
         cause = f"weights have overflowed; lower train.learning_rate (now {config.learning_rate:g})"
-    else:
-        largest = "" if cells is None else f", such as the count of {int(cells.x_ng.max())} in this minibatch"
-        cause = f"values out of range{largest}; look for outlier cells (qc.max_counts)"
-    kept = f"; {checkpoint} holds the last whole epoch" if checkpoint is not None and checkpoint.exists() else ""
+    kept = f"; {checkpoint} holds the last sound state" if checkpoint is not None and checkpoint.exists() else ""
     return f"train: the loss is not finite at {where}: {cause}, or set train.gradient_clip{kept}"
 
 
@@ -293,22 +330,37 @@ def _bar(progress: bool, total: int, done: int):
     return bar()
 
 
-def _save(state: State, path: Path, identity: str) -> None:
-    """Write the whole state as one safetensors file, atomically."""
+def _save(state: State, elbo_b: torch.Tensor, path: Path | None, identity: str) -> None:
+    """Write the whole state as one safetensors file, atomically; the first process alone does.
+
+    `elbo_b` are the running epoch's, of which the state keeps the sum.
+    """
+    elbo_sum = state.elbo_sum + float(parallel.summed(elbo_b).sum())
+    if path is None or parallel.rank():
+        return
     tensors = {f"model.{k}": v for k, v in state.model.state_dict().items()}
     tensors |= {f"best.{k}": v for k, v in state.best.items()}
     for index, slot in state.optimiser.state_dict()["state"].items():
         tensors |= {f"adam.{index}.{k}": v for k, v in slot.items()}
+    tensors = {k: v.cpu().contiguous() for k, v in tensors.items()}
     scalars = {
         f.name: getattr(state, f.name)
         for f in dataclasses.fields(State)
         if f.name not in ("model", "optimiser", "best", "history")
-    }
+    } | {"elbo_sum": elbo_sum}
     scalars["best_elbo"] = None if state.best_elbo == -math.inf else state.best_elbo
     history = [[None if math.isnan(v) else v for v in row] for row in state.history]
-    text = canonical_json({"identity": identity, "scalars": scalars, "history": history})
+    about = {"identity": identity, "scalars": scalars, "history": history, "tensors_sha256": _digest(tensors)}
     with replacing(path) as temporary:
-        save_file({k: v.contiguous().clone() for k, v in tensors.items()}, temporary, {"state": text})
+        save_file(tensors, temporary, {"state": canonical_json(about)})
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _resume(state: State, path: Path, identity: str) -> None:
@@ -317,11 +369,13 @@ def _resume(state: State, path: Path, identity: str) -> None:
         with safe_open(path, "pt") as file:
             saved = json.loads((file.metadata() or {}).get("state", "{}"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError, ValueError) as error:
+        if saved.get("identity") != identity:
+            log.warning("%s: a checkpoint of another fit; starting from the beginning", path)
+            return
+        if saved["tensors_sha256"] != _digest(tensors):
+            raise ValueError("its content is not what was written")
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
         log.warning("%s: not a whole checkpoint (%s); starting from the beginning", path, error)
-        return
-    if saved.get("identity") != identity:
-        log.warning("%s: a checkpoint of another fit; starting from the beginning", path)
         return
     for name, value in saved["scalars"].items():
         setattr(state, name, -math.inf if name == "best_elbo" and value is None else value)

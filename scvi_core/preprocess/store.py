@@ -104,12 +104,13 @@ def _seal(store: Path) -> None:
     zarr.open_group(store, mode="r+").attrs["content_sha256"] = sha256_text(lines)
 
 
-def read_store(path: Path) -> AnnData:
+def read_store(path: Path, counts: bool = True) -> AnnData:
     """Read a store that :func:`write_store` wrote, and check that it is whole.
 
     Parameters
     ----------
     path : of counts.zarr.
+    counts : False leaves them on disk, unread and unchecked (:func:`scvi_core.stream.open_counts` does both).
 
     Returns
     -------
@@ -121,6 +122,8 @@ def read_store(path: Path) -> AnnData:
         When the folder is missing, is another kind of store, or lacks parts.
     """
     import anndata
+    import zarr
+    from anndata.io import read_elem
 
     from scvi_core.io.checks import check_zarr
 
@@ -129,22 +132,21 @@ def read_store(path: Path) -> AnnData:
         raise UserError(f"{path}: no such store; run `scvi-core store` first")
     check_zarr(path)
     try:
-        adata = anndata.read_zarr(path)
-        X, samples = adata.X, json.loads(str(adata.uns["samples"]))
-        absent = [c for c in FIXED_OBS if c not in adata.obs] + [c for c in ("gene_name",) if c not in adata.var]
-        if getattr(X, "format", None) != "csr" or X.dtype.kind != "u":
+        group = zarr.open_group(path, mode="r")
+        told_shape = tuple(group["X"].attrs["shape"])
+        if group["X"].attrs["encoding-type"] != "csr_matrix" or group["X"]["data"].dtype.kind != "u":
             raise ValueError("X is not a CSR matrix of unsigned integers")
+        if counts:
+            adata = anndata.read_zarr(path)
+            _check_rows(adata.X)
+        else:
+            adata = anndata.AnnData(**{key: read_elem(group[key]) for key in ("obs", "var", "uns")})
+        samples = json.loads(str(adata.uns["samples"]))
+        absent = [c for c in FIXED_OBS if c not in adata.obs] + [c for c in ("gene_name",) if c not in adata.var]
         if absent:
             raise ValueError(f"column {absent[0]} is absent")
-        # a lost chunk reads as zeros: no count may be 0, and columns rise within a row
-        rises = np.diff(X.indices) > 0
-        starts = X.indptr[1:-1]
-        rises[starts[(starts > 0) & (starts < X.nnz)] - 1] = True
-        sizes = np.diff(X.indptr)
-        if X.indptr[0] != 0 or X.indptr[-1] != len(X.data) or (sizes < 1).any() or not rises.all():
-            raise ValueError("X: rows are damaged")
-        if (X.data == 0).any() or (X.indices < 0).any() or (X.indices >= X.shape[1]).any():
-            raise ValueError("X: counts are damaged")
+        if adata.shape != told_shape:
+            raise ValueError(f"X is {told_shape[0]} x {told_shape[1]}, its tables {adata.n_obs} x {adata.n_vars}")
         told = {name: int(record["n_cells"]) for name, record in samples.items()}
         if told != {str(k): int(v) for k, v in adata.obs["sample"].value_counts().items() if v}:
             raise ValueError("its cells are not those that uns['samples'] counts")
@@ -152,6 +154,18 @@ def read_store(path: Path) -> AnnData:
         line = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: not a whole store of scvi-core ({line}); run `scvi-core store` again") from None
     return adata
+
+
+def _check_rows(X: Any) -> None:
+    """A lost chunk reads as zeros: no count may be 0, and columns rise within a row."""
+    rises = np.diff(X.indices) > 0
+    starts = X.indptr[1:-1]
+    rises[starts[(starts > 0) & (starts < X.nnz)] - 1] = True
+    sizes = np.diff(X.indptr)
+    if X.indptr[0] != 0 or X.indptr[-1] != len(X.data) or (sizes < 1).any() or not rises.all():
+        raise ValueError("X: rows are damaged")
+    if (X.data == 0).any() or (X.indices < 0).any() or (X.indices >= X.shape[1]).any():
+        raise ValueError("X: counts are damaged")
 
 
 def _select(counts: Any, column: np.ndarray, n_genes: int) -> Any:

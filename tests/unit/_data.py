@@ -3,8 +3,10 @@
 import anndata as ad
 import numpy as np
 import pandas as pd
+import pytest
 import scipy.sparse as sp
 
+from scvi_core import native
 from scvi_core.config import TrainConfig
 from scvi_core.counts import Schema, pack
 
@@ -39,3 +41,11 @@ def brief(**more):
     """A training configuration of a second or less, whatever the defaults are."""
     settings = {"max_epochs": 4, "batch_size": 16, "learning_rate": 5e-3, "schedule": "constant", "kl_weight": 1.0}
     return TrainConfig(**{**settings, "kl_warmup": 0.5, "early_stopping": True, "patience": 45, **more})
+
+
+def choose(how, monkeypatch):
+    """Have the compiled kernels do the work, or the plain PyTorch that stands in for them."""
+    if how == "plain":
+        monkeypatch.setattr(native, "library", None)
+    elif native.library is None:
+        pytest.skip(f"no compiled kernels: {native.reason}")

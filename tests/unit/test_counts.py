@@ -6,10 +6,17 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
-from _data import cells, packed
+from _data import cells, choose, packed
 
-from scvi_core.counts import Schema, content_digest, fingerprint, pack
+from scvi_core import native
+from scvi_core.counts import Counts, Schema, content_digest, fingerprint, pack
 from scvi_core.files import UserError
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def how(request, monkeypatch):
+    choose(request.param, monkeypatch)
+    return request.param
 
 
 def adata_of(x, batch=None):
@@ -24,7 +31,7 @@ def bare(adata):
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("form", ["csr", "csc", "coo", "dense", "float"])
-def test_gather_is_the_dense_rows(seed, form):
+def test_gather_is_the_dense_rows(seed, form, how):
     rng = np.random.default_rng(seed)
     n, g = rng.integers(1, 60), rng.integers(1, 50)
     x = rng.poisson(rng.choice([0.1, 1, 5], (n, g)))
@@ -33,32 +40,88 @@ def test_gather_is_the_dense_rows(seed, form):
     counts = bare(adata_of(sparse.get(form, lambda v: v.astype(float) if form == "float" else v)(x)))
     rows = rng.integers(0, n, 30)  # any order, some twice
     minibatch = counts.gather(torch.from_numpy(rows))
-    assert minibatch.x_ng.dtype == torch.float32 and np.array_equal(minibatch.x_ng.numpy(), x[rows])
+    dense = minibatch.x.dense()
+    assert dense.dtype == torch.float32 and np.array_equal(dense.numpy(), x[rows])
+    assert minibatch.library_n.dtype == torch.float32
     assert np.array_equal(minibatch.library_n.numpy(), x[rows].sum(1))
-    assert np.array_equal(counts.library().numpy(), x.sum(1)) and len(counts) == n
-    assert np.array_equal(np.sort(minibatch.nonzero_m.numpy()), np.flatnonzero(x[rows]))
+    assert counts.library_n.dtype == torch.float64
+    assert np.array_equal(counts.library_n.numpy(), x.sum(1)) and len(counts) == n
+    place_m = minibatch.x.rows() * g + minibatch.x.genes_m
+    assert np.array_equal(np.sort(place_m.numpy()), np.flatnonzero(x[rows])) and (minibatch.x.x_m > 0).all()
+    assert len(minibatch.x) == 30 and np.array_equal(minibatch.x.totals().numpy(), x[rows].sum(1))
+    dtypes = [t.dtype for t in (minibatch.x.indptr_n, minibatch.x.genes_m, minibatch.x.x_m)]
+    assert dtypes == [torch.int64, torch.int32, torch.float32]
     assert minibatch.covariates_nc.shape == (30, 0)
-    assert counts.gather(torch.arange(0)).x_ng.shape == (0, g)
+    none = counts.gather(torch.arange(0))
+    assert none.x.dense().shape == (0, g) and none.library_n.shape == (0,) and none.covariates_nc.shape == (0, 0)
+
+
+@pytest.mark.parametrize("genes", [torch.int16, torch.int32])
+@pytest.mark.parametrize("values", [torch.uint8, torch.int16, torch.int32])
+def test_gather_of_every_type(genes, values, monkeypatch):
+    """Compiled and plain alike, to the ends of the types; rows repeated, cells empty, nothing selected."""
+    choose("compiled", monkeypatch)
+    rng = np.random.default_rng(0)
+    n_genes = 2**15 if genes == torch.int16 else 70_001
+    lengths = np.array([0, 3, 1, 0, 0, 257, 40, 0])
+    column = np.concatenate([np.sort(rng.choice(n_genes, k, replace=False)) for k in lengths])
+    column[2], column[3] = n_genes - 1, 0
+    value = rng.integers(1, torch.iinfo(values).max, len(column), endpoint=True)
+    value[[0, 3, -1]] = torch.iinfo(values).max
+    n = len(lengths)
+    counts = Counts(
+        indptr_n=torch.from_numpy(np.concatenate([[0], lengths.cumsum()])),
+        genes_m=torch.from_numpy(column).to(genes),
+        values_m=torch.from_numpy(value).to(values),
+        library_n=torch.arange(n, dtype=torch.float64),
+        batch_n=torch.arange(n),
+        categories_nc=torch.zeros(n, 0, dtype=torch.int64),
+        continuous_nc=torch.zeros(n, 0),
+        n_genes=n_genes,
+        levels=(),
+    )
+    expected = sp.csr_matrix((value.astype(np.float32), column, counts.indptr_n.numpy()), shape=(n, n_genes))
+    for rows in ([5, 1, 5, 5, 0, 7, 2, 6], [0], [3, 4], [7], [5], [], list(range(n)), rng.integers(0, n, 500)):
+        rows_n = torch.tensor(rows, dtype=torch.int64)
+        compiled = counts.gather(rows_n)
+        with monkeypatch.context() as without:
+            without.setattr(native, "library", None)
+            plain = counts.gather(rows_n)
+        for name in ("indptr_n", "genes_m", "x_m"):
+            ours, theirs = getattr(compiled.x, name), getattr(plain.x, name)
+            assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), name
+        assert torch.equal(compiled.library_n, rows_n.float()) and torch.equal(compiled.batch_n, rows_n)
+        small = counts.n_genes * len(rows_n) < 10**6
+        assert not small or np.array_equal(compiled.x.dense().numpy(), expected[rows_n.numpy()].toarray())
 
 
 @pytest.mark.parametrize(
     ("top", "dtype"), [(255, torch.uint8), (256, torch.int16), (32767, torch.int16), (70000, torch.int32)]
 )
-def test_smallest_integers_that_hold_the_counts(top, dtype):
+def test_smallest_integers_that_hold_the_counts(top, dtype, how):
     x = np.array([[1, 0, top], [0, 2, 0]])
     for kind in (np.int64, np.float32, np.uint32):
         counts = bare(adata_of(sp.csr_matrix(x.astype(kind))))
-        assert counts.values_m.dtype == dtype and counts.genes_m.dtype == torch.int32
-        assert np.array_equal(counts.gather(torch.arange(2)).x_ng.numpy(), x)
+        assert counts.values_m.dtype == dtype and counts.genes_m.dtype == torch.int16
+        assert np.array_equal(counts.gather(torch.arange(2)).x.dense().numpy(), x)
 
 
-def test_untidy_sparse_input():
+@pytest.mark.parametrize(("n_genes", "dtype"), [(2**15, torch.int16), (2**15 + 1, torch.int32)])
+def test_smallest_integers_that_hold_the_genes(n_genes, dtype, how):
+    """The last gene is found again, at the last number that two bytes hold and one beyond."""
+    x = sp.csr_matrix(([5, 1, 2], ([0, 0, 1], [n_genes - 1, 0, n_genes - 1])), shape=(2, n_genes))
+    counts = bare(adata_of(x))
+    assert counts.genes_m.dtype == dtype
+    assert np.array_equal(counts.gather(torch.tensor([1, 0])).x.dense().numpy(), x.toarray()[[1, 0]])
+
+
+def test_untidy_sparse_input(how):
     """Unsorted indices, duplicates (which add up, beyond their type), explicit zeros: counted, not written to."""
     data = np.array([3, 200, 100, 0, 7], dtype=np.uint8)
     x = sp.csr_matrix((data, np.array([2, 0, 0, 1, 1]), np.array([0, 4, 5])), shape=(2, 3))
     before = x.data.copy(), x.indices.copy()
     counts = bare(adata_of(x))
-    assert np.array_equal(counts.gather(torch.arange(2)).x_ng.numpy(), [[300, 0, 3], [0, 7, 0]])
+    assert np.array_equal(counts.gather(torch.arange(2)).x.dense().numpy(), [[300, 0, 3], [0, 7, 0]])
     assert counts.indptr_n.tolist() == [0, 2, 3] and (counts.values_m > 0).all()
     assert np.array_equal(x.data, before[0]) and np.array_equal(x.indices, before[1])
 
@@ -163,7 +226,7 @@ def test_genes_in_any_order_and_more_of_them():
     more.obs = adata.obs
     order = np.random.default_rng(0).permutation(28)
     again = pack(more[:, order].copy(), schema)
-    assert torch.equal(again.gather(torch.arange(20)).x_ng, counts.gather(torch.arange(20)).x_ng)
+    assert torch.equal(again.gather(torch.arange(20)).x.dense(), counts.gather(torch.arange(20)).x.dense())
     view = pack(more[:, order], schema)  # a view does as well
     assert torch.equal(view.values_m, again.values_m) and torch.equal(view.genes_m, again.genes_m)
 

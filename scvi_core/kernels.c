@@ -1,0 +1,438 @@
+/* The compiled form of scvi_core/kernels.py: the same equations, one pass over a tile of cells x genes while it is in
+ * cache, and an encoder layer and a minibatch that touch only the non-zero counts.
+ *
+ * Plain C called through pointers: it needs neither Python's nor PyTorch's headers, so one build serves every version
+ * of both. Elementary functions are written out below, as loops that call the C library's do not become vector
+ * instructions; GCC compiles each loop for several CPUs and the fastest is chosen when the library is loaded.
+ * Compiled without -ffast-math: log1p relies on the order of its sums. Threads are OpenMP's, of the runtime that
+ * PyTorch has loaded; work is cut so that results do not depend on their number.
+ *
+ * Suffixes as in model.py: n cells, g genes, h hidden units, m the non-zeros of a minibatch.
+ */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define EVERY_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define EVERY_CPU
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+enum { POISSON, NB, ZINB };
+
+/* ---- elementary functions ---------------------------------------------------------------------------------------- */
+
+INLINE float float_of(int32_t i) { float f; memcpy(&f, &i, 4); return f; }
+INLINE int32_t bits_of(float f) { int32_t i; memcpy(&i, &f, 4); return i; }
+INLINE double double_of(int64_t i) { double f; memcpy(&f, &i, 8); return f; }
+INLINE int64_t bits_of_double(double f) { int64_t i; memcpy(&i, &f, 8); return i; }
+
+/* e^x - 1 and e^x, for x up to 88; beyond, as there; e^x is 0 below -87, where float32 loses its digits. */
+INLINE float expm1_32(float x, float *exp_x) {
+    float one = x < -87.0f ? 0.0f : 1.0f;
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    const float round = 12582912.0f; /* 1.5 * 2^23: adding it leaves the nearest integer in the last bits */
+    float shifted = x * 1.44269504f + round;
+    float n = shifted - round;
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts: the first is exact in n's products */
+    float p = 1.0f / 5040;
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    float power = one * float_of((int32_t)((uint32_t)bits_of(shifted) << 23) + 0x3f800000);
+    *exp_x = (p * r + 1.0f) * power;
+    return p * r * power + (power - 1.0f);
+}
+
+INLINE float exp32(float x) {
+    float exp_x;
+    expm1_32(x, &exp_x);
+    return exp_x;
+}
+
+/* log x for positive normal x (NaN for NaN), by log((1+f)/(1-f)) = 2 (f + f^3/3 + ...), |f| < 0.172. */
+INLINE float log32(float x) {
+    int32_t i = bits_of(x) - 0x3f3504f3; /* of sqrt(1/2) */
+    float e = (float)(i >> 23);
+    float m = float_of((i & 0x007fffff) + 0x3f3504f3);
+    float f = (m - 1.0f) / (m + 1.0f);
+    float q = f * f;
+    float p = 1.0f / 11;
+    p = p * q + 1.0f / 9;
+    p = p * q + 1.0f / 7;
+    p = p * q + 1.0f / 5;
+    p = p * q + 1.0f / 3;
+    return e * 0.693359375f + (2.0f * f + (2.0f * f * q * p - e * 2.12194440e-4f)) + (x - x);
+}
+
+INLINE double exp64(double x) {
+    x = x < -700.0 ? -700.0 : x;
+    x = x > 700.0 ? 700.0 : x;
+    const double round = 6755399441055744.0; /* 1.5 * 2^52 */
+    double shifted = x * 1.4426950408889634 + round;
+    double n = shifted - round;
+    double r = x - n * 6.93147180369123816490e-01 - n * 1.90821492927058770002e-10;
+    double p = 1.0 / 479001600;
+    p = p * r + 1.0 / 39916800;
+    p = p * r + 1.0 / 3628800;
+    p = p * r + 1.0 / 362880;
+    p = p * r + 1.0 / 40320;
+    p = p * r + 1.0 / 5040;
+    p = p * r + 1.0 / 720;
+    p = p * r + 1.0 / 120;
+    p = p * r + 1.0 / 24;
+    p = p * r + 1.0 / 6;
+    p = p * r + 0.5;
+    p = p * r + 1.0;
+    p = p * r + 1.0;
+    return p * double_of((int64_t)((uint64_t)bits_of_double(shifted) << 52) + 0x3ff0000000000000);
+}
+
+INLINE double log64(double x) {
+    int64_t i = bits_of_double(x) - 0x3fe6a09e667f3bcd;
+    /* the exponent as a double, by bits alone: there is no vector instruction for it before AVX-512 */
+    double e = double_of((int64_t)((((uint64_t)i + (2048ull << 52)) >> 52) | 0x4330000000000000)) - (4503599627370496.0 + 2048);
+    double m = double_of((i & 0x000fffffffffffff) + 0x3fe6a09e667f3bcd);
+    double f = (m - 1.0) / (m + 1.0);
+    double q = f * f;
+    double p = 1.0 / 19;
+    p = p * q + 1.0 / 17;
+    p = p * q + 1.0 / 15;
+    p = p * q + 1.0 / 13;
+    p = p * q + 1.0 / 11;
+    p = p * q + 1.0 / 9;
+    p = p * q + 1.0 / 7;
+    p = p * q + 1.0 / 5;
+    p = p * q + 1.0 / 3;
+    return e * 0.693147180369123816490 + (2.0 * f + (2.0 * f * q * p + e * 1.90821492927058770002e-10)) + (x - x);
+}
+
+/* log(1 + x) for x >= 0, to full relative precision: what rounding 1 + x loses is given back to first order */
+INLINE double log1p64(double x) {
+    double u = 1.0 + x;
+    return log64(u) + (x - (u - 1.0)) / u;
+}
+
+/* Stirling's series: log Gamma(y) beyond (y - 1/2) log y - y + log(2 pi)/2, and its derivative beyond log y; y >= 8 */
+INLINE double tail(double y) {
+    double w = 1.0 / y, q = w * w;
+    return w * (1.0 / 12 - q * (1.0 / 360 - q * (1.0 / 1260 - q * (1.0 / 1680 - q * (1.0 / 1188)))));
+}
+INLINE double slope_tail(double y) {
+    double w = 1.0 / y, q = w * w;
+    return -w * (0.5 + w * (1.0 / 12 - q * (1.0 / 120 - q * (1.0 / 252 - q * (1.0 / 240 - q * (1.0 / 132))))));
+}
+
+/* ---- the likelihood ---------------------------------------------------------------------------------------------- */
+
+static const double LIMIT = 60; /* |log theta| beyond is as good as this, as in kernels.py */
+enum { BLOCK = 256 }; /* genes summed in float32 before the sum goes on in float64; also non-zeros taken at once */
+
+/* One cell: its rows of the inputs, room to work in, and its rows of the outputs, which are always written. */
+typedef struct {
+    int64_t n_genes, n_nonzero;
+    const int32_t *gene_m;
+    const float *x_m, *logit_rho, *log_theta, *theta, *theta_inverse, *logit_pi;
+    double log_library;
+    float *mu, *value; /* room */
+    double *log_likelihood;
+    float *grad_rho, *grad_library, *grad_theta, *grad_pi;
+} Cell;
+
+/* B(x, theta) = log Gamma(x + theta) - log Gamma(theta) - x log theta = sum_{k<x} log(1 + k / theta), and log x! = B(x, 1).
+ * Factors up to k = 7 one by one: *log_near = B - log x! for x <= 8, *slope_near = dB / d log theta. */
+INLINE void rising_near(double x, double theta, double *log_near, double *slope_near) {
+    double inverse = 1 / theta, product = 1, derivative = 0, factorial = 1;
+    for (int k = 1; k < 8; k++) {
+        double factor = k < x ? k : 0.0;
+        factorial *= 1 + factor;
+        factor *= inverse;
+        derivative = derivative * (1 + factor) + product * factor;
+        product *= 1 + factor;
+    }
+    *log_near = log64(product / factorial);
+    *slope_near = -derivative / product;
+}
+
+/* What the factors from k = 8 on add to B(x, theta), for x > 8, by Stirling's series; and to its slope. */
+INLINE double rising_far(double x, double theta, double *slope_far) {
+    double d = x - 8, a = theta + 8, log_ratio = log1p64(d / a);
+    *slope_far = theta * (log_ratio + slope_tail(a + d) - slope_tail(a)) - d;
+    return (a + d - 0.5) * log_ratio + d * log1p64(8 / theta) - d + tail(a + d) - tail(a);
+}
+
+/* log p(x) summed over genes, and its gradients by logit_rho, log library, log theta and logit_pi; see kernels.py. */
+INLINE void cell(int kind, Cell c) {
+    const int64_t n_genes = c.n_genes;
+    float *mu = c.mu, *grad_mu = c.grad_rho;
+    float top = c.logit_rho[0];
+    #pragma omp simd reduction(max : top)
+    for (int64_t g = 0; g < n_genes; g++) top = c.logit_rho[g] > top ? c.logit_rho[g] : top;
+    double sum = 0;
+    for (int64_t start = 0; start < n_genes; start += BLOCK) {
+        int64_t stop = start + BLOCK < n_genes ? start + BLOCK : n_genes;
+        float part = 0;
+        #pragma omp simd reduction(+ : part)
+        for (int64_t g = start; g < stop; g++) {
+            mu[g] = exp32(c.logit_rho[g] - top);
+            part += mu[g];
+        }
+        sum += part;
+    }
+    double library = exp64(c.log_library), log_scale = c.log_library - top - log64(sum);
+    float scale = (float)(library / sum);
+
+    /* every gene as if its count were zero */
+    double value = 0, slope = 0; /* slope: of the value by log library, the sum of gradients by log mu */
+    for (int64_t start = 0; start < n_genes; start += BLOCK) {
+        int64_t stop = start + BLOCK < n_genes ? start + BLOCK : n_genes;
+        float part = 0, part_slope = 0;
+        #pragma omp simd reduction(+ : part, part_slope)
+        for (int64_t g = start; g < stop; g++) {
+            float mu_g = mu[g] * scale, value_g = -mu_g, slope_g = -mu_g;
+            if (kind != POISSON) {
+                float odds = mu_g * c.theta_inverse[g], u = 1.0f + odds, inverse = 1.0f / u;
+                value_g = -c.theta[g] * (log32(u) + (odds - (u - 1.0f)) * inverse); /* log NB(0) */
+                slope_g *= inverse;
+                float slope_theta = value_g - slope_g;
+                if (kind == ZINB) {
+                    float h = c.logit_pi[g];
+                    h = h < -80.0f ? -80.0f : h;
+                    h = h > 80.0f ? 80.0f : h;
+                    float odds_pi = exp32(h), nb, nb_less_1 = expm1_32(value_g, &nb);
+                    float keep = 1.0f / (1.0f + odds_pi), share = 1.0f / (odds_pi + nb);
+                    value_g = log32((odds_pi + nb) * keep);
+                    c.grad_pi[g] = -nb_less_1 * (odds_pi * share) * keep; /* without the cancellation of share - pi */
+                    slope_g *= nb * share;
+                    slope_theta *= nb * share;
+                }
+                c.grad_theta[g] = slope_theta;
+            }
+            mu[g] = mu_g;
+            grad_mu[g] = slope_g;
+            part += value_g;
+            part_slope += slope_g;
+            c.value[g] = value_g;
+        }
+        value += part;
+        slope += part_slope;
+    }
+    if (kind == POISSON) value = slope = -library; /* what the means of all genes add up to */
+
+    /* the non-zeros, in float64: their terms cancel to far below their own size */
+    for (int64_t start = 0; start < c.n_nonzero; start += BLOCK) {
+        int64_t n = c.n_nonzero - start < BLOCK ? c.n_nonzero - start : BLOCK;
+        const int32_t *gene = c.gene_m + start;
+        const float *x_m = c.x_m + start;
+        double log_mu_m[BLOCK], theta_m[BLOCK], logit_m[BLOCK], slope_m[BLOCK], slope_theta_m[BLOCK];
+        int32_t far[BLOCK];
+        int64_t n_far = 0;
+        for (int64_t m = 0; m < n; m++) {
+            int32_t g = gene[m];
+            far[n_far] = (int32_t)m;
+            n_far += x_m[m] > 8;
+            log_mu_m[m] = c.logit_rho[g] + log_scale;
+            if (kind != POISSON) theta_m[m] = c.log_theta[g];
+            if (kind == ZINB) logit_m[m] = c.logit_pi[g];
+            if (kind != POISSON) value -= c.value[g], slope -= grad_mu[g];
+        }
+        double added = 0, added_slope = 0;
+        #pragma omp simd reduction(+ : added, added_slope)
+        for (int64_t m = 0; m < n; m++) {
+            double x = x_m[m], mu_m = exp64(log_mu_m[m]), v, slope_near;
+            if (kind == POISSON) {
+                rising_near(x, INFINITY, &v, &slope_near); /* B vanishes: what is left is -log x! */
+                v += x * log_mu_m[m];
+                slope_m[m] = x - mu_m;
+                added_slope += x;
+            } else {
+                double log_theta = theta_m[m] < -LIMIT ? -LIMIT : theta_m[m] > LIMIT ? LIMIT : theta_m[m];
+                double theta = exp64(log_theta), odds = mu_m / theta, s = log1p64(odds);
+                rising_near(x, theta, &v, &slope_near);
+                v += x * log_mu_m[m] - (x + theta) * s;
+                theta_m[m] = theta;
+                slope_m[m] = (x - mu_m) / (1 + odds);
+                slope_theta_m[m] = x + slope_near - theta * s - slope_m[m];
+            }
+            if (kind == ZINB) { /* log(1 - pi) = -softplus(logit) */
+                double h = logit_m[m], e = exp64(h > 0 ? -h : h);
+                v -= log1p64(e) + (h > 0 ? h : 0.0);
+                logit_m[m] = -(h > 0 ? 1.0 : e) / (1 + e);
+            }
+            added += v;
+            if (kind != POISSON) added_slope += slope_m[m];
+        }
+        #pragma omp simd reduction(+ : added)
+        for (int64_t i = 0; i < n_far; i++) {
+            double x = x_m[far[i]], slope_far;
+            added -= rising_far(x, 1.0, &slope_far);
+            if (kind != POISSON) {
+                added += rising_far(x, theta_m[far[i]], &slope_far);
+                slope_theta_m[far[i]] += slope_far;
+            }
+        }
+        value += added;
+        slope += added_slope;
+        for (int64_t m = 0; m < n; m++) {
+            grad_mu[gene[m]] = (float)slope_m[m];
+            if (kind != POISSON) c.grad_theta[gene[m]] = (float)slope_theta_m[m];
+            if (kind == ZINB) c.grad_pi[gene[m]] = (float)logit_m[m];
+        }
+    }
+    *c.log_likelihood = value;
+    *c.grad_library = (float)slope;
+
+    /* through the softmax */
+    float share = (float)(slope / library);
+    for (int64_t g = 0; g < n_genes; g++) c.grad_rho[g] = grad_mu[g] - mu[g] * share;
+}
+
+EVERY_CPU static void cell_poisson(const Cell *c) { cell(POISSON, *c); }
+EVERY_CPU static void cell_nb(const Cell *c) { cell(NB, *c); }
+EVERY_CPU static void cell_zinb(const Cell *c) { cell(ZINB, *c); }
+
+EVERY_CPU static void exponents(int64_t n, const float *log_theta, float *theta, float *inverse) {
+    for (int64_t g = 0; g < n; g++) {
+        float t = log_theta[g] < -(float)LIMIT ? -(float)LIMIT : log_theta[g];
+        t = t > (float)LIMIT ? (float)LIMIT : t;
+        theta[g] = exp32(t);
+        inverse[g] = exp32(-t);
+    }
+}
+
+/* Every cell of a minibatch. log_theta has one row or n_cells; logit_pi and log_theta are NULL where the likelihood
+ * has none; the tiles of gradients are NULL, all together, where they are not wanted. Returns 0, or 1 without memory. */
+int scvi_log_likelihood(
+    int kind, int64_t n_cells, int64_t n_genes, const int64_t *indptr_n, const int32_t *gene_m, const float *x_m,
+    const float *logit_rho_ng, const float *log_library_n, const float *log_theta_ng, int64_t n_theta,
+    const float *logit_pi_ng, double *log_likelihood_n, float *grad_rho_ng, float *grad_library_n,
+    float *grad_theta_ng, float *grad_pi_ng) {
+    int failed = 0;
+    float *theta_g = malloc(2 * n_genes * sizeof(float));
+    if (!theta_g) return 1;
+    if (kind != POISSON && n_theta == 1) exponents(n_genes, log_theta_ng, theta_g, theta_g + n_genes);
+    #pragma omp parallel
+    {
+        float *room = malloc(7 * n_genes * sizeof(float));
+        #pragma omp for schedule(static)
+        for (int64_t n = 0; n < n_cells; n++) {
+            if (!room) {
+                failed = 1;
+                continue;
+            }
+            int64_t at = n * n_genes;
+            Cell c = {
+                .n_genes = n_genes, .n_nonzero = indptr_n[n + 1] - indptr_n[n],
+                .gene_m = gene_m + indptr_n[n], .x_m = x_m + indptr_n[n],
+                .logit_rho = logit_rho_ng + at, .log_theta = log_theta_ng, .theta = theta_g, .theta_inverse = theta_g + n_genes,
+                .logit_pi = logit_pi_ng + at, .log_library = log_library_n[n],
+                .mu = room, .value = room + n_genes,
+                .grad_rho = grad_rho_ng ? grad_rho_ng + at : room + 2 * n_genes,
+                .grad_theta = grad_rho_ng ? grad_theta_ng + at : room + 3 * n_genes,
+                .grad_pi = grad_rho_ng ? grad_pi_ng + at : room + 4 * n_genes,
+                .log_likelihood = log_likelihood_n + n, .grad_library = grad_library_n + n,
+            };
+            if (kind != POISSON && n_theta > 1) {
+                c.log_theta = log_theta_ng + at, c.theta = room + 5 * n_genes, c.theta_inverse = room + 6 * n_genes;
+                exponents(n_genes, c.log_theta, room + 5 * n_genes, room + 6 * n_genes);
+            }
+            (kind == POISSON ? cell_poisson : kind == NB ? cell_nb : cell_zinb)(&c);
+        }
+        free(room);
+    }
+    free(theta_g);
+    return failed;
+}
+
+/* ---- the encoder's first layer, and the minibatch ---------------------------------------------------------------- */
+
+typedef float Lanes __attribute__((vector_size(64), aligned(4), may_alias)); /* 16 hidden units */
+enum { LANES = 16, STRIP = 4 * LANES };                                      /* as many as stay in registers */
+
+INLINE void sums(
+    int64_t n, int64_t n_hidden, int n_lanes, const int32_t *gene_m, const float *value_m, const float *weight, float *out) {
+    Lanes sum[4] = {{0}};
+    for (int64_t m = 0; m < n; m++) {
+        const Lanes *row = (const Lanes *)(weight + gene_m[m] * n_hidden);
+        for (int i = 0; i < n_lanes; i++) sum[i] += row[i] * value_m[m];
+    }
+    for (int i = 0; i < n_lanes; i++) ((Lanes *)out)[i] = sum[i];
+}
+
+EVERY_CPU static void sums_of_cell(
+    int64_t n, int64_t n_hidden, const int32_t *gene_m, const float *value_m, const float *weight_gh, float *out_h) {
+    int64_t h = 0;
+    for (; h + STRIP <= n_hidden; h += STRIP) sums(n, n_hidden, 4, gene_m, value_m, weight_gh + h, out_h + h);
+    for (; h + LANES <= n_hidden; h += LANES) sums(n, n_hidden, 1, gene_m, value_m, weight_gh + h, out_h + h);
+    for (; h < n_hidden; h++) {
+        float sum = 0;
+        for (int64_t m = 0; m < n; m++) sum += value_m[m] * weight_gh[gene_m[m] * n_hidden + h];
+        out_h[h] = sum;
+    }
+}
+
+/* out_nh = sum over each cell's non-zeros of value_m * weight_gh[gene_m] */
+void scvi_sparse_linear(
+    int64_t n_cells, int64_t n_hidden, const int64_t *indptr_n, const int32_t *gene_m, const float *value_m,
+    const float *weight_gh, float *out_nh) {
+    #pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < n_cells; n++) {
+        int64_t at = indptr_n[n];
+        sums_of_cell(indptr_n[n + 1] - at, n_hidden, gene_m + at, value_m + at, weight_gh, out_nh + n * n_hidden);
+    }
+}
+
+EVERY_CPU static void spread(
+    int64_t n_cells, int64_t width, int64_t n_hidden, const int64_t *indptr_n, const int32_t *gene_m, const float *value_m,
+    const float *out, float *weight) {
+    for (int64_t n = 0; n < n_cells; n++, out += n_hidden)
+        for (int64_t m = indptr_n[n]; m < indptr_n[n + 1]; m++) {
+            float *row = weight + gene_m[m] * n_hidden;
+            if (width == STRIP) {
+                for (int i = 0; i < 4; i++) ((Lanes *)row)[i] += ((const Lanes *)out)[i] * value_m[m];
+            } else
+                for (int64_t h = 0; h < width; h++) row[h] += value_m[m] * out[h];
+        }
+}
+
+/* Its gradient: grad_weight_gh[gene_m] += value_m * grad_out_nh. Threads share no hidden unit. */
+void scvi_sparse_linear_gradient(
+    int64_t n_cells, int64_t n_hidden, const int64_t *indptr_n, const int32_t *gene_m, const float *value_m,
+    const float *grad_out_nh, float *grad_weight_gh) {
+    #pragma omp parallel for schedule(static)
+    for (int64_t h = 0; h < n_hidden; h += STRIP) {
+        int64_t width = n_hidden - h < STRIP ? n_hidden - h : STRIP;
+        spread(n_cells, width, n_hidden, indptr_n, gene_m, value_m, grad_out_nh + h, grad_weight_gh + h);
+    }
+}
+
+#define WIDEN(to, from, type) \
+    for (int64_t m = 0; m < length; m++) (to)[m] = ((const type *)(from))[start + m]
+
+/* Cells of packed counts, which begin at starts_n: genes of 2 or 4 bytes, values of 1 (unsigned), 2 or 4. */
+void scvi_gather(
+    int64_t n_cells, const int64_t *starts_n, const void *genes, int gene_bytes, const void *values, int value_bytes,
+    const int64_t *out_indptr_n, int32_t *out_gene_m, float *out_x_m) {
+    #pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < n_cells; n++) {
+        int64_t start = starts_n[n], length = out_indptr_n[n + 1] - out_indptr_n[n];
+        int32_t *gene_m = out_gene_m + out_indptr_n[n];
+        float *x_m = out_x_m + out_indptr_n[n];
+        if (gene_bytes == 2) WIDEN(gene_m, genes, int16_t);
+        else WIDEN(gene_m, genes, int32_t);
+        if (value_bytes == 1) WIDEN(x_m, values, uint8_t);
+        else if (value_bytes == 2) WIDEN(x_m, values, int16_t);
+        else WIDEN(x_m, values, int32_t);
+    }
+}
+
+/* Of the signatures above; native.py refuses a library built from others. */
+int scvi_interface(void) { return 1; }

@@ -1,0 +1,168 @@
+"""Several processes that fit one model. Each holds its share of every minibatch; sums go over all of them.
+
+The minibatch, its noise and its batch norm are those of one process that holds it whole, so N processes find the
+weights that one finds, but for rounding. Processes know one another by the environment variables of ``torchrun``
+(RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), which may start them too, on several machines; :func:`launch` starts
+them on this one. gloo joins CPUs, NCCL joins GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from scvi_core.files import UserError
+from scvi_core.log import log
+
+
+def world() -> int:
+    """How many processes fit this model."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is; the first alone writes files."""
+    return dist.get_rank() if world() > 1 else 0
+
+
+def share(n: int) -> slice:
+    """Which of a minibatch's `n` cells this process takes; the parts are of nearly equal size."""
+    return slice(n * rank() // world(), n * (rank() + 1) // world())
+
+
+def summed(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes, through which gradients flow: each process' loss is a part of the whole."""
+    return _Sum.apply(tensor) if world() > 1 else tensor
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor):
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, outer):
+        total = outer.clone()
+        dist.all_reduce(total)
+        return total
+
+
+def sum_gradients(model: torch.nn.Module, *flags: bool) -> tuple[bool, ...]:
+    """Add up the gradients of all processes, in one message, and say of each flag whether any of them raised it."""
+    if world() == 1:
+        return flags
+    gradients = [p.grad for p in model.parameters()]
+    message = torch.cat([*(g.flatten() for g in gradients), gradients[0].new_tensor([float(f) for f in flags])])
+    dist.all_reduce(message)
+    *parts, raised = message.split([*(g.numel() for g in gradients), len(flags)])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+    return tuple(bool(r) for r in raised > 0)
+
+
+class BatchNorm(torch.nn.BatchNorm1d):
+    """Batch norm of (cells, units), in training over the cells of all processes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(cells, units) -> the same."""
+        if not self.training or world() == 1:
+            return super().forward(x)
+        n = summed(x.new_tensor(float(len(x))))
+        mean = summed(x.sum(0)) / n
+        variance = summed(((x - mean) ** 2).sum(0)) / n
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
+        return (x - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
+
+
+def started() -> bool:
+    """Whether this process is one of several, by its environment."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+def join(device: torch.device) -> torch.device:
+    """Meet the other processes; each on its own GPU, if the device is one."""
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    log.info("process %d of %d on %s", rank() + 1, world(), device)
+    return device
+
+
+def leave() -> None:
+    """Part from the other processes."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def launch(n: int, command: Sequence[str]) -> int:
+    """Run ``scvi-core COMMAND`` as `n` processes on this machine, and end with the exit status of the first.
+
+    SIGTERM, SIGINT and SIGUSR1 are passed on. When one process dies the others are stopped, within seconds.
+
+    Raises
+    ------
+    UserError
+        Naming the process that died first.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if sys.platform == "linux":
+        common["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+    workers = []
+
+    def pass_on(signum, _frame):
+        for worker in workers:
+            if worker.poll() is None:
+                worker.send_signal(signum)
+
+    before = {s: signal.signal(s, pass_on) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        for i in range(n):
+            environment = os.environ | common | {"RANK": str(i), "LOCAL_RANK": str(i)}
+            workers.append(subprocess.Popen([sys.executable, "-m", "scvi_core.cli", *command], env=environment))
+        while any(worker.poll() is None for worker in workers):
+            failed = [i for i, worker in enumerate(workers) if worker.poll() not in (None, 0)]
+            if failed:
+                _finish(workers)
+                # all of them stop together when they are asked to; the first's status says so
+                if len({worker.returncode for worker in workers}) == 1:
+                    break
+                code = workers[failed[0]].returncode
+                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+                raise UserError(
+                    f"train: process {failed[0] + 1} of {n} {how}, so the others were stopped; run the same command "
+                    "again to go on from the last checkpoint"
+                )
+            time.sleep(0.05)
+    finally:
+        _finish(workers, patience=0)
+        for s, handler in before.items():
+            signal.signal(s, handler)
+    return workers[0].returncode
+
+
+def _finish(workers: Sequence[subprocess.Popen], patience: float = 5.0) -> None:
+    """Let processes end by themselves for a while, then end them."""
+    until = time.monotonic() + patience
+    while time.monotonic() < until and any(worker.poll() is None for worker in workers):
+        time.sleep(0.05)
+    for worker in workers:
+        if worker.poll() is None:
+            worker.kill()
+            worker.wait()

@@ -1,0 +1,166 @@
+"""Counts that stay on disk: a store larger than the memory allowed is read in blocks, in shuffled order.
+
+The loop that trains sees no difference: :class:`Stream` is a :class:`~scvi_core.counts.Counts` whose arrays hold some
+blocks of consecutive cells, those last asked for. An epoch goes through the blocks in random order, a window of them at
+a time, and through the cells of a window in random order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from scvi_core.counts import Counts, Minibatch, Schema, codes, small_types
+from scvi_core.files import UserError
+from scvi_core.log import log
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+BLOCK = 1 << 20  # non-zeros a block, about: as many as a chunk of the store holds
+
+
+@dataclasses.dataclass
+class Stream(Counts):
+    """Cells x genes counts of which `genes_m` and `values_m` hold some blocks, each in a slot of its own.
+
+    Attributes
+    ----------
+    X : the store's zarr group, with arrays ``indices`` and ``data``.
+    first_b : (blocks + 1,) the cell at which each block begins.
+    slot_size : non-zeros a slot has room for.
+    slot_b : block -> its slot, for those in memory; the one longest unused first.
+    device : where minibatches go.
+    """
+
+    X: Any
+    first_b: np.ndarray
+    slot_size: int
+    slot_b: dict[int, int]
+    device: torch.device
+
+    def to(self, device: torch.device) -> Stream:
+        """The same, with minibatches made on another device; the blocks stay in the computer's memory."""
+        return dataclasses.replace(self, device=device)
+
+    def order(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """An epoch's order: windows of random blocks, half as many as fit into memory, shuffled within."""
+        rows = rng.permutation(rows)
+        place_b = rng.permutation(len(self.first_b) - 1)
+        n_slots = len(self.genes_m) // self.slot_size
+        window_n = place_b[self._block(rows)] // max(1, n_slots // 2)
+        return rows[np.argsort(window_n, kind="stable")]
+
+    def gather(self, rows_n: torch.Tensor) -> Minibatch:
+        """As :meth:`Counts.gather`; blocks that are not in memory are read."""
+        cells = super().gather(rows_n.cpu())
+        return cells if self.device.type == "cpu" else cells.to(self.device)
+
+    def starts(self, rows_n: torch.Tensor) -> torch.Tensor:
+        """Where some cells begin in the slots, once their blocks are there."""
+        block_n = self._block(rows_n.numpy())
+        needed = np.unique(block_n).tolist()
+        if len(needed) > len(self.genes_m) // self.slot_size:
+            raise UserError(
+                f"train.memory_gb: cells of {len(needed)} blocks are needed at once, more than fit; allow more memory"
+            )
+        for block in needed:  # used now: to the end, the last to be given up
+            if block in self.slot_b:
+                self.slot_b[block] = self.slot_b.pop(block)
+        for block in needed:
+            if block not in self.slot_b:
+                self._read(block)
+        slot_n = np.array([self.slot_b[block] for block in needed])[np.searchsorted(needed, block_n)]
+        within_n = self.indptr_n[rows_n] - self.indptr_n[torch.from_numpy(self.first_b[block_n])]
+        return torch.from_numpy(slot_n * self.slot_size) + within_n
+
+    def _block(self, rows: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.first_b, rows, side="right") - 1
+
+    def _read(self, block: int) -> None:
+        n_slots = len(self.genes_m) // self.slot_size
+        slot = len(self.slot_b) if len(self.slot_b) < n_slots else self.slot_b.pop(next(iter(self.slot_b)))
+        start, stop = (int(self.indptr_n[self.first_b[b]]) for b in (block, block + 1))
+        at = slice(slot * self.slot_size, slot * self.slot_size + stop - start)
+        self.genes_m[at] = torch.from_numpy(self.X["indices"][start:stop].astype(self.genes_m.numpy().dtype))
+        self.values_m[at] = torch.from_numpy(self.X["data"][start:stop].astype(self.values_m.numpy().dtype))
+        self.slot_b[block] = slot
+
+
+def open_counts(path: Path, adata: AnnData, schema: Schema, memory_gb: float) -> Counts:
+    """The counts of a store that ``preprocess.store`` wrote: in memory, or streamed where they are larger.
+
+    Read block by block either way, and checked, so that no second copy is made.
+
+    Parameters
+    ----------
+    path : of counts.zarr. adata : its cells and genes, without counts. schema : of the model, with the store's genes.
+    memory_gb : what packed counts may take, in units of 10^9 bytes.
+
+    Raises
+    ------
+    UserError
+        When the counts are damaged, or the memory allowed is too little for two blocks.
+    """
+    import zarr
+
+    X = zarr.open_group(path, mode="r")["X"]
+    indptr = np.asarray(X["indptr"][:], dtype=np.int64)
+    n_genes, n_cells, size = len(schema.gene_ids), adata.n_obs, int(indptr[-1])
+    damaged = UserError(f"{path}: not a whole store of scvi-core (X: rows are damaged); run `scvi-core store` again")
+    if len(indptr) != n_cells + 1 or indptr[0] or (np.diff(indptr) < 1).any():
+        raise damaged
+    if len(X["data"]) != size or len(X["indices"]) != size:
+        raise damaged
+    first_b = np.unique(np.append(np.searchsorted(indptr, np.arange(0, size, BLOCK)), n_cells))
+    stored = X["data"].dtype
+    gene_type, value_type = small_types(n_genes, 2**8 - 1 if stored == np.uint8 else 2**31 - 1)
+    if stored == np.uint16:
+        largest = max(int(X["data"][i : i + BLOCK].max()) for i in range(0, size, BLOCK))
+        gene_type, value_type = small_types(n_genes, largest)
+    bytes_each = np.dtype(gene_type).itemsize + np.dtype(value_type).itemsize
+    slot_size = int(np.diff(indptr[first_b]).max())
+    whole = size * bytes_each <= memory_gb * 1e9
+    n_slots = int(memory_gb * 1e9 / bytes_each) // slot_size
+    if not whole and n_slots < 2:
+        least = 2 * slot_size * bytes_each / 1e9
+        raise UserError(f"train.memory_gb: {memory_gb:g} is less than two blocks of {path}; allow {least:.3f} or more")
+    length = size if whole else n_slots * slot_size
+    genes_m = torch.empty(length, dtype=torch.from_numpy(np.empty(0, gene_type)).dtype)
+    values_m = torch.empty(length, dtype=torch.from_numpy(np.empty(0, value_type)).dtype)
+    library_n = np.empty(n_cells)
+    for b in range(len(first_b) - 1):
+        cells = slice(first_b[b], first_b[b + 1])
+        at = slice(int(indptr[cells.start]), int(indptr[cells.stop]))
+        genes, values = X["indices"][at], X["data"][at]
+        starts = indptr[cells] - at.start
+        rises = np.diff(genes) > 0  # a lost chunk reads as zeros: no count may be 0, and genes rise within a cell
+        rises[starts[1:] - 1] = True
+        if not rises.all() or (values == 0).any() or genes.min() < 0 or genes.max() >= n_genes:
+            raise damaged
+        library_n[cells] = np.add.reduceat(values, starts, dtype=np.float64)
+        if whole:
+            genes_m[at], values_m[at] = (
+                torch.from_numpy(genes.astype(gene_type)),
+                torch.from_numpy(values.astype(value_type)),
+            )
+    fields = {
+        "indptr_n": torch.from_numpy(indptr),
+        "genes_m": genes_m,
+        "values_m": values_m,
+        "library_n": torch.from_numpy(library_n),
+        "n_genes": n_genes,
+        **codes(adata, schema),
+    }
+    if whole:
+        log.info("counts in memory: %.2f GB packed", size * bytes_each / 1e9)
+        return Counts(**fields)
+    log.info(
+        "counts streamed from %s: %.2f GB packed, %.2f GB of them in memory at a time (train.memory_gb)",
+        path, size * bytes_each / 1e9, length * bytes_each / 1e9,
+    )  # fmt: skip
+    return Stream(**fields, X=X, first_b=first_b, slot_size=slot_size, slot_b={}, device=torch.device("cpu"))
