@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 FORMAT_VERSION = 1
+CODE = (  # decides the weights
+    "counts.py", "engine.py", "kernels.c", "kernels.py", "likelihood.py", "model.py", "parallel.py", "stream.py", "train.py",
+)  # fmt: skip
 BUNDLE = ("model.safetensors", "model.json", "history.parquet")
 
 
@@ -349,7 +352,7 @@ def code_version() -> str:
     """Package version and a digest of the files whose code decides the weights."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for name in ("counts.py", "kernels.c", "kernels.py", "likelihood.py", "model.py", "train.py"):
+    for name in CODE:
         digest.update((here / name).read_bytes())
     return f"{__version__}+{digest.hexdigest()[:12]}"
 

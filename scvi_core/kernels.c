@@ -308,22 +308,54 @@ EVERY_CPU static void exponents(int64_t n, const float *log_theta, float *theta,
     }
 }
 
-/* Every cell of a minibatch. log_theta has one row or n_cells; logit_pi and log_theta are NULL where the likelihood
- * has none; the tiles of gradients are NULL, all together, where they are not wanted. Returns 0, or 1 without memory. */
+/* bfloat16 is the upper half of a float32. */
+EVERY_CPU static void widen(int64_t n, const uint16_t *half, const float *bias, float *out) {
+    for (int64_t g = 0; g < n; g++) out[g] = float_of((int32_t)((uint32_t)half[g] << 16)) + bias[g];
+}
+
+/* A row of gradients, scaled: added to the sums over cells and written to the tile, where either is wanted. */
+EVERY_CPU static void give(int64_t n, float scale, const float *row, float *sum, float *out, uint16_t *half) {
+    if (sum)
+        for (int64_t g = 0; g < n; g++) sum[g] += row[g] * scale;
+    if (out)
+        for (int64_t g = 0; g < n; g++) out[g] = row[g] * scale;
+    if (half)
+        for (int64_t g = 0; g < n; g++) {
+            uint32_t bits = (uint32_t)bits_of(row[g] * scale);
+            half[g] = (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16); /* to the nearest, ties to even */
+        }
+}
+
+enum { CHUNK = 8, ROOM = 9 }; /* cells summed one after the other; rows to work in */
+
+/* Every cell of a minibatch.
+ *
+ * The logits are float32, or bfloat16 (is_half) to which biases are added here. log_theta has one row or n_cells; logit_pi
+ * and log_theta are NULL where the likelihood has none. Gradients are multiplied by scale; any pointer to them may be NULL:
+ * tiles of rho and pi, in the type of the logits; a float32 tile of theta; sums over cells, one a gene. The sums are of
+ * chunks of cells, in order, whatever the number of threads. Returns 0, or 1 without memory. */
 int scvi_log_likelihood(
-    int kind, int64_t n_cells, int64_t n_genes, const int64_t *indptr_n, const int32_t *gene_m, const float *x_m,
-    const float *logit_rho_ng, const float *log_library_n, const float *log_theta_ng, int64_t n_theta,
-    const float *logit_pi_ng, double *log_likelihood_n, float *grad_rho_ng, float *grad_library_n,
-    float *grad_theta_ng, float *grad_pi_ng) {
-    int failed = 0;
+    int kind, int is_half, int64_t n_cells, int64_t n_genes, const int64_t *indptr_n, const int32_t *gene_m,
+    const float *x_m, const void *logit_rho_ng, const float *bias_rho_g, const float *log_library_n,
+    const float *log_theta_ng, int64_t n_theta, const void *logit_pi_ng, const float *bias_pi_g, float scale,
+    double *log_likelihood_n, void *grad_rho_ng, float *grad_library_n, float *grad_theta_ng, void *grad_pi_ng,
+    float *sum_rho_g, float *sum_theta_g, float *sum_pi_g) {
+    int64_t n_chunks = (n_cells + CHUNK - 1) / CHUNK;
+    int failed = 0, summing = sum_rho_g || sum_theta_g || sum_pi_g;
     float *theta_g = malloc(2 * n_genes * sizeof(float));
-    if (!theta_g) return 1;
+    float *partial = summing ? calloc(3 * n_chunks * n_genes, sizeof(float)) : NULL;
+    if (!theta_g || (summing && !partial)) {
+        free(theta_g);
+        free(partial);
+        return 1;
+    }
     if (kind != POISSON && n_theta == 1) exponents(n_genes, log_theta_ng, theta_g, theta_g + n_genes);
     #pragma omp parallel
     {
-        float *room = malloc(7 * n_genes * sizeof(float));
+        float *room = malloc(ROOM * n_genes * sizeof(float));
         #pragma omp for schedule(static)
-        for (int64_t n = 0; n < n_cells; n++) {
+        for (int64_t chunk = 0; chunk < n_chunks; chunk++)
+        for (int64_t n = chunk * CHUNK; n < n_cells && n < (chunk + 1) * CHUNK; n++) {
             if (!room) {
                 failed = 1;
                 continue;
@@ -332,24 +364,101 @@ int scvi_log_likelihood(
             Cell c = {
                 .n_genes = n_genes, .n_nonzero = indptr_n[n + 1] - indptr_n[n],
                 .gene_m = gene_m + indptr_n[n], .x_m = x_m + indptr_n[n],
-                .logit_rho = logit_rho_ng + at, .log_theta = log_theta_ng, .theta = theta_g, .theta_inverse = theta_g + n_genes,
-                .logit_pi = logit_pi_ng + at, .log_library = log_library_n[n],
-                .mu = room, .value = room + n_genes,
-                .grad_rho = grad_rho_ng ? grad_rho_ng + at : room + 2 * n_genes,
-                .grad_theta = grad_rho_ng ? grad_theta_ng + at : room + 3 * n_genes,
-                .grad_pi = grad_rho_ng ? grad_pi_ng + at : room + 4 * n_genes,
+                .logit_rho = (const float *)logit_rho_ng + at, .logit_pi = (const float *)logit_pi_ng + at,
+                .log_theta = log_theta_ng, .theta = theta_g, .theta_inverse = theta_g + n_genes,
+                .log_library = log_library_n[n], .mu = room, .value = room + n_genes,
+                .grad_rho = room + 2 * n_genes, .grad_theta = room + 3 * n_genes, .grad_pi = room + 4 * n_genes,
                 .log_likelihood = log_likelihood_n + n, .grad_library = grad_library_n + n,
             };
+            if (is_half) {
+                widen(n_genes, (const uint16_t *)logit_rho_ng + at, bias_rho_g, room + 7 * n_genes);
+                c.logit_rho = room + 7 * n_genes;
+                if (kind == ZINB) widen(n_genes, (const uint16_t *)logit_pi_ng + at, bias_pi_g, room + 8 * n_genes);
+                c.logit_pi = room + 8 * n_genes;
+            }
             if (kind != POISSON && n_theta > 1) {
                 c.log_theta = log_theta_ng + at, c.theta = room + 5 * n_genes, c.theta_inverse = room + 6 * n_genes;
                 exponents(n_genes, c.log_theta, room + 5 * n_genes, room + 6 * n_genes);
             }
             (kind == POISSON ? cell_poisson : kind == NB ? cell_nb : cell_zinb)(&c);
+            grad_library_n[n] *= scale;
+            float *sums = partial ? partial + 3 * chunk * n_genes : NULL;
+            float *rho = is_half ? NULL : grad_rho_ng, *pi = is_half ? NULL : grad_pi_ng;
+            uint16_t *rho_half = is_half ? grad_rho_ng : NULL, *pi_half = is_half ? grad_pi_ng : NULL;
+            give(n_genes, scale, c.grad_rho, sum_rho_g ? sums : NULL, rho ? rho + at : NULL, rho_half ? rho_half + at : NULL);
+            if (kind != POISSON)
+                give(n_genes, scale, c.grad_theta, sum_theta_g ? sums + n_genes : NULL, grad_theta_ng ? grad_theta_ng + at : NULL, NULL);
+            if (kind == ZINB)
+                give(n_genes, scale, c.grad_pi, sum_pi_g ? sums + 2 * n_genes : NULL, pi ? pi + at : NULL, pi_half ? pi_half + at : NULL);
         }
         free(room);
     }
+    float *sum[] = {sum_rho_g, sum_theta_g, sum_pi_g};
+    for (int i = 0; i < 3; i++)
+        if (sum[i]) {
+            memset(sum[i], 0, n_genes * sizeof(float));
+            for (int64_t k = 0; k < n_chunks; k++) give(n_genes, 1.0f, partial + (3 * k + i) * n_genes, sum[i], NULL, NULL);
+        }
+    free(partial);
     free(theta_g);
     return failed;
+}
+
+/* ---- a hidden layer ----------------------------------------------------------------------------------------------- */
+
+/* Batch norm over cells, ReLU and dropout (kept: 0 or 1 for each entry; NULL without). What the way back needs is left in
+ * normal_nh and inverse_h; the running moments move towards the minibatch's. */
+EVERY_CPU void scvi_hidden(
+    int64_t n_cells, int64_t n_hidden, const float *restrict a_nh, const float *restrict weight_h, const float *restrict bias_h, float eps,
+    float momentum, const uint8_t *restrict kept_nh, float kept_scale, float *restrict mean_h, float *restrict variance_h, float *restrict normal_nh,
+    float *restrict inverse_h, float *restrict out_nh) {
+    float *mean = out_nh, *variance = inverse_h; /* room: the first row of out is written last */
+    for (int64_t h = 0; h < n_hidden; h++) mean[h] = variance[h] = 0;
+    for (int64_t n = 0; n < n_cells; n++)
+        for (int64_t h = 0; h < n_hidden; h++) mean[h] += a_nh[n * n_hidden + h];
+    for (int64_t h = 0; h < n_hidden; h++) mean[h] /= n_cells;
+    for (int64_t n = 0; n < n_cells; n++)
+        for (int64_t h = 0; h < n_hidden; h++) {
+            float d = a_nh[n * n_hidden + h] - mean[h];
+            normal_nh[n * n_hidden + h] = d;
+            variance[h] += d * d;
+        }
+    for (int64_t h = 0; h < n_hidden; h++) {
+        mean_h[h] += momentum * (mean[h] - mean_h[h]);
+        variance_h[h] += momentum * (variance[h] / (n_cells - 1) - variance_h[h]);
+        inverse_h[h] = 1.0f / sqrtf(variance[h] / n_cells + eps);
+    }
+    for (int64_t n = 0; n < n_cells; n++)
+        for (int64_t h = 0; h < n_hidden; h++) {
+            int64_t at = n * n_hidden + h;
+            normal_nh[at] *= inverse_h[h];
+            float out = normal_nh[at] * weight_h[h] + bias_h[h];
+            out_nh[at] = out > 0 ? out : out - out; /* NaN stays */
+        }
+    if (kept_nh)
+        for (int64_t at = 0; at < n_cells * n_hidden; at++) out_nh[at] *= kept_nh[at] * kept_scale;
+}
+
+/* And back: from the gradient by out to those by a, weight and bias. */
+EVERY_CPU void scvi_hidden_gradient(
+    int64_t n_cells, int64_t n_hidden, const float *restrict outer_nh, const float *restrict out_nh, float kept_scale, const float *restrict normal_nh,
+    const float *restrict inverse_h, const float *restrict weight_h, float *restrict grad_a_nh, float *restrict grad_weight_h, float *restrict grad_bias_h) {
+    for (int64_t h = 0; h < n_hidden; h++) grad_weight_h[h] = grad_bias_h[h] = 0;
+    for (int64_t n = 0; n < n_cells; n++)
+        for (int64_t h = 0; h < n_hidden; h++) {
+            int64_t at = n * n_hidden + h;
+            float d = out_nh[at] > 0 ? outer_nh[at] * kept_scale : 0.0f;
+            grad_a_nh[at] = d;
+            grad_bias_h[h] += d;
+            grad_weight_h[h] += d * normal_nh[at];
+        }
+    float share = 1.0f / n_cells;
+    for (int64_t n = 0; n < n_cells; n++)
+        for (int64_t h = 0; h < n_hidden; h++) {
+            int64_t at = n * n_hidden + h;
+            float d = grad_a_nh[at] - share * (grad_bias_h[h] + normal_nh[at] * grad_weight_h[h]);
+            grad_a_nh[at] = d * inverse_h[h] * weight_h[h];
+        }
 }
 
 /* ---- the encoder's first layer, and the minibatch ---------------------------------------------------------------- */
@@ -403,10 +512,11 @@ EVERY_CPU static void spread(
         }
 }
 
-/* Its gradient: grad_weight_gh[gene_m] += value_m * grad_out_nh. Threads share no hidden unit. */
+/* Its gradient: grad_weight_gh = sum of value_m * grad_out_nh over the gene's non-zeros. Threads share no hidden unit. */
 void scvi_sparse_linear_gradient(
     int64_t n_cells, int64_t n_hidden, const int64_t *indptr_n, const int32_t *gene_m, const float *value_m,
-    const float *grad_out_nh, float *grad_weight_gh) {
+    int64_t n_genes, const float *grad_out_nh, float *grad_weight_gh) {
+    memset(grad_weight_gh, 0, n_genes * n_hidden * sizeof(float));
     #pragma omp parallel for schedule(static)
     for (int64_t h = 0; h < n_hidden; h += STRIP) {
         int64_t width = n_hidden - h < STRIP ? n_hidden - h : STRIP;

@@ -45,14 +45,16 @@ class Noise:
 
     def normal(self, like: torch.Tensor) -> torch.Tensor:
         """Standard normal numbers, (cells, ...) as `like`."""
-        return self._empty(like).normal_(generator=self.generator)[self.mine]
+        return like.new_empty(self.n_cells or len(like), *like.shape[1:]).normal_(generator=self.generator)[self.mine]
 
     def kept(self, like: torch.Tensor, dropout: float) -> torch.Tensor:
-        """1 with probability 1 - dropout, else 0."""
-        return self._empty(like).bernoulli_(1 - dropout, generator=self.generator)[self.mine]
-
-    def _empty(self, like: torch.Tensor) -> torch.Tensor:
-        return like.new_empty(self.n_cells or len(like), *like.shape[1:])
+        """True with probability 1 - dropout, to the 1/65,536th, (cells, ...) as `like`."""
+        n_cells = self.n_cells or len(like)
+        numel = n_cells * like[0].numel()
+        words = torch.empty(-(-numel // 4), dtype=torch.int64, device=like.device)
+        bits = words.random_(-(2**63), None, generator=self.generator).view(torch.int16)[:numel]  # 4 numbers a word
+        kept = bits < min(round((1 - dropout) * 65_536) - 32_768, 32_767)
+        return kept.view(n_cells, *like.shape[1:])[self.mine]
 
 
 class LinearOfCounts(nn.Module):
@@ -83,7 +85,7 @@ class Layer(nn.Module):
         """What its linear part takes -> (cells, out)."""
         h = torch.relu(self.norm(self.linear(x)))
         if self.training and self.dropout:
-            h = h * noise.kept(h, self.dropout).div_(1 - self.dropout)
+            h = h * noise.kept(h, self.dropout) / (1 - self.dropout)
         return h
 
 
@@ -165,14 +167,18 @@ class SCVI(nn.Module):
         mean_n1, variance_n1 = self.library_encoder(cells.x, noise)
         return Posterior(mean_nk, variance_nk, mean_n1[:, 0], variance_n1[:, 0])
 
+    def design(self, batch_n: torch.Tensor, covariates_nc: torch.Tensor) -> torch.Tensor:
+        """(cells, columns) what every layer of the decoder sees besides its input: one-hot batch, covariates."""
+        if self.n_batches == 1:
+            return covariates_nc
+        batch_ns = nn.functional.one_hot(batch_n, self.n_batches).to(covariates_nc.dtype)
+        return torch.cat([batch_ns, covariates_nc], 1)
+
     def hidden(self, z_nk: torch.Tensor, batch_n: torch.Tensor, covariates_nc: torch.Tensor) -> torch.Tensor:
-        """(cells, hidden) input of the decoder's heads; batch and covariates are seen by every layer before them."""
-        design = [covariates_nc]
-        if self.n_batches > 1:
-            design.insert(0, nn.functional.one_hot(batch_n, self.n_batches).to(z_nk.dtype))
-        h = z_nk
+        """(cells, hidden) input of the decoder's heads."""
+        h, design_nc = z_nk, self.design(batch_n, covariates_nc)
         for layer in self.decoder:
-            h = layer(torch.cat([h, *design], 1), None)
+            h = layer(torch.cat([h, design_nc], 1), None)
         return h
 
     def _head(self, head: nn.Linear, hidden_nh: torch.Tensor) -> torch.Tensor:
@@ -190,7 +196,7 @@ class SCVI(nn.Module):
         log_theta_ng = logit_pi_ng = None
         if self.config.likelihood != "poisson":
             if self.config.dispersion == "gene-cell":
-                log_theta_ng = self._head(self.log_theta, hidden_nh)
+                log_theta_ng = self.log_theta(hidden_nh)
             elif self.config.dispersion == "gene-batch":
                 # not by indexing, whose gradient may add up in another order at every run (index_put_, accumulating)
                 log_theta_ng = nn.functional.embedding(cells.batch_n, self.log_theta_sg)

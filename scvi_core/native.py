@@ -9,15 +9,21 @@ from __future__ import annotations
 import ctypes
 import importlib.machinery
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch  # before the library is opened: it takes OpenMP from PyTorch, so that both share one set of threads
 
+if TYPE_CHECKING:
+    from scvi_core.kernels import Nonzeros
+
 INTERFACE = 1
-POINTER, INT64, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+POINTER, INT64, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 SIGNATURES = {
-    "scvi_log_likelihood": [INT, *[INT64] * 2, *[POINTER] * 6, INT64, *[POINTER] * 6],
+    "scvi_log_likelihood": [INT, INT, *[INT64] * 2, *[POINTER] * 7, INT64, *[POINTER] * 2, FLOAT, *[POINTER] * 8],
+    "scvi_hidden": [*[INT64] * 2, *[POINTER] * 3, FLOAT, FLOAT, POINTER, FLOAT, *[POINTER] * 5],
+    "scvi_hidden_gradient": [*[INT64] * 2, *[POINTER] * 2, FLOAT, *[POINTER] * 6],
     "scvi_sparse_linear": [*[INT64] * 2, *[POINTER] * 5],
-    "scvi_sparse_linear_gradient": [*[INT64] * 2, *[POINTER] * 5],
+    "scvi_sparse_linear_gradient": [*[INT64] * 2, *[POINTER] * 3, INT64, *[POINTER] * 2],
     "scvi_gather": [INT64, *[POINTER] * 2, INT, POINTER, INT, *[POINTER] * 3],
 }
 
@@ -67,19 +73,89 @@ def log_likelihood(
     """As :func:`scvi_core.kernels.log_likelihood`: the value, then its gradients by the four inputs, or None."""
     n_cells, n_genes = logit_rho_ng.shape
     kind = 0 if log_theta_ng is None else 1 if logit_pi_ng is None else 2
-    inputs = [None if t is None else t.contiguous() for t in (logit_rho_ng, log_library_n, log_theta_ng, logit_pi_ng)]
-    value_n, library_n = torch.empty(n_cells, dtype=torch.float64), torch.empty(n_cells)
-    rho_ng = torch.empty(n_cells, n_genes) if gradient else None
-    theta_ng = torch.empty(n_cells, n_genes) if gradient and kind >= 1 else None
-    pi_ng = torch.empty(n_cells, n_genes) if gradient and kind == 2 else None
-    failed = library.scvi_log_likelihood(
-        kind, n_cells, n_genes, _at(indptr_n), _at(genes_m), _at(x_m), _at(inputs[0]), _at(inputs[1]), _at(inputs[2]),
-        0 if log_theta_ng is None else len(log_theta_ng), _at(inputs[3]),
-        _at(value_n), _at(rho_ng), _at(library_n), _at(theta_ng), _at(pi_ng),
-    )  # fmt: skip
+    rho_ng, log_library_n, theta_ng, pi_ng = (
+        None if t is None else t.contiguous() for t in (logit_rho_ng, log_library_n, log_theta_ng, logit_pi_ng)
+    )
+    tile = lambda wanted: torch.empty(n_cells, n_genes) if gradient and wanted else None  # noqa: E731
+    grad_rho_ng, grad_theta_ng, grad_pi_ng = tile(True), tile(kind >= 1), tile(kind == 2)
+    value_n, grad_library_n = torch.empty(n_cells, dtype=torch.float64), torch.empty(n_cells)
+    _done(library.scvi_log_likelihood(
+        kind, 0, n_cells, n_genes, _at(indptr_n), _at(genes_m), _at(x_m), _at(rho_ng), None, _at(log_library_n),
+        _at(theta_ng), 0 if theta_ng is None else len(theta_ng), _at(pi_ng), None, 1.0, _at(value_n), _at(grad_rho_ng),
+        _at(grad_library_n), _at(grad_theta_ng), _at(grad_pi_ng), None, None, None,
+    ))  # fmt: skip
+    return value_n.float(), grad_rho_ng, grad_library_n if gradient else None, grad_theta_ng, grad_pi_ng
+
+
+def _done(failed: int) -> None:
     if failed:
         raise MemoryError("no memory for the rows of a minibatch")
-    return value_n.float(), rho_ng, library_n if gradient else None, theta_ng, pi_ng
+
+
+def log_likelihood_gradients(
+    x: Nonzeros,
+    logits: list[torch.Tensor],
+    biases: list[torch.Tensor],
+    log_library_n: torch.Tensor,
+    log_theta_ng: torch.Tensor | None,
+    scale: float,
+    sums: list[torch.Tensor],
+    sum_theta_g: torch.Tensor | None,
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None, torch.Tensor]:
+    """The value, and its gradients times `scale`, for one known loss.
+
+    Parameters
+    ----------
+    logits : of rho and, for a zero-inflated likelihood, of pi; (cells, genes) each. Float32 with their biases, or
+        bfloat16 to which `biases` are added in float32.
+    sums, sum_theta_g : (genes,) where the gradients by logits, and by a theta of one row, are summed over cells.
+
+    Returns
+    -------
+    value_n; a tile of gradients for each of `logits`, in their type; one of theta where it has a row a cell, else
+    None; the gradient by log library size, (cells,).
+    """
+    n_cells, n_genes = logits[0].shape
+    half = logits[0].dtype == torch.bfloat16
+    kind = 0 if log_theta_ng is None else len(logits)
+    log_library_n = log_library_n.contiguous()
+    tiles = [torch.empty_like(logit) for logit in logits]
+    theta_ng = torch.empty(n_cells, n_genes) if kind and sum_theta_g is None else None
+    value_n, library_n = torch.empty(n_cells, dtype=torch.float64), torch.empty(n_cells)
+    rho, pi = ([_at(of[i]) if i < len(of) else None for of in (logits, biases, tiles, sums)] for i in (0, 1))
+    _done(library.scvi_log_likelihood(
+        kind, int(half), n_cells, n_genes, _at(x.indptr_n), _at(x.genes_m), _at(x.x_m), rho[0], rho[1],
+        _at(log_library_n), _at(log_theta_ng), 0 if kind == 0 else len(log_theta_ng), pi[0], pi[1], scale,
+        _at(value_n), rho[2], _at(library_n), _at(theta_ng), pi[2], rho[3], _at(sum_theta_g), pi[3],
+    ))  # fmt: skip
+    return value_n.float(), tiles, theta_ng, library_n
+
+
+def hidden(
+    a_nh: torch.Tensor, norm: torch.nn.BatchNorm1d, kept_nh: torch.Tensor | None, kept_scale: float
+) -> tuple[torch.Tensor, tuple]:
+    """Batch norm in training, ReLU and dropout of (cells, hidden); and what :func:`hidden_gradient` needs."""
+    normal_nh, out_nh, inverse_h = torch.empty_like(a_nh), torch.empty_like(a_nh), torch.empty(a_nh.shape[1])
+    kept_scale = 1.0 if kept_nh is None else kept_scale
+    library.scvi_hidden(
+        *a_nh.shape, _at(a_nh), _at(norm.weight), _at(norm.bias), norm.eps, norm.momentum, _at(kept_nh), kept_scale,
+        _at(norm.running_mean), _at(norm.running_var), _at(normal_nh), _at(inverse_h), _at(out_nh),
+    )  # fmt: skip
+    norm.num_batches_tracked += 1
+    return out_nh, (kept_scale, normal_nh, inverse_h)
+
+
+def hidden_gradient(
+    outer_nh: torch.Tensor, out_nh: torch.Tensor, norm: torch.nn.BatchNorm1d, saved: tuple
+) -> torch.Tensor:
+    """The gradient by the input; those by the norm's weight and bias are left in their ``.grad``."""
+    kept_scale, normal_nh, inverse_h = saved
+    grad_a_nh = torch.empty_like(outer_nh)
+    library.scvi_hidden_gradient(
+        *outer_nh.shape, _at(outer_nh), _at(out_nh), kept_scale, _at(normal_nh), _at(inverse_h), _at(norm.weight),
+        _at(grad_a_nh), _at(norm.weight.grad), _at(norm.bias.grad),
+    )  # fmt: skip
+    return grad_a_nh
 
 
 def sparse_linear(
@@ -93,13 +169,18 @@ def sparse_linear(
 
 
 def sparse_linear_gradient(
-    indptr_n: torch.Tensor, genes_m: torch.Tensor, value_m: torch.Tensor, grad_out_nh: torch.Tensor, n_genes: int
+    indptr_n: torch.Tensor,
+    genes_m: torch.Tensor,
+    value_m: torch.Tensor,
+    grad_out_nh: torch.Tensor,
+    n_genes: int,
+    grad_gh: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(genes, hidden): its gradient by the weights."""
+    """(genes, hidden): its gradient by the weights, written to `grad_gh` if given."""
     grad_out_nh = grad_out_nh.contiguous()
-    grad_gh = torch.zeros(n_genes, grad_out_nh.shape[1])
+    grad_gh = torch.empty(n_genes, grad_out_nh.shape[1]) if grad_gh is None else grad_gh
     library.scvi_sparse_linear_gradient(
-        *grad_out_nh.shape, _at(indptr_n), _at(genes_m), _at(value_m), _at(grad_out_nh), _at(grad_gh)
+        *grad_out_nh.shape, _at(indptr_n), _at(genes_m), _at(value_m), n_genes, _at(grad_out_nh), _at(grad_gh)
     )
     return grad_gh
 

@@ -57,17 +57,14 @@ class _Sum(torch.autograd.Function):
         return total
 
 
-def sum_gradients(model: torch.nn.Module, *flags: bool) -> tuple[bool, ...]:
-    """Add up the gradients of all processes, in one message, and say of each flag whether any of them raised it."""
+def sum_gradients(gradient: torch.Tensor, *flags: bool) -> tuple[bool, ...]:
+    """Add up a vector over all processes, in place, and say of each flag whether any of them raised it."""
     if world() == 1:
         return flags
-    gradients = [p.grad for p in model.parameters()]
-    message = torch.cat([*(g.flatten() for g in gradients), gradients[0].new_tensor([float(f) for f in flags])])
+    message = torch.cat([gradient, gradient.new_tensor([float(flag) for flag in flags])])
     dist.all_reduce(message)
-    *parts, raised = message.split([*(g.numel() for g in gradients), len(flags)])
-    for gradient, part in zip(gradients, parts, strict=True):
-        gradient.copy_(part.view_as(gradient))
-    return tuple(bool(r) for r in raised > 0)
+    gradient.copy_(message[: len(gradient)])
+    return tuple(bool(raised > 0) for raised in message[len(gradient) :])
 
 
 class BatchNorm(torch.nn.BatchNorm1d):

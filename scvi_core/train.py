@@ -8,6 +8,7 @@ may run the loop together (:mod:`scvi_core.parallel`): each takes its share of e
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import json
 import math
@@ -21,9 +22,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from scvi_core import native, parallel
+from scvi_core import engine, native, parallel
 from scvi_core.config import TrainConfig
-from scvi_core.counts import Counts
+from scvi_core.counts import Counts, Minibatch
 from scvi_core.files import UserError, canonical_json, replacing
 from scvi_core.log import log
 from scvi_core.model import SCVI, Noise
@@ -177,13 +178,17 @@ def train(
     _set_library_prior(model, counts, train_rows)
     held = counts.subset(validation_rows).to(device) if len(validation_rows) else None
     counts = counts.to(device)
+    weights = _flatten(model)
     optimiser = torch.optim.Adam(
-        model.parameters(), config.learning_rate, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True
+        [weights], config.learning_rate, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True
     )
+    gradients = engine.gradients if engine.serves(model) and parallel.world() == 1 else autograd_gradients
     state = State(model, optimiser)
     if checkpoint is not None and checkpoint.exists():
         _resume(state, checkpoint, identity)
     saved = time.monotonic()
+    gc.collect()
+    gc.freeze()  # what is alive now stays: the collector, woken every few steps, need not walk through it each time
     progress = progress and parallel.rank() == 0
     with _bar(progress, epochs, state.epoch) as show:
         while state.epoch < epochs and not _has_stalled(state, config):
@@ -196,17 +201,14 @@ def train(
                 mine = parallel.share(len(minibatches[i]))
                 cells = counts.gather(torch.from_numpy(minibatches[i][mine]).to(device))
                 noise = Noise(seed * 1_000_003 + state.step, device, len(minibatches[i]), mine)
-                reconstruction_n, kl_z_n, kl_l_n = model.elbo_terms(cells, noise)
-                loss_n = kl_weight(config, state.step, epochs * steps) * kl_z_n + kl_l_n - reconstruction_n
-                optimiser.param_groups[0]["lr"] = learning_rate(config, state.step, epochs * steps)
-                optimiser.zero_grad(set_to_none=True)
-                (loss_n.sum() / len(minibatches[i])).backward()
+                elbo_n = gradients(model, cells, noise, kl_weight(config, state.step, epochs * steps))
                 due = checkpoint is not None and time.monotonic() - saved > every
-                stopping, due = parallel.sum_gradients(model, stop(), due)
+                stopping, due = parallel.sum_gradients(weights.grad, stop(), due)
                 if config.gradient_clip:
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
+                    torch.nn.utils.clip_grad_norm_([weights], config.gradient_clip)
+                optimiser.param_groups[0]["lr"] = learning_rate(config, state.step, epochs * steps)
                 optimiser.step()
-                elbo_b[i] = (reconstruction_n - kl_z_n - kl_l_n).detach().sum()
+                elbo_b[i] = elbo_n.sum()
                 state.step += 1
                 last = i == steps - 1
                 if last or stopping or due or state.step % CHECKED == 0:
@@ -240,8 +242,42 @@ def train(
         log.info("early stopping after epoch %d: no better validation ELBO in %d", state.epoch, config.patience)
     if state.best:
         model.load_state_dict(state.best)
+    gc.unfreeze()
+    for p in model.parameters():  # free of the vectors again
+        p.data, p.grad = p.data.clone(), None
     model.eval()
     return pd.DataFrame(state.history, columns=HISTORY).astype({"epoch": np.int64})
+
+
+def autograd_gradients(model: SCVI, cells: Minibatch, noise: Noise, kl_weight: float) -> torch.Tensor:
+    """Gradients of one minibatch's loss, left in ``.grad``, by autograd: for any device, and for several processes.
+
+    See Also
+    --------
+    scvi_core.engine.gradients : the same by hand, for the CPU.
+    """
+    reconstruction_n, kl_z_n, kl_l_n = model.elbo_terms(cells, noise)
+    n_cells = noise.n_cells or len(cells.batch_n)
+    for p in model.parameters():
+        p.grad.zero_()
+    ((kl_weight * kl_z_n + kl_l_n - reconstruction_n).sum() / n_cells).backward()
+    return (reconstruction_n - kl_z_n - kl_l_n).detach()
+
+
+def _flatten(model: SCVI) -> torch.nn.Parameter:
+    """Move all weights into one vector, and their gradients into another, of which they are then views.
+
+    So that the optimiser, and whatever else looks at all of them, makes one step and not one a tensor.
+    """
+    aligned = 16  # numbers: each tensor begins where a cache line does
+    sizes = [-(-p.numel() // aligned) * aligned for p in model.parameters()]
+    device = next(model.parameters()).device
+    weights = torch.nn.Parameter(torch.zeros(sum(sizes), device=device))
+    weights.grad = torch.zeros_like(weights)
+    for p, w, g in zip(model.parameters(), weights.detach().split(sizes), weights.grad.split(sizes), strict=True):
+        w[: p.numel()] = p.detach().flatten()
+        p.data, p.grad = w[: p.numel()].view_as(p), g[: p.numel()].view_as(p)
+    return weights
 
 
 @torch.no_grad()
