@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test lint schemas clean
+.PHONY: demo test parity lint schemas clean
 
 demo: .venv/installed
 	$(BIN)/python workflow/scripts/fetch_demo.py resources/demo
@@ -19,6 +19,13 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest -q tests
 
+# the model against scvi-tools itself, at equal weights; in an environment of its own, which shares the built kernels
+parity: .venv/installed
+	[ -x .venv-peer/bin/python ] || "$(PYTHON)" -m venv .venv-peer
+	.venv-peer/bin/pip install --quiet "$$(grep -m1 -oE '^torch==[0-9.]+' envs/cpu.lock)" 'scvi-tools>=1.4,<1.5' \
+	    pydantic pyyaml rich pyarrow safetensors pytest
+	OMP_NUM_THREADS=1 PYTHONPATH=. .venv-peer/bin/python -m pytest -q tests/unit/test_parity.py
+
 lint: .venv/installed
 	ruff check . && ruff format --check . && snakefmt --check Snakefile workflow && snakemake --lint
 
@@ -30,4 +37,4 @@ schemas: .venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv results/* .snakemake
+	rm -rf .venv .venv-peer results/* .snakemake

@@ -31,9 +31,10 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 FORMAT_VERSION = 1
-CODE = (  # decides the weights
-    "counts.py", "engine.py", "kernels.c", "kernels.py", "likelihood.py", "model.py", "parallel.py", "stream.py", "train.py",
-)  # fmt: skip
+CODE = [  # the files that decide the weights
+    *("counts.py", "engine.py", "kernels.c", "kernels.py", "likelihood.py", "model.py", "native.py", "parallel.py"),
+    *("stream.py", "train.py"),
+]
 BUNDLE = ("model.safetensors", "model.json", "history.parquet")
 
 

@@ -238,13 +238,10 @@ def train(
     from scvi_core.train import Interrupted, resolve_device
 
     settings = load_config(config)
-    if devices > 1 and not parallel.started():
-        status = parallel.launch(devices, sys.argv[1:])
-        if status:
-            raise typer.Exit(status)
-        return
-    _use_threads(max(1, settings.threads // devices))
     plan = steps.plan(store, settings)
+    if devices > 1 and not parallel.started():
+        raise typer.Exit(parallel.launch(devices, sys.argv[1:]))
+    _use_threads(max(1, settings.threads // devices))
     made = Decisions("train")
     began = time.time()
     if found is not None and (looked := json.loads((found / "lookup.json").read_text()))["found"]:

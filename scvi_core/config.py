@@ -133,20 +133,22 @@ class TrainConfig(Section):
     """How the weights are found. The defaults are the recipe that `benchmarks/README.md` compares."""
 
     max_epochs: int | Literal["auto"] = Field(
-        "auto", description="auto: 200 for 2,000 cells, falling with the root of their number, from 10 to 400"
+        "auto", description="auto: 60 up to 2,000 cells, then falling with the root of their number, 10 at least"
     )
-    batch_size: int = Field(128, ge=2, description="cells a step")
-    learning_rate: float = Field(4e-3, gt=0, description="of Adam, at its highest")
+    batch_size: Annotated[int, Field(ge=2)] | Literal["auto"] = Field(
+        "auto", description="cells a step; auto: 128 up to 20,000 cells, then rising with the root of their number"
+    )
+    learning_rate: float = Field(1e-2, gt=0, description="of Adam, at its highest")
     schedule: Literal["constant", "cosine"] = Field(
         "cosine", description="of the learning rate; cosine rises over a tenth of all steps and then falls to zero"
     )
     weight_decay: float = Field(1e-6, ge=0, description="of Adam")
-    adam_eps: float = Field(1e-2, gt=0, description="of Adam; large, so that rarely seen genes move slowly")
+    adam_eps: float = Field(1e-4, gt=0, description="of Adam; far above 1e-8, so that rarely seen genes move slowly")
     kl_weight: float = Field(
-        1.5, gt=0, description="final weight of the KL term in the loss; above 1 it mixes batches better"
+        2.0, gt=0, description="final weight of the KL term in the loss; above 1 it mixes batches better"
     )
     kl_warmup: float = Field(
-        0.5, ge=0, le=1, description="share of all steps over which the KL weight rises from 0; always completes"
+        0.17, ge=0, le=1, description="share of all steps over which the KL weight rises from 0; always completes"
     )
     precision: Literal["auto", "float32", "bf16"] = Field(
         "auto",

@@ -8,11 +8,13 @@ them on this one. gloo joins CPUs, NCCL joins GPUs.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 
@@ -108,12 +110,13 @@ def leave() -> None:
 def launch(n: int, command: Sequence[str]) -> int:
     """Run ``scvi-core COMMAND`` as `n` processes on this machine, and end with the exit status of the first.
 
-    SIGTERM, SIGINT and SIGUSR1 are passed on. When one process dies the others are stopped, within seconds.
+    SIGTERM, SIGINT and SIGUSR1 are passed on. When one process dies the others are stopped, within seconds. What the
+    first says is shown; what another says, only if it is that one that dies.
 
     Raises
     ------
     UserError
-        Naming the process that died first.
+        Naming the process that died.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -121,7 +124,7 @@ def launch(n: int, command: Sequence[str]) -> int:
     common = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if sys.platform == "linux":
         common["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
-    workers = []
+    workers: list[subprocess.Popen] = []
 
     def pass_on(signum, _frame):
         for worker in workers:
@@ -129,29 +132,35 @@ def launch(n: int, command: Sequence[str]) -> int:
                 worker.send_signal(signum)
 
     before = {s: signal.signal(s, pass_on) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    try:
-        for i in range(n):
-            environment = os.environ | common | {"RANK": str(i), "LOCAL_RANK": str(i)}
-            workers.append(subprocess.Popen([sys.executable, "-m", "scvi_core.cli", *command], env=environment))
-        while any(worker.poll() is None for worker in workers):
-            failed = [i for i, worker in enumerate(workers) if worker.poll() not in (None, 0)]
-            if failed:
-                _finish(workers)
-                # all of them stop together when they are asked to; the first's status says so
-                if len({worker.returncode for worker in workers}) == 1:
-                    break
-                code = workers[failed[0]].returncode
-                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-                raise UserError(
-                    f"train: process {failed[0] + 1} of {n} {how}, so the others were stopped; run the same command "
-                    "again to go on from the last checkpoint"
-                )
-            time.sleep(0.05)
-    finally:
-        _finish(workers, patience=0)
-        for s, handler in before.items():
-            signal.signal(s, handler)
-    return workers[0].returncode
+    with contextlib.ExitStack() as stack:
+        said = [None, *(stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(1, n))]
+        try:
+            for i in range(n):
+                environment = os.environ | common | {"RANK": str(i), "LOCAL_RANK": str(i)}
+                program = [sys.executable, "-m", "scvi_core.cli", *command]
+                workers.append(subprocess.Popen(program, env=environment, stderr=said[i]))
+            while all(worker.poll() in (None, 0) for worker in workers):
+                if all(worker.poll() == 0 for worker in workers):
+                    return 0
+                time.sleep(0.05)
+            first = next(i for i, worker in enumerate(workers) if worker.poll() not in (None, 0))
+            died = workers[first].returncode
+            _finish(workers)
+        finally:
+            _finish(workers, patience=0)
+            for s, handler in before.items():
+                signal.signal(s, handler)
+        if workers[0].returncode > 0 and (first == 0 or workers[0].returncode == died):
+            return workers[0].returncode  # it said why itself: an error, or that it stopped when it was asked to
+        how = f"was killed by {signal.Signals(-died).name}" if died < 0 else f"ended with status {died}"
+        text = ""
+        if said[first] is not None:
+            said[first].seek(0)
+            text = (said[first].read().strip().splitlines() or [""])[-1].removeprefix("error: ")
+        raise UserError(
+            f"train: process {first + 1} of {n} {how}{f' ({text})' if text else ''}, so the others were stopped; run "
+            "the same command again to go on from the last checkpoint"
+        )
 
 
 def _finish(workers: Sequence[subprocess.Popen], patience: float = 5.0) -> None:

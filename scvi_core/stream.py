@@ -114,7 +114,7 @@ def open_counts(path: Path, adata: AnnData, schema: Schema, memory_gb: float) ->
     damaged = UserError(f"{path}: not a whole store of scvi-core (X: rows are damaged); run `scvi-core store` again")
     if len(indptr) != n_cells + 1 or indptr[0] or (np.diff(indptr) < 1).any():
         raise damaged
-    if len(X["data"]) != size or len(X["indices"]) != size:
+    if X["data"].shape != (size,) or X["indices"].shape != (size,):
         raise damaged
     first_b = np.unique(np.append(np.searchsorted(indptr, np.arange(0, size, BLOCK)), n_cells))
     stored = X["data"].dtype

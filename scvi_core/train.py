@@ -87,12 +87,12 @@ def resolve_precision(precision: str, device: torch.device) -> bool:
 def n_epochs(config: TrainConfig, n_cells: int) -> int:
     """Epochs to run at most: as configured, else fewer the more cells there are.
 
-    `auto` is 200 for 2,000 cells and falls with the root of their number, so that a large atlas takes more steps than a
-    small one but fewer looks at each cell; never under 10, never over 400.
+    `auto` is 60 up to 2,000 cells and then falls with the root of their number, so that a large atlas takes more steps
+    than a small one but fewer looks at each cell; never under 10.
     """
     if config.max_epochs != "auto":
         return config.max_epochs
-    return max(10, min(400, round(200 * math.sqrt(2000 / n_cells))))
+    return max(10, round(60 * math.sqrt(2000 / max(2000, n_cells))))
 
 
 def hold_out(config: TrainConfig, n_cells: int, seed: int) -> np.ndarray:
@@ -112,8 +112,15 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
 
 
 def n_steps(config: TrainConfig, n_cells: int) -> int:
-    """Minibatches an epoch. They are of nearly equal size, so that the last is never a single cell."""
-    return min(math.ceil(n_cells / config.batch_size), n_cells // 2)
+    """Minibatches an epoch. They are of nearly equal size, so that the last is never a single cell.
+
+    `auto` makes them of 128 cells at most, up to 20,000 cells, and larger with the root of their number beyond: an
+    atlas takes more steps than a small data set, but not in proportion, as each is then less noisy.
+    """
+    size = config.batch_size
+    if size == "auto":
+        size = round(128 * max(1.0, math.sqrt(n_cells / 20_000)))
+    return min(math.ceil(n_cells / size), n_cells // 2)
 
 
 def kl_weight(config: TrainConfig, step: int, total: int) -> float:

@@ -8,6 +8,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from scvi_core.files import sha256_text, write_parquet
+from scvi_core.preprocess.store import write_store
 
 
 def sample(X, name="a", batch="b", gene_ids=None, gene_names=None, kind="symbol", organism="human", **obs):
@@ -58,6 +59,14 @@ def write(folder, adatas, keeps=None):
         h5ads.append(home / "counts.h5ad")
         qcs.append(home / "qc.parquet")
     return h5ads, qcs
+
+
+def stored(folder, adata):
+    """Path of a counts.zarr in `folder` of all genes, cells by turns in the samples s0 and s1 of batches b0 and b1."""
+    parts = [sample(adata.X[i::2], f"s{i}", f"b{i}", adata.var_names) for i in (0, 1)]
+    genes = pd.DataFrame({"gene_id": adata.var_names, "gene_name": adata.var_names, "selected": True})
+    write_store(folder / "counts.zarr", *write(folder / "samples", parts), genes)
+    return folder / "counts.zarr"
 
 
 def split(adata, by):

@@ -241,13 +241,15 @@ def test_code_version_names_what_decides_the_weights(monkeypatch, tmp_path):
 
     here = Path(api.__file__).parent
     before = api.code_version()
-    for name in ("counts.py", "kernels.py", "likelihood.py", "model.py", "train.py"):
-        copy = tmp_path / name.removesuffix(".py")
+    names = ("counts.py", "engine.py", "kernels.c", "kernels.py", "likelihood.py", "model.py", "parallel.py")
+    for name in (*names, "stream.py", "train.py"):
+        copy = tmp_path / name
         copy.mkdir()
-        for file in here.glob("*.py"):
+        for file in (*here.glob("*.py"), here / "kernels.c"):
             shutil.copy(file, copy / file.name)
-        (copy / name).write_text((copy / name).read_text() + "\n")
         monkeypatch.setattr(api, "__file__", str(copy / "api.py"))
+        assert api.code_version() == before
+        (copy / name).write_text((copy / name).read_text() + "\n")
         assert api.code_version() != before, name
 
 

@@ -9,19 +9,18 @@ import sys
 import time
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from _data import brief, cells, packed
-from _samples import sample, write
+from _samples import stored
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from scvi_core import cli
+from scvi_core import cli, native
 from scvi_core import train as training
 from scvi_core.config import ModelConfig, TrainConfig
 from scvi_core.files import UserError
-from scvi_core.model import build
-from scvi_core.preprocess.store import write_store
+from scvi_core.model import Noise, build
 from scvi_core.train import HISTORY, Interrupted, elbo_of, kl_weight, learning_rate, n_epochs, n_steps, train
 
 CPU = torch.device("cpu")
@@ -123,11 +122,12 @@ def test_early_stopping_restores_the_best_weights():
     best = warm["validation_elbo"].idxmax()
     assert history["epoch"].iloc[-1] - history["epoch"][best] == 5
     _schema, counts = packed(cells())
-    assert elbo_of(network, counts, np.arange(0, 60, 6), 0) == pytest.approx(warm["validation_elbo"][best], rel=1e-12)
+    held = counts.subset(np.arange(0, 60, 6))
+    assert elbo_of(network, held, 0) == pytest.approx(warm["validation_elbo"][best], rel=1e-12)
     # without it, all epochs run and the last weights stay
     network, history = fit(config=config.model_copy(update={"early_stopping": False, "max_epochs": 12}))
     assert len(history) == 12
-    assert elbo_of(network, counts, np.arange(0, 60, 6), 0) == pytest.approx(history["validation_elbo"].iloc[-1])
+    assert elbo_of(network, held, 0) == pytest.approx(history["validation_elbo"].iloc[-1])
 
 
 def test_held_out_cells_are_never_trained_on():
@@ -165,34 +165,61 @@ def test_cuda_is_never_silently_the_cpu(monkeypatch):
 # ---- a loss that is not finite
 
 
-def poisoned(at_step):
-    """A model whose decoder turns its output to NaN in training at one step."""
-    calls = {"n": 0}
-
-    def hook(module, inputs, output):
-        if module.training:
-            calls["n"] += 1
-        return output * torch.nan if calls["n"] == at_step and module.training else output
-
-    return hook
+@pytest.fixture(params=["by hand", "autograd"])
+def way(request, monkeypatch):
+    """Gradients of scvi_core.engine, or autograd's."""
+    if request.param == "autograd":
+        monkeypatch.setattr(training.engine, "serves", lambda _: False)
+    elif native.library is None:
+        pytest.skip(f"no compiled kernels: {native.reason}")
 
 
-def test_loss_not_finite_names_epoch_step_and_cause(tmp_path):
+def spoil(monkeypatch, at_step, how):
+    """Have a training step (counted from 1) meet noise that is not finite, or leave such a gradient."""
+    if how == "noise":
+
+        class Spoilt(Noise):
+            def normal(self, like):
+                return super().normal(like) * (math.nan if self.generator.initial_seed() == at_step - 1 else 1.0)
+
+        monkeypatch.setattr(training, "Noise", Spoilt)
+        return
+    steps = iter(range(1, 1000))
+
+    def spoilt(of):
+        def gradients(model, *rest):
+            elbo_n = of(model, *rest)
+            if next(steps) == at_step:
+                model.rho.weight.grad[3, 1] = math.nan
+            return elbo_n
+
+        return gradients
+
+    monkeypatch.setattr(training.engine, "gradients", spoilt(training.engine.gradients))
+    monkeypatch.setattr(training, "autograd_gradients", spoilt(training.autograd_gradients))
+
+
+@pytest.mark.parametrize("every", [0, 30])
+def test_loss_not_finite_names_epoch_step_and_cause(tmp_path, monkeypatch, way, every):
     """47 cells at 16 make 3 steps an epoch; step 8 is the second of the third epoch."""
     _schema, counts = packed(cells())
     rows, held = np.arange(47), np.arange(47, 60)
     config = brief(max_epochs=6, early_stopping=False)
     path = tmp_path / "state.safetensors"
     network = build(ModelConfig(**SMALL), 25, 2, 0, 0)
-    network.decoder[0].register_forward_hook(poisoned(8))
-    with pytest.raises(UserError) as error:
-        train(network, counts, rows, held, config, 0, CPU, path, "me", progress=False)
+    with monkeypatch.context() as patch:
+        spoil(patch, 8, "noise")
+        with pytest.raises(UserError) as error:
+            train(network, counts, rows, held, config, 0, CPU, path, "me", progress=False, every=every)
     message = str(error.value)
     assert re.search("not finite at epoch 3, step 2 of 3: ", message) and "\n" not in message
     assert "weights have overflowed; lower train.learning_rate (now 0.005)" in message
-    assert f"{path} holds the last whole epoch" in message
+    assert (f"{path} holds the last sound state" in message) == path.exists() == (every == 0)
+    if every:
+        return
     # that checkpoint loads, and goes on to what a fit without trouble gives
     assert all(torch.isfinite(v).all() for v in load_file(path).values() if v.is_floating_point())
+    assert scalars(path)["step"] == 7
     resumed = build(ModelConfig(**SMALL), 25, 2, 0, 0)
     train(resumed, counts, rows, held, config, 0, CPU, path, "me", progress=False)
     clean = build(ModelConfig(**SMALL), 25, 2, 0, 0)
@@ -200,21 +227,30 @@ def test_loss_not_finite_names_epoch_step_and_cause(tmp_path):
     assert same(resumed, clean)
 
 
-def test_weights_not_finite_after_an_epochs_last_step_are_not_kept(tmp_path):
+def test_weights_not_finite_after_an_epochs_last_step_are_not_kept(tmp_path, monkeypatch, way):
     """The loss of the last step is finite but its update is not: no checkpoint, no result."""
     _schema, counts = packed(cells())
     path = tmp_path / "state.safetensors"
     network = build(ModelConfig(**SMALL), 25, 2, 0, 0)
-    steps = {"n": 0}
-
-    def spoil(gradient):
-        steps["n"] += 1
-        return gradient * torch.nan if steps["n"] == 6 else gradient
-
-    network.rho.weight.register_hook(spoil)
+    spoil(monkeypatch, 6, "gradient")
     with pytest.raises(UserError, match="not finite at epoch 2, step 3 of 3: weights have overflowed"):
-        train(network, counts, np.arange(47), np.arange(0), brief(), 0, CPU, path, "me", progress=False)
+        train(network, counts, np.arange(47), np.arange(0), brief(), 0, CPU, path, "me", progress=False, every=0)
     assert all(torch.isfinite(v).all() for v in load_file(path).values() if v.is_floating_point())
+    assert scalars(path)["step"] == 5
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_weights_not_finite_are_not_kept_at_a_stop(tmp_path, monkeypatch, way, stopped):
+    """Nor is the state that a signal asks for, at the very step that spoils it."""
+    _schema, counts = packed(cells())
+    path = tmp_path / "state.safetensors"
+    network = build(ModelConfig(**SMALL), 25, 2, 0, 0)
+    spoil(monkeypatch, 2, "gradient")
+    calls = iter(range(1, 99))
+    stop = lambda: stopped and next(calls) == 2  # noqa: E731
+    with pytest.raises(UserError, match=f"not finite at epoch 1, step {2 if stopped else 3} of 3: weights have overfl"):
+        train(network, counts, np.arange(47), np.arange(0), brief(), 0, CPU, path, "me", progress=False, stop=stop)
+    assert not path.exists()
 
 
 def test_a_rate_that_is_too_high():
@@ -225,18 +261,23 @@ def test_a_rate_that_is_too_high():
 # ---- checkpoints
 
 
-def build_and_train(counts, config, path=None, stop=lambda: False, identity="me"):
+def scalars(path):
+    """What a checkpoint says besides its tensors."""
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["state"])["scalars"]
+
+
+def build_and_train(counts, config, path=None, stop=lambda: False, identity="me", every=30.0):
     network = build(ModelConfig(library="latent", **SMALL), 25, 2, 0, 0)
-    rows = np.setdiff1d(np.arange(60), np.arange(0, 60, 6))
-    history = train(
-        network, counts, rows, np.arange(0, 60, 6), config, 0, CPU, path, identity, progress=False, stop=stop
-    )
+    held = np.arange(0, 60, 6)
+    rows = np.setdiff1d(np.arange(60), held)
+    history = train(network, counts, rows, held, config, 0, CPU, path, identity, progress=False, stop=stop, every=every)
     return network, history
 
 
 @pytest.mark.parametrize("early", [False, True])
 def test_stopped_at_any_step_and_resumed_is_the_same_bit_for_bit(tmp_path, early):
-    """Including an epoch's last step, and one step at a time all the way."""
+    """Including an epoch's last step, and one step at a time all the way; checkpoints between make no difference."""
     _, counts = packed(cells())
     config = brief(max_epochs=8, patience=2, early_stopping=early, kl_warmup=0.3, schedule="cosine")
     whole, history = build_and_train(counts, config)
@@ -252,7 +293,7 @@ def test_stopped_at_any_step_and_resumed_is_the_same_bit_for_bit(tmp_path, early
 
             torch.manual_seed(rng.randint(0, 99))
             try:
-                resumed, its_history = build_and_train(counts, config, path, stop)
+                resumed, its_history = build_and_train(counts, config, path, stop, every=30 * (trial % 2))
                 break
             except Interrupted:
                 assert path.exists()
@@ -293,6 +334,57 @@ def test_torn_and_foreign_checkpoints_are_said_and_left(tmp_path, caplog):
         training.log.propagate = False
 
 
+def test_flipped_bytes_are_found(tmp_path, caplog):
+    """One damaged byte anywhere in a checkpoint: it is left alone, and the fit begins anew and ends alike."""
+    _, counts = packed(cells())
+    config, path = brief(), tmp_path / "state.safetensors"
+    stops = iter([False] * 9 + [True])
+    with pytest.raises(Interrupted):
+        build_and_train(counts, config, path, lambda: next(stops))
+    content = path.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    whole, _ = build_and_train(counts, config)
+    caplog.set_level("WARNING", "scvi_core")
+    training.log.propagate = True
+    try:
+        for at in (header, header + 1001, len(content) - 1):
+            path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+            caplog.clear()
+            network, history = build_and_train(counts, config, path)
+            assert any("not a whole checkpoint" in r.getMessage() for r in caplog.records), at
+            assert same(whole, network) and len(history) == 4
+        rng = np.random.default_rng(0)
+        network = build(ModelConfig(library="latent", **SMALL), 25, 2, 0, 0)
+        fresh = {k: v.clone() for k, v in network.state_dict().items()}
+        for at in [*range(header), *rng.integers(header, len(content), 300)]:
+            path.write_bytes(content[:at] + bytes([content[at] ^ (1 << rng.integers(0, 8))]) + content[at + 1 :])
+            state = training.State(network, torch.optim.Adam([training._flatten(network)], fused=True))
+            training._resume(state, path, "me")
+            assert not (state.step or state.history or state.optimiser.state), content[max(0, at - 20) : at + 5]
+            assert all(torch.equal(fresh[k], v) for k, v in network.state_dict().items()), at
+    finally:
+        training.log.propagate = False
+
+
+def test_checkpoints_are_some_seconds_apart(tmp_path, monkeypatch):
+    """None while training is younger than that, one at the end; one a step if so asked; all alike in their outcome."""
+    _, counts = packed(cells())
+    written = []
+
+    def save(state, *rest, of=training._save):
+        written.append(state.step)
+        of(state, *rest)
+
+    monkeypatch.setattr(training, "_save", save)
+    path = tmp_path / "state.safetensors"
+    often, _ = build_and_train(counts, brief(), path, every=0)
+    assert written == list(range(1, 17))
+    path.unlink()
+    written.clear()
+    rarely, _ = build_and_train(counts, brief(), path)
+    assert written == [16] and same(often, rarely)
+
+
 def forked(function, said):
     """Run `function` in a process of its own (forked, so that nothing is imported again); stderr goes to `said`."""
 
@@ -313,14 +405,14 @@ def wait_for(condition, process, seconds=60):
 
 
 def test_killed_at_random_moments_and_rerun_is_the_same_bit_for_bit(tmp_path):
-    """SIGKILL to a real process while it trains and writes a checkpoint an epoch."""
+    """SIGKILL to a real process while it trains and writes a checkpoint a step."""
     _, counts = packed(cells())
     config = brief(max_epochs=60, kl_warmup=0.3, early_stopping=False)
     path = tmp_path / "state.safetensors"
     inode = lambda: path.exists() and path.stat().st_ino  # noqa: E731
 
     def program():
-        network, _ = build_and_train(counts, config, path)
+        network, _ = build_and_train(counts, config, path, every=0)
         save_file(network.state_dict(), tmp_path / "done.safetensors")
 
     killed = 0
@@ -345,36 +437,34 @@ def test_killed_at_random_moments_and_rerun_is_the_same_bit_for_bit(tmp_path):
 
 def test_sigterm_to_the_command_and_rerun(tmp_path, monkeypatch):
     """`scvi-core train` exits with 75 on SIGTERM; the same command then ends with the same file."""
-    adata = cells(120, 30)
-    parts = [sample(adata.X[i::2], f"s{i}", f"b{i}", adata.var_names) for i in (0, 1)]
-    h5ads, qcs = write(tmp_path / "samples", parts)
-    genes = pd.DataFrame({"gene_id": adata.var_names, "gene_name": adata.var_names, "selected": True})
-    write_store(tmp_path / "counts.zarr", h5ads, qcs, genes)
+    stored(tmp_path, cells(120, 30))
     config = {
         "threads": 1,
         "device": "cpu",
         "model": {"n_hidden": 8, "n_latent": 2},
-        "train": {"max_epochs": 60, "batch_size": 16, "early_stopping": False},
+        "train": {"max_epochs": 200, "batch_size": 16, "early_stopping": False},
     }
     monkeypatch.chdir(tmp_path)
     command = ["train", "--store", "counts.zarr", "--config", json.dumps(config), "--checkpoints", "states", "--out"]
     states = lambda: list((tmp_path / "states").glob("*.safetensors"))  # noqa: E731
+    log = tmp_path / "said"
+    said = lambda: log.read_text() if log.exists() else ""  # noqa: E731
 
     def start(out):
         monkeypatch.setattr(sys, "argv", ["scvi-core", *command, out])
-        return forked(cli.main, tmp_path / "said")
+        return forked(cli.main, log)
 
     process = start("stopped")
-    wait_for(states, process)
+    wait_for(lambda: "epoch 20/200" in said(), process)
+    assert not states(), "checkpoints are half a minute apart"
     os.kill(process.pid, signal.SIGTERM)
     process.join()
-    said = (tmp_path / "said").read_text()
-    assert process.exitcode == 75 and "stopped by signal SIGTERM" in said, said
+    assert process.exitcode == 75 and "stopped by signal" in said(), said()
     assert states() and not (tmp_path / "stopped").exists()
     process = start("stopped")
     process.join()
-    said = (tmp_path / "said").read_text()
-    assert process.exitcode == 0 and "resuming at epoch" in said, said
+    resumed = re.search(r"resuming at epoch (\d+)", said())
+    assert process.exitcode == 0 and resumed and int(resumed[1]) > 20, said()
     assert not states()  # the checkpoint goes once the model is safe
     start("whole").join()
     for name in ("model.safetensors", "model.json", "history.parquet"):

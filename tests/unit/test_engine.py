@@ -1,0 +1,288 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from _data import brief, cells, choose, packed
+
+from scvi_core import engine, native
+from scvi_core import train as training
+from scvi_core.config import ModelConfig
+from scvi_core.model import Noise, build
+from scvi_core.train import _flatten, autograd_gradients, elbo_of, train
+
+LIKELIHOODS = ("zinb", "nb", "poisson")
+DISPERSIONS = ("gene", "gene-batch", "gene-cell")
+LIBRARIES = ("observed", "latent")
+EVERY = list(itertools.product(LIKELIHOODS, DISPERSIONS, LIBRARIES))
+MORE = list(itertools.product((1, 2), (0.0, 0.3)))  # layers, dropout
+
+
+@pytest.fixture(autouse=True)
+def compiled(monkeypatch):
+    choose("compiled", monkeypatch)
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def made(half=False, n=20, covariates=True, batch_key="batch", n_genes=25, seed=0, **more):
+    """A model ready for a step, with weights and statistics to speak of, and all its cells as one minibatch."""
+    design = (("day",), ("age",)) if covariates else ()
+    schema, counts = packed(cells(n, n_genes), *design, batch_key=batch_key)
+    sizes = {"n_latent": 3, "n_hidden": 40, **more}
+    model = build(ModelConfig(**sizes), n_genes, len(schema.batches), 4 if covariates else 0, seed)
+    torch.manual_seed(seed)
+    for name, value in model.state_dict().items():
+        if name.endswith(("norm.bias", "library_mean_s", "rho.bias", "dropout_logit.bias", "running_mean")):
+            value.normal_(0.5, 0.5)
+        if name.endswith(("norm.weight", "library_variance_s", "running_var")):
+            value.uniform_(0.5, 2.0)
+    model.half = half
+    _flatten(model)
+    return model.train(), counts.gather(torch.arange(n))
+
+
+def step(function, noise=None, **how):
+    """Its ELBO by cell, gradients and state."""
+    model, minibatch = made(**how)
+    elbo_n = function(model, minibatch, noise or Noise(5), 0.7)
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    return elbo_n, gradients, {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def compare(ours, theirs, near):
+    """Gradients within `near` of the largest of each tensor; ELBO and statistics as float32 allows."""
+    torch.testing.assert_close(ours[0], theirs[0], rtol=2e-6, atol=1e-5)
+    assert not ours[0].requires_grad
+    for name, expected in theirs[1].items():
+        got, unit = ours[1][name], expected.abs().max()
+        assert got.dtype == torch.float32 and torch.isfinite(got).all()
+        if name.endswith(("linear.bias",)):  # the batch norm behind it takes the mean away: both are 0 but for rounding
+            unit = theirs[1][name.replace("linear.bias", "norm.bias")].abs().max()
+        assert unit > 0, name
+        assert (got - expected).abs().max() <= near * unit, (name, float((got - expected).abs().max() / unit))
+    for name, expected in theirs[2].items():
+        torch.testing.assert_close(ours[2][name], expected, rtol=1e-5, atol=1e-6, msg=name)
+        if name.endswith("num_batches_tracked"):
+            assert ours[2][name] == 1
+
+
+@pytest.mark.parametrize(("likelihood", "dispersion", "library"), EVERY)
+def test_gradients_are_autograds(likelihood, dispersion, library):
+    for n_layers, dropout in MORE:
+        how = {"likelihood": likelihood, "dispersion": dispersion, "library": library}
+        how |= {"n_layers": n_layers, "dropout": dropout}
+        compare(step(engine.gradients, **how), step(autograd_gradients, **how), 1e-5)
+
+
+@pytest.mark.parametrize(("likelihood", "dispersion", "library"), EVERY)
+def test_gradients_are_autograds_with_half_heads(likelihood, dispersion, library):
+    """Both round the same products to bfloat16, 8 bits; what differs by rounding in float32 may round the other way."""
+    for n_layers, dropout in MORE:
+        how = {"likelihood": likelihood, "dispersion": dispersion, "library": library, "half": True}
+        how |= {"n_layers": n_layers, "dropout": dropout}
+        ours, theirs = step(engine.gradients, **how), step(autograd_gradients, **how)
+        torch.testing.assert_close(ours[0], theirs[0], rtol=1e-3, atol=0)
+        compare((theirs[0], *ours[1:]), theirs, 2**-7)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"batch_key": None, "covariates": False, "library": "latent"},  # the decoder sees z alone
+        {"n": 2},
+        {"n": 130, "n_hidden": 128, "n_genes": 300, "n_latent": 10},
+        {"n_hidden": 1, "n_latent": 1, "n_genes": 2, "n_layers": 2},
+        {"n_hidden": 33, "n_genes": 257, "dispersion": "gene-batch"},
+    ],
+)
+@pytest.mark.parametrize("half", [False, True])
+def test_other_sizes(how, half):
+    ours, theirs = step(engine.gradients, half=half, **how), step(autograd_gradients, half=half, **how)
+    # a lone hidden unit and two cells: float32's rounding is divided by a variance of next to nothing
+    near = 1e-4 if min(how.get("n", 9), how.get("n_hidden", 9)) < 3 else 2e-5
+    if half:
+        torch.testing.assert_close(ours[0], theirs[0], rtol=1e-3, atol=0)
+        ours, near = (theirs[0], *ours[1:]), 2**-7
+    compare(ours, theirs, near)
+
+
+class Given:
+    """Noise that is the same in every precision."""
+
+    n_cells = None
+
+    def __init__(self):
+        self.i = 0
+
+    def normal(self, like):
+        self.i += 1
+        drawn = np.random.default_rng(self.i).normal(size=tuple(like.shape))
+        return torch.from_numpy(drawn).float().to(like.dtype)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"library": "latent", "n_layers": 2},
+        {"likelihood": "nb", "dispersion": "gene-batch"},
+        {"likelihood": "nb", "dispersion": "gene-cell", "library": "latent"},
+        {"likelihood": "poisson"},
+    ],
+)
+def test_gradients_are_finite_differences(how):
+    """Of the loss in float64, by every weight tensor, along random directions and single weights."""
+    how = {"n_hidden": 6, "n_genes": 12, "n": 15, "dropout": 0.0, **how}
+    _, gradients, _ = step(engine.gradients, Given(), **how)
+    model, minibatch = made(**how)
+    model.double()
+    for name in ("library_n", "covariates_nc"):
+        setattr(minibatch, name, getattr(minibatch, name).double())
+    minibatch.x.x_m = minibatch.x.x_m.double()
+
+    @torch.no_grad()
+    def loss():
+        reconstruction_n, kl_z_n, kl_l_n = model.elbo_terms(minibatch, Given())
+        return (0.7 * kl_z_n + kl_l_n - reconstruction_n).mean()
+
+    rng = np.random.default_rng(0)
+    for name, weight in model.named_parameters():
+        gradient = gradients[name].double()
+        ways = [torch.from_numpy(rng.normal(size=tuple(weight.shape))) for _ in range(4)]
+        for place in rng.integers(0, weight.numel(), 4):
+            ways.append(torch.zeros(weight.numel(), dtype=torch.float64))
+            ways[-1][place] = 1
+        for way in ways:
+            way = way.view_as(weight) / way.norm() * 1e-6
+            weight.data += way
+            after = loss()
+            weight.data -= 2 * way
+            slope = (after - loss()) / 2e-6
+            weight.data += way
+            expected = float((gradient * way).sum() * 1e6)
+            assert slope == pytest.approx(expected, rel=1e-4, abs=1e-5 * float(gradient.norm()) + 1e-6), name
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("likelihood", ["zinb", "poisson"])
+def test_the_same_bits_on_any_number_of_threads(likelihood, half):
+    for dispersion in ("gene", "gene-batch", "gene-cell"):
+        how = {"half": half, "likelihood": likelihood, "dispersion": dispersion, "library": "latent", "n": 130}
+        how |= {"n_hidden": 129, "n_genes": 300}
+        first = None
+        for threads in (1, 1, 2, 3):
+            torch.set_num_threads(threads)
+            found = step(engine.gradients, **how)
+            first = first or found
+            assert torch.equal(first[0], found[0]), threads
+            for mine, same in zip(first[1:], found[1:], strict=True):
+                for name in mine:
+                    assert torch.equal(mine[name], same[name]), (threads, name)
+
+
+def fit(monkeypatch=None, **how):
+    """(network, history, held cells) of a fit by hand, or by autograd where monkeypatch comes along."""
+    schema, counts = packed(cells(200), ("day",), ("age",))
+    network = build(ModelConfig(**{"n_hidden": 16, "n_latent": 3, **how}), 25, len(schema.batches), 4, 0)
+    held = np.arange(0, 200, 5)
+    if monkeypatch is not None:
+        monkeypatch.setattr(engine, "serves", lambda _: False)
+        monkeypatch.setattr(engine, "gradients", None)
+    else:
+        assert engine.serves(network)
+    config = brief(max_epochs=6, early_stopping=False, precision=how.pop("precision", "float32"))
+    history = train(
+        network, counts, np.setdiff1d(np.arange(200), held), held, config, 0, torch.device("cpu"), progress=False
+    )
+    return network, history, counts.subset(held)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"library": "latent"},
+        {"n_layers": 2, "dispersion": "gene-batch", "likelihood": "nb"},
+        {"dispersion": "gene-cell"},
+    ],
+)
+def test_a_fit_by_hand_and_by_autograd_agree(monkeypatch, how):
+    """Training magnifies what rounding leaves, but in so few steps not by much."""
+    ours, our_history, held = fit(**how)
+    with monkeypatch.context() as patch:
+        theirs, their_history, _ = fit(patch, **how)
+    for column in ("train_elbo", "validation_elbo"):
+        np.testing.assert_allclose(our_history[column], their_history[column], rtol=1e-4)
+    assert elbo_of(ours, held, 3) == pytest.approx(elbo_of(theirs, held, 3), rel=1e-4)
+    assert our_history["validation_elbo"].iloc[-1] > our_history["validation_elbo"].iloc[0] + 1
+
+
+def test_other_devices_and_types_are_autograds(monkeypatch):
+    model, _ = made()
+    assert engine.serves(model)
+    assert not engine.serves(build(ModelConfig(n_hidden=4, n_latent=2), 5, 1, 0, 0).double())
+    assert not engine.serves(build(ModelConfig(n_hidden=4, n_latent=2), 5, 1, 0, 0).to("meta"))
+    monkeypatch.setattr(native, "library", None)
+    assert not engine.serves(model)
+
+
+# ---- the hidden layer's kernel
+
+
+def norm_of(width):
+    torch.manual_seed(width)
+    norm = torch.nn.BatchNorm1d(width, momentum=0.01, eps=1e-3)
+    for value in (norm.weight.data, norm.running_var):
+        value.uniform_(0.5, 2.0)
+    for value in (norm.bias.data, norm.running_mean):
+        value.normal_()
+    norm.weight.grad, norm.bias.grad = torch.full((width,), 7.0), torch.full((width,), 7.0)  # to be written over
+    return norm.train()
+
+
+@pytest.mark.parametrize("width", [1, 7, 33, 128])
+@pytest.mark.parametrize("n", [2, 3, 8, 17, 64, 130])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_hidden_layer(width, n, dropout):
+    """Batch norm, ReLU and a mask, and the way back, against autograd in float64."""
+    norm, theirs = norm_of(width), norm_of(width).double()
+    theirs.zero_grad()
+    a_nh, outer_nh = torch.randn(n, width) * 2 + torch.randn(width), torch.randn(n, width)
+    a_nh[:, 0] += 100  # a mean far from 0 costs digits, not the result
+    kept_nh = torch.rand(n, width) > dropout if dropout else None
+    out_nh, saved = native.hidden(a_nh, norm, kept_nh, 1 / (1 - dropout))
+    grad_a_nh = native.hidden_gradient(outer_nh, out_nh, norm, saved)
+
+    input_nh = a_nh.double().requires_grad_()
+    expected_nh = torch.relu(theirs(input_nh))
+    if dropout:
+        expected_nh = expected_nh * kept_nh / (1 - dropout)
+    expected_nh.backward(outer_nh.double())
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(norm, name).double(), getattr(theirs, name), rtol=1e-6, atol=1e-6)
+    assert norm.num_batches_tracked == theirs.num_batches_tracked == 1
+    same = (out_nh > 0) == (expected_nh > 0)
+    assert (~same).sum() <= 1  # a pre-activation within rounding of 0
+    if not same.all():
+        return
+    near = lambda got, expected: torch.testing.assert_close(  # noqa: E731
+        got.double(), expected, rtol=1e-4, atol=1e-4 * max(1.0, float(expected.abs().max()))
+    )
+    near(out_nh, expected_nh.detach())
+    near(norm.weight.grad, theirs.weight.grad)
+    near(norm.bias.grad, theirs.bias.grad)
+    # beside the size of what the batch norm is handed: for 2 cells its gradient is all cancellation
+    near(grad_a_nh, input_nh.grad)
+
+
+def test_hidden_layer_of_cells_that_are_all_alike_and_of_nan():
+    norm, theirs = norm_of(5), norm_of(5)
+    a_nh = torch.full((6, 5), 3.0)
+    a_nh[:, 4] = torch.arange(6.0)
+    out_nh, saved = native.hidden(a_nh, norm, None, 1.0)
+    torch.testing.assert_close(out_nh, torch.relu(theirs(a_nh)).detach())
+    grad_nh = native.hidden_gradient(torch.ones(6, 5), out_nh, norm, saved)
+    assert torch.isfinite(grad_nh).all() and (norm.weight.grad[:4] == 0).all()
+    a_nh[2, 3] = torch.nan
+    out_nh, _ = native.hidden(a_nh, norm, None, 1.0)
+    assert out_nh[:, 3].isnan().all() and not out_nh[:, :3].isnan().any() and norm.running_mean[3].isnan()
