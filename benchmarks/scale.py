@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
         rows.append(_row(_fitted(options, store, cells, genes, rules, memory), cells, genes, rules, options))
     print(_table(rows))
     if any(row["extrapolated"] for row in rows):
-        print(f"\n~ {options.epochs} epochs were run; their median time stands for every epoch that the default has.")
+        print(f"\n~ {options.epochs} of the epochs were run; their median time stands for all of the default's.")
     if options.json:
         write_json(
             options.json, {"threads": options.threads, "epochs": options.epochs, "rules": rules, "results": rows}
@@ -117,10 +117,12 @@ def _fitted(
             arguments = ["--store", store, "--out", f"{folder}/model", "--run", f"{folder}/run.json"]
             command = ["-m", "scvi_core.cli", "train", *arguments, "--config", json.dumps(config)]
             began, load = time.perf_counter(), os.getloadavg()[0]
-            process = subprocess.Popen([sys.executable, *map(str, command)])
-            _, status, usage = os.wait4(process.pid, 0)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path.with_suffix(".log"), "w") as log:
+                process = subprocess.Popen([sys.executable, *map(str, command)], stdout=log, stderr=log)
+                _, status, usage = os.wait4(process.pid, 0)
             if status:
-                raise UserError(f"scvi-core train failed on {store}; its own message stands above")
+                raise UserError(f"scvi-core train failed on {store}; {path.with_suffix('.log')} says why")
             told = {
                 "command_seconds": time.perf_counter() - began,
                 "peak_mb": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6,
@@ -199,8 +201,8 @@ def _table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         about = "~" if row["extrapolated"] else ""
-        held = f"{row['packed_gb']:.2f} GB" + (
-            f", {row['memory_gb']:.2f} at a time" if row["streamed"] else " in memory"
+        held = f"{row['packed_gb']:.3g} GB" + (
+            f", {row['memory_gb']:.3g} at a time" if row["streamed"] else " in memory"
         )
         cells = [
             f"{row['cells']:,}", f"{row['genes']:,}", f"{row['density']:.3f}", held, f"{row['epochs']}",
@@ -222,7 +224,7 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     heads = {"cells": "genes", "genes": "cells"}
     measures = {"command_seconds": "seconds of the command", "peak_mb": "peak memory, MB"}
-    with matplotlib.rc_context(style()):
+    with matplotlib.rc_context(style() | {"text.parse_math": True}):  # powers of ten
         figure, axes = plt.subplots(2, 2, figsize=(7.2, 5.4), layout="constrained")
         for (measure, name), (along, by) in itertools.product(measures.items(), heads.items()):
             axis = axes[list(measures).index(measure), list(heads).index(along)]

@@ -77,10 +77,13 @@ def run(options: argparse.Namespace) -> None:
 def _model(adata: ad.AnnData, options: argparse.Namespace) -> sv.Model:
     """The model to draw from: that of `--model` if it is there, else fitted now, and kept there."""
     if options.model is not None and options.model.exists():
-        model = sv.load(options.model)
-        if model.gene_ids != list(map(str, adata.var_names)) or model.schema.batch_key != options.batch_key:
-            raise UserError(f"--model: {options.model} was fitted to other genes or another batch column; remove it")
-        return model
+        try:
+            model = sv.load(options.model)
+            if model.gene_ids == list(map(str, adata.var_names)) and model.schema.batch_key == options.batch_key:
+                return model
+            print(f"{options.model}: of other genes or another batch column; fitted anew", file=sys.stderr)
+        except UserError as error:  # such as one of an earlier version's format
+            print(f"{error}\nfitted anew", file=sys.stderr)
     train = sv.TrainConfig(max_epochs=options.epochs) if options.epochs else None
     print(f"fitting {adata.n_obs:,} cells x {adata.n_vars:,} genes ...", file=sys.stderr, flush=True)
     model = sv.fit(adata, options.batch_key, model=MODEL, train=train, seed=0, device="cpu", progress=False)

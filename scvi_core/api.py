@@ -30,7 +30,7 @@ from scvi_core.model import SCVI, build
 if TYPE_CHECKING:
     from anndata import AnnData
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: the encoder's first layer as (genes, hidden)
 CODE = [  # the files that decide the weights
     *("counts.py", "engine.py", "kernels.c", "kernels.py", "likelihood.py", "model.py", "native.py", "parallel.py"),
     *("stream.py", "train.py"),
@@ -201,6 +201,11 @@ def load(path: str | Path, device: str = "cpu") -> Model:
             raise UserError(
                 f"{path}/model.json: format {about['format_version']} is newer than this scvi-core {__version__} "
                 f"reads ({FORMAT_VERSION}); upgrade scvi-core"
+            )
+        if about["format_version"] < FORMAT_VERSION:
+            raise UserError(
+                f"{path}/model.json: format {about['format_version']} is older than this scvi-core {__version__} reads "
+                f"({FORMAT_VERSION}); train the model again, or use the version in its package_version"
             )
         if sha256_file(path / "model.safetensors") != about["weights_sha256"]:
             raise UserError(f"{path}/model.safetensors: not the weights that model.json names; fetch the model again")

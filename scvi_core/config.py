@@ -116,7 +116,7 @@ class ModelConfig(Section):
     n_latent: int = Field(10, ge=1, description="dimensions of z")
     n_hidden: int = Field(128, ge=1, description="width of hidden layers")
     n_layers: int = Field(1, ge=1, description="hidden layers of encoder and decoder each")
-    dropout: float = Field(0.2, ge=0, lt=1, description="of the encoder")
+    dropout: float = Field(0.1, ge=0, lt=1, description="of the encoder")
     categorical_covariates: tuple[str, ...] = Field((), description="cell columns the decoder sees besides the batch")
     continuous_covariates: tuple[str, ...] = Field((), description="the same, for numbers; standardised")
 

@@ -123,6 +123,7 @@ def test_damaged_bundles_are_refused_in_one_line(tmp_path, fitted):
     about = json.loads((tmp_path / "whole" / "model.json").read_text())
     for change, match in (
         ({"format_version": 99}, "format 99 is newer than this scvi-core"),
+        ({"format_version": 1}, "format 1 is older than this scvi-core"),
         ({"format_version": "new"}, "not a whole model"),
         ({"model": {"n_latent": 3}}, "not a whole model"),
         ({"model": {"nonsense": 3}}, "not a whole model"),
