@@ -99,7 +99,7 @@ def draw(model: sv.Model, adata: ad.AnnData, n_cells: int, seed: int, folder: Pa
     Returns
     -------
     indptr : (cells + 1,) where each cell begins in the files. batch : (cells,) codes. total : (cells,) library sizes.
-    largest : count. data, indices : the files, uint16 and int32, read as they are needed.
+    largest : count. data, indices : the files and their types.
     """
     counts = model._counts(adata)
     blocks = [counts.gather(rows) for rows in torch.arange(len(counts)).split(1024)]
@@ -131,8 +131,8 @@ def draw(model: sv.Model, adata: ad.AnnData, n_cells: int, seed: int, folder: Pa
         "batch": np.concatenate(batches),
         "total": np.concatenate(totals),
         "largest": largest,
-        "data": np.memmap(folder / "data", "<u2", "r"),
-        "indices": np.memmap(folder / "indices", "<i4", "r"),
+        "data": (folder / "data", np.dtype("<u2")),
+        "indices": (folder / "indices", np.dtype("<i4")),
         "seed": seed,
     }
 
@@ -211,7 +211,7 @@ def _write_h5ad(path: Path, drawn: dict[str, Any], model: sv.Model) -> None:
         shape = np.array([len(drawn["batch"]), len(model.gene_ids)])
         X.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": shape})
         X.create_dataset("indptr", data=drawn["indptr"])
-        size = len(drawn["data"])
+        size = int(drawn["indptr"][-1])
         types = {"data": np.min_scalar_type(drawn["largest"]), "indices": np.int32}
         given = {"shape": (size,), "chunks": (min(size, ZARR_CHUNK),), "compression": "lzf"}
         _copy({name: X.create_dataset(name, dtype=dtype, **given) for name, dtype in types.items()}, drawn)
@@ -220,8 +220,10 @@ def _write_h5ad(path: Path, drawn: dict[str, Any], model: sv.Model) -> None:
 def _copy(into: dict[str, Any], drawn: dict[str, Any]) -> None:
     """A chunk of the files at a time, so that each chunk of the array is written once."""
     for name, array in into.items():
-        for at in track(range(0, len(drawn[name]), ZARR_CHUNK), f"writing {name}", console=Console(stderr=True)):
-            array[at : at + ZARR_CHUNK] = drawn[name][at : at + ZARR_CHUNK].astype(array.dtype)
+        file, kind = drawn[name]
+        for at in track(range(0, array.shape[0], ZARR_CHUNK), f"writing {name}", console=Console(stderr=True)):
+            part = np.fromfile(file, kind, ZARR_CHUNK, offset=at * kind.itemsize)
+            array[at : at + len(part)] = part.astype(array.dtype)
 
 
 def _folder(out: Path) -> Path:

@@ -531,7 +531,6 @@ void scvi_sparse_linear_gradient(
 void scvi_gather(
     int64_t n_cells, const int64_t *starts_n, const void *genes, int gene_bytes, const void *values, int value_bytes,
     const int64_t *out_indptr_n, int32_t *out_gene_m, float *out_x_m) {
-    #pragma omp parallel for schedule(static)
     for (int64_t n = 0; n < n_cells; n++) {
         int64_t start = starts_n[n], length = out_indptr_n[n + 1] - out_indptr_n[n];
         int32_t *gene_m = out_gene_m + out_indptr_n[n];
@@ -542,6 +541,29 @@ void scvi_gather(
         else if (value_bytes == 2) WIDEN(x_m, values, int16_t);
         else WIDEN(x_m, values, int32_t);
     }
+}
+
+/* ---- the optimiser ----------------------------------------------------------------------------------------------- */
+
+EVERY_CPU static void adam(
+    int64_t n, float *restrict weight, const float *restrict gradient, float *restrict mean, float *restrict square,
+    float rate, float mean_rate, float square_rate, float eps, float decay, float square_scale) {
+    for (int64_t i = 0; i < n; i++) {
+        float g = gradient[i] + decay * weight[i];
+        mean[i] += mean_rate * (g - mean[i]);
+        square[i] += square_rate * (g * g - square[i]);
+        weight[i] -= rate * mean[i] / (sqrtf(square[i]) * square_scale + eps);
+    }
+}
+
+/* One step of Adam; see kernels.py. */
+void scvi_adam(
+    int64_t n, float *weight, const float *gradient, float *mean, float *square, float rate, float mean_rate,
+    float square_rate, float eps, float decay, float square_scale) {
+    const int64_t piece = 1 << 14;
+    #pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n; i += piece)
+        adam(n - i < piece ? n - i : piece, weight + i, gradient + i, mean + i, square + i, rate, mean_rate, square_rate, eps, decay, square_scale);
 }
 
 /* Of the signatures above; native.py refuses a library built from others. */

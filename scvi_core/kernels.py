@@ -27,6 +27,7 @@ the non-zeros.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -127,6 +128,37 @@ class _HalfLinear(torch.autograd.Function):
         h_nh, weight_gh = ctx.saved_tensors
         half_ng = outer_ng.bfloat16()
         return (half_ng @ weight_gh).float(), (half_ng.t() @ h_nh).float(), outer_ng.sum(0)
+
+
+def adam(
+    weights: torch.Tensor,
+    gradient: torch.Tensor,
+    mean: torch.Tensor,
+    square: torch.Tensor,
+    step: int,
+    rate: float,
+    eps: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> None:
+    """One step of Adam (Kingma & Ba 2015) on vectors, in place; weight decay is added to the gradient.
+
+    Its own few lines, as to import PyTorch's optimisers takes seconds, longer than many a fit.
+
+    Parameters
+    ----------
+    mean, square : moments of the gradient, zero before the first step. step : counted from 1.
+    """
+    rate = rate / (1 - betas[0] ** step)
+    square_scale = 1 / math.sqrt(1 - betas[1] ** step)
+    if native.serves(weights):
+        numbers = (rate, 1 - betas[0], 1 - betas[1], eps, weight_decay, square_scale)
+        native.adam(weights, gradient, mean, square, *numbers)
+        return
+    gradient = gradient.add(weights, alpha=weight_decay)
+    mean.lerp_(gradient, 1 - betas[0])
+    square.lerp_(gradient.square(), 1 - betas[1])
+    weights.addcdiv_(mean, square.sqrt().mul_(square_scale).add_(eps), value=-rate)
 
 
 def log_likelihood(

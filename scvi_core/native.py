@@ -24,6 +24,7 @@ SIGNATURES = {
     "scvi_hidden_gradient": [*[INT64] * 2, *[POINTER] * 2, FLOAT, *[POINTER] * 6],
     "scvi_sparse_linear": [*[INT64] * 2, *[POINTER] * 5],
     "scvi_sparse_linear_gradient": [*[INT64] * 2, *[POINTER] * 3, INT64, *[POINTER] * 2],
+    "scvi_adam": [INT64, *[POINTER] * 4, *[FLOAT] * 6],
     "scvi_gather": [INT64, *[POINTER] * 2, INT, POINTER, INT, *[POINTER] * 3],
 }
 
@@ -199,3 +200,22 @@ def gather(
         _at(indptr_n), _at(out_genes_m), _at(out_x_m),
     )  # fmt: skip
     return out_genes_m, out_x_m
+
+
+def adam(
+    weights: torch.Tensor,
+    gradient: torch.Tensor,
+    mean: torch.Tensor,
+    square: torch.Tensor,
+    rate: float,
+    mean_rate: float,
+    square_rate: float,
+    eps: float,
+    decay: float,
+    square_scale: float,
+) -> None:
+    """As :func:`scvi_core.kernels.adam`, whose bias corrections are already in `rate` and `square_scale`."""
+    library.scvi_adam(
+        len(weights), _at(weights), _at(gradient), _at(mean), _at(square), rate, mean_rate, square_rate, eps, decay,
+        square_scale,
+    )  # fmt: skip

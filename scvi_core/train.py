@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from scvi_core import engine, native, parallel
+from scvi_core import engine, kernels, native, parallel
 from scvi_core.config import TrainConfig
 from scvi_core.counts import Counts, Minibatch
 from scvi_core.files import UserError, canonical_json, replacing
@@ -42,7 +42,8 @@ class State:
     """All that a fit in progress is, besides its inputs."""
 
     model: SCVI
-    optimiser: torch.optim.Optimizer
+    mean: torch.Tensor  # Adam's moments of the gradient, (weights,)
+    square: torch.Tensor
     step: int = 0  # optimiser steps done
     epoch: int = 0  # epochs done
     elbo_sum: float = 0.0  # over the cells of the running epoch, as far as they were seen before the fit was resumed
@@ -185,12 +186,9 @@ def train(
     _set_library_prior(model, counts, train_rows)
     held = counts.subset(validation_rows).to(device) if len(validation_rows) else None
     counts = counts.to(device)
-    weights = _flatten(model)
-    optimiser = torch.optim.Adam(
-        [weights], config.learning_rate, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True
-    )
+    weights, gradient = _flatten(model)
     gradients = engine.gradients if engine.serves(model) and parallel.world() == 1 else autograd_gradients
-    state = State(model, optimiser)
+    state = State(model, torch.zeros_like(weights), torch.zeros_like(weights))
     if checkpoint is not None and checkpoint.exists():
         _resume(state, checkpoint, identity)
     saved = time.monotonic()
@@ -210,13 +208,14 @@ def train(
                 noise = Noise(seed * 1_000_003 + state.step, device, len(minibatches[i]), mine)
                 elbo_n = gradients(model, cells, noise, kl_weight(config, state.step, epochs * steps))
                 due = checkpoint is not None and time.monotonic() - saved > every
-                stopping, due = parallel.sum_gradients(weights.grad, stop(), due)
+                stopping, due = parallel.sum_gradients(gradient, stop(), due)
                 if config.gradient_clip:
-                    torch.nn.utils.clip_grad_norm_([weights], config.gradient_clip)
-                optimiser.param_groups[0]["lr"] = learning_rate(config, state.step, epochs * steps)
-                optimiser.step()
-                elbo_b[i] = elbo_n.sum()
+                    gradient *= (config.gradient_clip / (gradient.norm() + 1e-6)).clamp(max=1.0)
+                rate = learning_rate(config, state.step, epochs * steps)
                 state.step += 1
+                moments = state.mean, state.square, state.step
+                kernels.adam(weights, gradient, *moments, rate, config.adam_eps, config.weight_decay)
+                elbo_b[i] = elbo_n.sum()
                 last = i == steps - 1
                 if last or stopping or due or state.step % CHECKED == 0:
                     _check(state, config, elbo_b, checkpoint)
@@ -271,20 +270,19 @@ def autograd_gradients(model: SCVI, cells: Minibatch, noise: Noise, kl_weight: f
     return (reconstruction_n - kl_z_n - kl_l_n).detach()
 
 
-def _flatten(model: SCVI) -> torch.nn.Parameter:
+def _flatten(model: SCVI) -> tuple[torch.Tensor, torch.Tensor]:
     """Move all weights into one vector, and their gradients into another, of which they are then views.
 
     So that the optimiser, and whatever else looks at all of them, makes one step and not one a tensor.
     """
     aligned = 16  # numbers: each tensor begins where a cache line does
     sizes = [-(-p.numel() // aligned) * aligned for p in model.parameters()]
-    device = next(model.parameters()).device
-    weights = torch.nn.Parameter(torch.zeros(sum(sizes), device=device))
-    weights.grad = torch.zeros_like(weights)
-    for p, w, g in zip(model.parameters(), weights.detach().split(sizes), weights.grad.split(sizes), strict=True):
+    weights = torch.zeros(sum(sizes), device=next(model.parameters()).device)
+    gradient = torch.zeros_like(weights)
+    for p, w, g in zip(model.parameters(), weights.split(sizes), gradient.split(sizes), strict=True):
         w[: p.numel()] = p.detach().flatten()
         p.data, p.grad = w[: p.numel()].view_as(p), g[: p.numel()].view_as(p)
-    return weights
+    return weights, gradient
 
 
 @torch.no_grad()
@@ -383,13 +381,12 @@ def _save(state: State, elbo_b: torch.Tensor, path: Path | None, identity: str) 
         return
     tensors = {f"model.{k}": v for k, v in state.model.state_dict().items()}
     tensors |= {f"best.{k}": v for k, v in state.best.items()}
-    for index, slot in state.optimiser.state_dict()["state"].items():
-        tensors |= {f"adam.{index}.{k}": v for k, v in slot.items()}
+    tensors |= {"adam.mean": state.mean, "adam.square": state.square}
     tensors = {k: v.cpu().contiguous() for k, v in tensors.items()}
     scalars = {
         f.name: getattr(state, f.name)
         for f in dataclasses.fields(State)
-        if f.name not in ("model", "optimiser", "best", "history")
+        if f.name not in ("model", "mean", "square", "best", "history")
     } | {"elbo_sum": elbo_sum}
     scalars["best_elbo"] = None if state.best_elbo == -math.inf else state.best_elbo
     history = [[None if math.isnan(v) else v for v in row] for row in state.history]
@@ -427,11 +424,6 @@ def _resume(state: State, path: Path, identity: str) -> None:
     state.model.load_state_dict(part("model."))
     device = next(state.model.parameters()).device
     state.best = {k: v.to(device) for k, v in part("best.").items()}
-    slots: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in part("adam.").items():
-        index, name = key.split(".")
-        slots.setdefault(int(index), {})[name] = value
-    packed = state.optimiser.state_dict()
-    packed["state"] = slots
-    state.optimiser.load_state_dict(packed)
+    state.mean.copy_(tensors["adam.mean"])
+    state.square.copy_(tensors["adam.square"])
     log.info("resuming at epoch %d, step %d from %s", state.epoch + 1, state.step, path)

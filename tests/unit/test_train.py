@@ -356,7 +356,7 @@ def test_flipped_bytes_are_found(tmp_path, caplog):
         rng = np.random.default_rng(0)
         network = build(ModelConfig(library="latent", **SMALL), 25, 2, 0, 0)
         fresh = {k: v.clone() for k, v in network.state_dict().items()}
-        for at in [*range(header), *rng.integers(header, len(content), 300)]:
+        for at in [*rng.choice(header, 700, replace=False), *rng.integers(header, len(content), 100)]:
             path.write_bytes(content[:at] + bytes([content[at] ^ (1 << rng.integers(0, 8))]) + content[at + 1 :])
             state = training.State(network, torch.optim.Adam([training._flatten(network)], fused=True))
             training._resume(state, path, "me")
