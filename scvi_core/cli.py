@@ -274,7 +274,7 @@ def train(
             settings.seed,
             device,
             checkpoint=checkpoint,
-            stop=lambda: bool(stopping),
+            stop=lambda: bool(stopping) or parallel.abandoned(),
             about=plan.about,
         )
     except Interrupted:

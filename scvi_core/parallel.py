@@ -24,6 +24,8 @@ import torch.distributed as dist
 from scvi_core.files import UserError
 from scvi_core.log import log
 
+_PARENT = os.getppid()
+
 
 def world() -> int:
     """How many processes fit this model."""
@@ -99,6 +101,11 @@ def join(device: torch.device) -> torch.device:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     log.info("process %d of %d on %s", rank() + 1, world(), device)
     return device
+
+
+def abandoned() -> bool:
+    """Whether the process that started this one has gone: there is nobody left to hear of the result."""
+    return world() > 1 and os.getppid() != _PARENT
 
 
 def leave() -> None:

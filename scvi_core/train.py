@@ -7,6 +7,7 @@ may run the loop together (:mod:`scvi_core.parallel`): each takes its share of e
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import hashlib
@@ -192,10 +193,8 @@ def train(
     if checkpoint is not None and checkpoint.exists():
         _resume(state, checkpoint, identity)
     saved = time.monotonic()
-    gc.collect()
-    gc.freeze()  # what is alive now stays: the collector, woken every few steps, need not walk through it each time
     progress = progress and parallel.rank() == 0
-    with _bar(progress, epochs, state.epoch) as show:
+    with _bar(progress, epochs, state.epoch) as show, _frozen():
         while state.epoch < epochs and not _has_stalled(state, config):
             began = time.perf_counter()
             order = counts.order(train_rows, np.random.default_rng([seed, state.epoch]))
@@ -248,11 +247,21 @@ def train(
         log.info("early stopping after epoch %d: no better validation ELBO in %d", state.epoch, config.patience)
     if state.best:
         model.load_state_dict(state.best)
-    gc.unfreeze()
     for p in model.parameters():  # free of the vectors again
         p.data, p.grad = p.data.clone(), None
     model.eval()
     return pd.DataFrame(state.history, columns=HISTORY).astype({"epoch": np.int64})
+
+
+@contextlib.contextmanager
+def _frozen():
+    """What is alive now stays: the garbage collector, woken every few steps, need not walk through it each time."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def autograd_gradients(model: SCVI, cells: Minibatch, noise: Noise, kl_weight: float) -> torch.Tensor:
@@ -340,7 +349,6 @@ def _diagnosis(state: State, config: TrainConfig, step: int, steps: int, checkpo
 
 def _bar(progress: bool, total: int, done: int):
     """A progress bar on a terminal; a line an epoch in ten otherwise, so that log files stay short."""
-    import contextlib
     import sys
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -5,7 +5,7 @@ import pytest
 import torch
 from _data import brief, cells, choose, packed
 
-from scvi_core import engine, native
+from scvi_core import engine, kernels, native
 from scvi_core.config import ModelConfig
 from scvi_core.model import Noise, build
 from scvi_core.train import _flatten, autograd_gradients, elbo_of, train
@@ -277,6 +277,27 @@ def test_other_devices_and_types_are_autograds(monkeypatch):
     assert not engine.serves(build(ModelConfig(n_hidden=4, n_latent=2), 5, 1, 0, 0).to("meta"))
     monkeypatch.setattr(native, "library", None)
     assert not engine.serves(model)
+
+
+@pytest.mark.parametrize("how", ["compiled", "plain"])
+@pytest.mark.parametrize(("eps", "decay"), [(1e-2, 1e-6), (1e-8, 0.1), (1e-8, 0.0)])
+@pytest.mark.parametrize("n", [1, 33, 1000])
+def test_adam_is_pytorchs(monkeypatch, how, eps, decay, n):
+    choose(how, monkeypatch)
+    torch.manual_seed(n)
+    theirs = torch.nn.Parameter(torch.randn(n, dtype=torch.float64))
+    ours, mean, square = theirs.detach().float(), torch.zeros(n), torch.zeros(n)
+    optimiser = torch.optim.Adam([theirs], 1.0, eps=eps, weight_decay=decay)
+    for step in range(1, 40):
+        gradient = torch.randn(n) * 10.0 ** torch.randint(-4, 3, (n,))
+        optimiser.param_groups[0]["lr"] = rate = 0.1 / step
+        theirs.grad = gradient.double()
+        optimiser.step()
+        kernels.adam(ours, gradient, mean, square, step, rate, eps, decay)
+        torch.testing.assert_close(ours.double(), theirs.detach(), rtol=1e-5, atol=3e-6)
+    gradient[0] = torch.nan
+    kernels.adam(ours, gradient, mean, square, 40, 0.1, eps, decay)
+    assert ours[0].isnan() and not ours[1:].isnan().any()
 
 
 # ---- the hidden layer's kernel

@@ -84,7 +84,9 @@ def test_shares_are_all_cells_once_and_of_near_equal_size(world, monkeypatch):
         for rank in range(world):
             monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
             parts.append(list(range(n))[parallel.share(n)])
-        assert sum(parts, []) == list(range(n)) and max(map(len, parts)) - min(map(len, parts)) <= 1
+        assert [i for part in parts for i in part] == list(range(n)) and max(map(len, parts)) - min(
+            map(len, parts)
+        ) <= 1
 
 
 def test_alone():
@@ -112,12 +114,12 @@ def step(half=False, n=23, **how):
     model = build(ModelConfig(n_hidden=16, n_latent=3, **how), 25, len(schema.batches), 4, 0)
     _set_library_prior(model, counts, np.arange(40))
     model.half = half
-    weights = _flatten(model)
+    _, gradient = _flatten(model)
     model.train()
     mine = parallel.share(n)
     rows_n = torch.randperm(40, generator=torch.Generator().manual_seed(1))[:n][mine]
     elbo_n = autograd_gradients(model, counts.gather(rows_n), Noise(5, CPU, n, mine), 0.7)
-    flags = parallel.sum_gradients(weights.grad, parallel.rank() == 1, False)
+    flags = parallel.sum_gradients(gradient, parallel.rank() == 1, False)
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     return elbo_n, gradients, {name: value.clone() for name, value in model.state_dict().items()}, flags
 
@@ -165,8 +167,7 @@ def near(ours, theirs, validation=1e-4):
         if not name.endswith(("linear.bias", "running_mean")):
             torch.testing.assert_close(value, theirs[0][name], rtol=1e-4, atol=1e-5, msg=name)
     assert ours[1].shape == theirs[1].shape
-    np.testing.assert_allclose(ours[1][:, [0, 2, 4, 5]], theirs[1][:, [0, 2, 4, 5]], rtol=1e-5)
-    np.testing.assert_allclose(ours[1][:, [0, 1]], theirs[1][:, [0, 1]], rtol=1e-5)
+    np.testing.assert_allclose(ours[1][:, [0, 1, 3, 4]], theirs[1][:, [0, 1, 3, 4]], rtol=1e-5)
     np.testing.assert_allclose(ours[1][:, 2], theirs[1][:, 2], rtol=validation)
     np.testing.assert_allclose(ours[2], theirs[2], rtol=validation)
 
@@ -273,7 +274,7 @@ def place(tmp_path, monkeypatch):
 def command(place, monkeypatch, out, devices, epochs=4, more=(), **settings):
     """(process, what it has said so far) of `scvi-core train`, begun."""
     config = {
-        "threads": 2,
+        "threads": 1,
         "device": "cpu",
         "model": {"n_hidden": 8, "n_latent": 2},
         "train": {"max_epochs": epochs, "batch_size": 40, "precision": "float32", **settings},
@@ -332,7 +333,7 @@ def test_the_command_on_two_devices(place, monkeypatch):
     for name, value in two.network.state_dict().items():
         if not name.endswith(("linear.bias", "running_mean")):
             torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-5, msg=name)
-    (place / "found").mkdir()
+    # one that lookup found is taken as well, and written by the first process alone
     one.save("found/model")
     about = {"fingerprint": one.fingerprint, "found": {"name": "m", "version": "1", "run_id": "r"}}
     (place / "found" / "lookup.json").write_text(json.dumps(about))
@@ -340,7 +341,11 @@ def test_the_command_on_two_devices(place, monkeypatch):
     process.join()
     assert process.exitcode == 0 and said().count("training = skipped") == 1, said()
     assert (place / "again/model.safetensors").read_bytes() == (place / "one/model.safetensors").read_bytes()
-    assert not list(place.rglob("*.tmp"))
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}.items():
+        monkeypatch.setenv(name, value)
+    process, said = command(place, monkeypatch, "second", 2, more=["--found", "found"])
+    process.join(30)
+    assert process.exitcode == 0 and not (place / "second").exists(), said()
 
 
 @linux
@@ -365,7 +370,7 @@ def test_one_process_is_killed(place, monkeypatch, rank):
 
 @linux
 def test_sigterm_and_going_on_with_one_device(place, monkeypatch):
-    process, said = command(place, monkeypatch, "stopped", 2, epochs=2000)
+    process, said = command(place, monkeypatch, "stopped", 2, epochs=400)
     assert wait_for(lambda: "matrix products" in said(), process), said()
     time.sleep(0.5)
     workers = children(process.pid)
@@ -375,10 +380,10 @@ def test_sigterm_and_going_on_with_one_device(place, monkeypatch):
     assert "error" not in said() and "Traceback" not in said(), said()
     assert len(workers) == 2 and not any(alive(pid) for pid in workers)
     assert len(list((place / "states").iterdir())) == 1 and not (place / "stopped").exists()
-    process, said = command(place, monkeypatch, "stopped", 1, epochs=2000)
+    process, said = command(place, monkeypatch, "stopped", 1, epochs=400)
     process.join()
     assert process.exitcode == 0 and "resuming at epoch" in said(), said()
-    assert len(sv.load("stopped").history) == 2000 and not list((place / "states").iterdir())
+    assert len(sv.load("stopped").history) == 400 and not list((place / "states").iterdir())
 
 
 @linux

@@ -358,9 +358,9 @@ def test_flipped_bytes_are_found(tmp_path, caplog):
         fresh = {k: v.clone() for k, v in network.state_dict().items()}
         for at in [*rng.choice(header, 700, replace=False), *rng.integers(header, len(content), 100)]:
             path.write_bytes(content[:at] + bytes([content[at] ^ (1 << rng.integers(0, 8))]) + content[at + 1 :])
-            state = training.State(network, torch.optim.Adam([training._flatten(network)], fused=True))
+            state = training.State(network, *(torch.zeros_like(v) for v in training._flatten(network)))
             training._resume(state, path, "me")
-            assert not (state.step or state.history or state.optimiser.state), content[max(0, at - 20) : at + 5]
+            assert not (state.step or state.history or state.mean.any()), content[max(0, at - 20) : at + 5]
             assert all(torch.equal(fresh[k], v) for k, v in network.state_dict().items()), at
     finally:
         training.log.propagate = False
