@@ -249,6 +249,8 @@ def train(
             raise UserError(f"{found}: was looked up for another store or configuration; run `scvi-core lookup` again")
         model = api.load(found / "model")
         made.add("training", "skipped", f"the registered model has the fingerprint {plan.fingerprint[:12]}")
+        if int(os.environ.get("RANK", "0")) and parallel.started():
+            return
         model.save(out)
         if run is not None:
             steps.write_run(run, began, model, reused=True)
@@ -280,6 +282,9 @@ def train(
     except Interrupted:
         log.warning("train: stopped by signal; %s", f"{checkpoint} is kept" if checkpoint else "nothing is kept")
         raise typer.Exit(RUN_AGAIN) from None
+    except parallel.LostError as error:
+        log.warning("train: lost contact with another process (%s)", error)
+        raise typer.Exit(parallel.LOST) from None
     finally:
         first = parallel.rank() == 0
         parallel.leave()

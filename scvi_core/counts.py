@@ -132,8 +132,8 @@ class Counts:
     def subset(self, rows: np.ndarray) -> Counts:
         """Some of the cells, packed and in memory."""
         parts = []
-        for start in range(0, len(rows), 1024):
-            rows_n = torch.from_numpy(rows[start : start + 1024])
+        for part in self._parts(rows):
+            rows_n = torch.from_numpy(part)
             starts_n = self.starts(rows_n)
             lengths_n = self.indptr_n[rows_n + 1] - self.indptr_n[rows_n]
             place_m = torch.repeat_interleave(starts_n - lengths_n.cumsum(0) + lengths_n, lengths_n)
@@ -145,6 +145,10 @@ class Counts:
         return Counts(
             indptr_n=indptr_n, genes_m=genes_m, values_m=values_m, n_genes=self.n_genes, levels=self.levels, **taken
         )
+
+    def _parts(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Rows to take at a time."""
+        return np.split(rows, range(1024, len(rows), 1024))
 
     def order(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """In which order an epoch goes through some cells: any, as all are in memory."""

@@ -27,6 +27,22 @@ from scvi_core.log import log
 _PARENT = os.getppid()
 
 
+RUN_AGAIN = 75  # sysexits' EX_TEMPFAIL
+LOST = 76  # of a process that lost another, which is the one to blame
+
+
+class LostError(Exception):
+    """Another process is gone."""
+
+
+def _add_up(tensor: torch.Tensor) -> torch.Tensor:
+    try:
+        dist.all_reduce(tensor)
+    except RuntimeError as error:
+        raise LostError(str(error).splitlines()[0]) from None
+    return tensor
+
+
 def world() -> int:
     """How many processes fit this model."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -50,15 +66,11 @@ def summed(tensor: torch.Tensor) -> torch.Tensor:
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor):
-        total = tensor.clone()
-        dist.all_reduce(total)
-        return total
+        return _add_up(tensor.clone())
 
     @staticmethod
     def backward(ctx, outer):
-        total = outer.clone()
-        dist.all_reduce(total)
-        return total
+        return _add_up(outer.clone())
 
 
 def sum_gradients(gradient: torch.Tensor, *flags: bool) -> tuple[bool, ...]:
@@ -66,7 +78,7 @@ def sum_gradients(gradient: torch.Tensor, *flags: bool) -> tuple[bool, ...]:
     if world() == 1:
         return flags
     message = torch.cat([gradient, gradient.new_tensor([float(flag) for flag in flags])])
-    dist.all_reduce(message)
+    _add_up(message)
     gradient.copy_(message[: len(gradient)])
     return tuple(bool(raised > 0) for raised in message[len(gradient) :])
 
@@ -133,7 +145,10 @@ def launch(n: int, command: Sequence[str]) -> int:
         common["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     workers: list[subprocess.Popen] = []
 
+    asked: list[int] = []
+
     def pass_on(signum, _frame):
+        asked.append(-signum)
         for worker in workers:
             if worker.poll() is None:
                 worker.send_signal(signum)
@@ -150,15 +165,19 @@ def launch(n: int, command: Sequence[str]) -> int:
                 if all(worker.poll() == 0 for worker in workers):
                     return 0
                 time.sleep(0.05)
-            first = next(i for i, worker in enumerate(workers) if worker.poll() not in (None, 0))
-            died = workers[first].returncode
+            ended = [i for i, worker in enumerate(workers) if worker.poll() not in (None, 0)]
             _finish(workers)
         finally:
             _finish(workers, patience=0)
             for s, handler in before.items():
                 signal.signal(s, handler)
-        if workers[0].returncode > 0 and (first == 0 or workers[0].returncode == died):
-            return workers[0].returncode  # it said why itself: an error, or that it stopped when it was asked to
+        codes = [worker.returncode for worker in workers]
+        if asked and all(codes[i] in (RUN_AGAIN, LOST, *asked) for i in ended):
+            return RUN_AGAIN  # some had not begun to listen
+        first = min(ended, key=lambda i: (codes[i] == LOST, codes[i] > 0, i))
+        died = codes[first]
+        if died > 0 and codes[0] == died:
+            return died  # it said why itself
         how = f"was killed by {signal.Signals(-died).name}" if died < 0 else f"ended with status {died}"
         text = ""
         if said[first] is not None:

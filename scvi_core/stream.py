@@ -78,6 +78,9 @@ class Stream(Counts):
         within_n = self.indptr_n[rows_n] - self.indptr_n[torch.from_numpy(self.first_b[block_n])]
         return torch.from_numpy(slot_n * self.slot_size) + within_n
 
+    def _parts(self, rows: np.ndarray) -> list[np.ndarray]:
+        return np.split(rows, np.flatnonzero(np.diff(self._block(rows))) + 1)  # of one block each
+
     def _block(self, rows: np.ndarray) -> np.ndarray:
         return np.searchsorted(self.first_b, rows, side="right") - 1
 
@@ -106,6 +109,16 @@ def open_counts(path: Path, adata: AnnData, schema: Schema, memory_gb: float) ->
     UserError
         When the counts are damaged, or the memory allowed is too little for two blocks.
     """
+    try:
+        return _open_counts(path, adata, schema, memory_gb)
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # zarr raises every type there is on damaged stores
+        line = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not a whole store of scvi-core ({line}); run `scvi-core store` again") from None
+
+
+def _open_counts(path: Path, adata: AnnData, schema: Schema, memory_gb: float) -> Counts:
     import zarr
 
     X = zarr.open_group(path, mode="r")["X"]
@@ -116,7 +129,8 @@ def open_counts(path: Path, adata: AnnData, schema: Schema, memory_gb: float) ->
         raise damaged
     if X["data"].shape != (size,) or X["indices"].shape != (size,):
         raise damaged
-    first_b = np.unique(np.append(np.searchsorted(indptr, np.arange(0, size, BLOCK)), n_cells))
+    n_blocks = -(-size // BLOCK)  # of nearly equal size
+    first_b = np.unique(np.append(np.searchsorted(indptr, np.arange(n_blocks) * size // n_blocks), n_cells))
     stored = X["data"].dtype
     gene_type, value_type = small_types(n_genes, 2**8 - 1 if stored == np.uint8 else 2**31 - 1)
     if stored == np.uint16:

@@ -398,15 +398,16 @@ def _save(state: State, elbo_b: torch.Tensor, path: Path | None, identity: str) 
     } | {"elbo_sum": elbo_sum}
     scalars["best_elbo"] = None if state.best_elbo == -math.inf else state.best_elbo
     history = [[None if math.isnan(v) else v for v in row] for row in state.history]
-    about = {"identity": identity, "scalars": scalars, "history": history, "tensors_sha256": _digest(tensors)}
+    about = {"identity": identity, "scalars": scalars, "history": history}
+    about["sha256"] = _digest(tensors, about)
     with replacing(path) as temporary:
         save_file(tensors, temporary, {"state": canonical_json(about)})
 
 
-def _digest(tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(tensors: dict[str, torch.Tensor], about: dict) -> str:
+    digest = hashlib.sha256(canonical_json(about).encode())
     for name in sorted(tensors):
-        digest.update(name.encode())
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
         digest.update(tensors[name].numpy().tobytes())
     return digest.hexdigest()
 
@@ -420,7 +421,7 @@ def _resume(state: State, path: Path, identity: str) -> None:
         if saved.get("identity") != identity:
             log.warning("%s: a checkpoint of another fit; starting from the beginning", path)
             return
-        if saved["tensors_sha256"] != _digest(tensors):
+        if saved.pop("sha256", None) != _digest(tensors, saved):
             raise ValueError("its content is not what was written")
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         log.warning("%s: not a whole checkpoint (%s); starting from the beginning", path, error)
