@@ -7,9 +7,11 @@ import os
 
 from scvi_core._version import __version__
 
-# Threads that wait, asleep, not spinning: a step has dozens of short parallel parts, and where anything else runs on
-# the machine, spinning for a thread that is not scheduled costs ten times the work. Read by OpenMP when torch loads it.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# A thread that waits spins for some microseconds, then sleeps. A step has dozens of short parallel parts: to sleep at
+# once costs half of its speed, to spin for long costs ten times the work where another process holds the other core.
+# Read by OpenMP when torch loads it.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 _HOME = {
     "fit": "scvi_core.api",
