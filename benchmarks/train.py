@@ -187,7 +187,7 @@ def _cached(data: Path, spec: dict[str, Any], options: argparse.Namespace, of: A
     path = data.parent / f"{label}.{digest}.npz"
     if not path.exists():
         print(f"{data.parent.name}: {name}{' (an epoch)' * spec.get('short', False)} ...", file=sys.stderr, flush=True)
-        # OpenMP threads that wait asleep, as scvi-core has them: spinning on shared cores would hurt the peer alone
+        # OpenMP threads that spin briefly, then sleep, as scvi-core has them: long spinning would hurt the peer alone
         threads = {f"{of}_NUM_THREADS": str(options.threads) for of in ("OMP", "MKL", "OPENBLAS", "NUMBA")}
         environment = {"GOMP_SPINCOUNT": "20000"} | os.environ | threads
         python = sys.executable if spec["kind"] == "ours" else options.peer_python
