@@ -8,8 +8,8 @@ import os
 from scvi_core._version import __version__
 
 # A thread that waits spins for some microseconds, then sleeps. A step has dozens of short parallel parts: to sleep at
-# once costs half of its speed, to spin for long costs ten times the work where another process holds the other core.
-# Read by OpenMP when torch loads it.
+# once makes it a half slower on an idle machine; to spin for long has made it several times slower where cores were
+# shared. Read by OpenMP when torch loads it.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 

@@ -18,8 +18,6 @@ from scvi_core.config import Config, Sample, check_columns, explain, load_config
 from scvi_core.files import Decisions, UserError, replacing, write_json, write_parquet
 from scvi_core.log import log
 
-RUN_AGAIN = 75  # sysexits' EX_TEMPFAIL: interrupted with a checkpoint on disk; the same command goes on
-
 app = typer.Typer(
     help="From raw single-cell RNA-seq counts to a gene expression atlas that others can query and reuse.\n\n"
     "Run the whole with `snakemake --cores N`, or each step by hand: every subcommand goes from files to files.",
@@ -281,7 +279,7 @@ def train(
         )
     except Interrupted:
         log.warning("train: stopped by signal; %s", f"{checkpoint} is kept" if checkpoint else "nothing is kept")
-        raise typer.Exit(RUN_AGAIN) from None
+        raise typer.Exit(parallel.RUN_AGAIN) from None
     except parallel.LostError as error:
         log.warning("train: lost contact with another process (%s)", error)
         raise typer.Exit(parallel.LOST) from None

@@ -25,9 +25,7 @@ from scvi_core.files import UserError
 from scvi_core.log import log
 
 _PARENT = os.getppid()
-
-
-RUN_AGAIN = 75  # sysexits' EX_TEMPFAIL
+RUN_AGAIN = 75  # sysexits' EX_TEMPFAIL: interrupted with a checkpoint on disk; the same command goes on
 LOST = 76  # of a process that lost another, which is the one to blame
 
 
