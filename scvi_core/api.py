@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from scvi_core import native, posterior
+from scvi_core import de, native, posterior
 from scvi_core import train as training
 from scvi_core._version import __version__
 from scvi_core.config import DeConfig, ModelConfig, TrainConfig
@@ -142,11 +142,11 @@ class Model:
 
         See Also
         --------
-        scvi_core.posterior.differential_expression : the method.
+        scvi_core.de.differential_expression : the method.
         """
         if groupby not in adata.obs:
             raise UserError(f"groupby: no cell column '{groupby}' (columns: {', '.join(map(str, adata.obs.columns))})")
-        return posterior.differential_expression(
+        return de.differential_expression(
             self.network,
             self._counts(adata),
             adata.obs[groupby],
