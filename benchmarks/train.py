@@ -178,13 +178,16 @@ def _scored(
     return {(kind, seed): scores[f"{kind} {seed}"] for kind, seed in made}
 
 
-def _cached(data: Path, spec: dict[str, Any], options: argparse.Namespace, of: Any, name: str) -> dict[str, Any]:
-    """What a worker gives, kept in a file named by all that decides it."""
+def _cached(
+    data: Path, spec: dict[str, Any], options: argparse.Namespace, of: Any, name: str, script: str = __file__
+) -> dict[str, Any]:
+    """What a worker of `script` gives, kept in a file named by all that decides it."""
     from scvi_core.files import UserError, canonical_json, replacing, sha256_text
 
     digest = sha256_text(canonical_json([data.name, spec, of]))[:12]
-    label = spec["kind"] if spec["kind"] == "scib" else f"{spec['kind']}{'-short' * spec['short']}.seed{spec['seed']}"
-    path = data.parent / f"{label}.{digest}.npz"
+    parts = [spec["kind"], spec.get("task"), "short" if spec.get("short") else None]
+    stem = "-".join(filter(None, parts)) + (f".seed{spec['seed']}" if "seed" in spec else "")
+    path = data.parent / f"{stem}.{digest}.npz"
     if not path.exists():
         print(f"{data.parent.name}: {name}{' (an epoch)' * spec.get('short', False)} ...", file=sys.stderr, flush=True)
         # OpenMP threads that spin briefly, then sleep, as scvi-core has them: long spinning would hurt the peer alone
@@ -192,7 +195,7 @@ def _cached(data: Path, spec: dict[str, Any], options: argparse.Namespace, of: A
         environment = {"GOMP_SPINCOUNT": "20000"} | os.environ | threads
         python = sys.executable if spec["kind"] == "ours" else options.peer_python
         with replacing(path) as temporary:
-            command = [python, __file__, "--worker", json.dumps(spec | {"counts": str(data)}), str(temporary)]
+            command = [python, script, "--worker", json.dumps(spec | {"counts": str(data)}), str(temporary)]
             done = subprocess.run(command, env=environment, stdout=sys.stderr, check=False)
             if done.returncode:
                 raise UserError(f"{data.parent.name}: {name} failed; its own message stands above")
@@ -214,25 +217,29 @@ def _versions(options: argparse.Namespace) -> dict[str, str]:
     """Versions of packages here and in the peer's environment."""
     from scvi_core.files import UserError
 
-    def told(python: str, names: list[str]) -> dict[str, str]:
-        code = (
-            "import importlib.metadata as m, importlib.util as u, json, sys\n"
-            "have = {d.metadata['Name'].lower(): d.version for d in m.distributions() if d.metadata['Name']}\n"
-            "print(json.dumps({n: have[n] for n in sys.argv[1:] if n in have}))"
-        )
-        try:
-            done = subprocess.run([python, "-c", code, *names], capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise UserError(f"--peer-python: {python} does not run ({error})") from None
-        return json.loads(done.stdout)
-
-    here = told(sys.executable, ["scvi-core", "torch", "numpy", "scanpy"])
-    there = told(options.peer_python, ["scvi-tools", "scib-metrics", "torch"])
+    here = _told(sys.executable, ["scvi-core", "torch", "numpy", "scanpy"])
+    there = _told(options.peer_python, ["scvi-tools", "scib-metrics", "torch"])
     if "peer" in options.methods and "scvi-tools" not in there:
         raise UserError(f"--peer-python: {options.peer_python} has no scvi-tools; pip install scvi-core[peer]")
     if "torch" in there:
         there["peer torch"] = there.pop("torch")
     return here | there
+
+
+def _told(python: str, names: list[str]) -> dict[str, str]:
+    """Versions of those of the packages that a Python has."""
+    from scvi_core.files import UserError
+
+    code = (
+        "import importlib.metadata as m, json, sys\n"
+        "have = {d.metadata['Name'].lower(): d.version for d in m.distributions() if d.metadata['Name']}\n"
+        "print(json.dumps({n: have[n] for n in sys.argv[1:] if n in have}))"
+    )
+    try:
+        done = subprocess.run([python, "-c", code, *names], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"--peer-python: {python} does not run ({error})") from None
+    return json.loads(done.stdout)
 
 
 def _overtaking(rows: list[dict[str, Any]]) -> None:

@@ -8,12 +8,13 @@ import json
 import math
 import platform
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -89,6 +90,14 @@ class Model:
         """Posterior means of z, (cells, latent) float32. The encoder sees neither batch nor covariates: any will do."""
         return posterior.latent(self.network, self._counts(adata, design=False))
 
+    def latent_std(self, adata: AnnData) -> np.ndarray:
+        """Posterior standard deviations of z, (cells, latent) float32; those of the prior are 1."""
+        return posterior.latent_std(self.network, self._counts(adata, design=False))
+
+    def latent_library_size(self, adata: AnnData) -> np.ndarray:
+        """Posterior means of the library size, (cells,) float64, in counts; the totals, where the model observes it."""
+        return posterior.latent_library(self.network, self._counts(adata, design=False))
+
     def elbo(self, adata: AnnData, n_samples: int = 10, seed: int = 0) -> np.ndarray:
         """(cells,) float64, nats: reconstruction - KL, KL weight 1, averaged over `n_samples` draws."""
         return posterior.elbo(self.network, self._counts(adata), n_samples, seed)
@@ -102,59 +111,182 @@ class Model:
         adata: AnnData,
         genes: Sequence[str] | None = None,
         library_size: float | None = 1e4,
-        transform_batch: str | None = None,
+        transform_batch: str | Sequence[str] | None = None,
         n_samples: int = 10,
         seed: int = 0,
     ) -> pd.DataFrame:
         """Posterior mean of rho × library size, a row a cell and a column a gene, float32.
 
+        The frame is dense: for many cells ask for the genes you need, or use ``scvi-core expression``, which streams.
+
         Parameters
         ----------
         genes : ids or names wanted; None gives all.
         library_size : counts a cell is scaled to; None gives each cell its own.
-        transform_batch : decode every cell under this batch; None means its own.
+        transform_batch : decode every cell under this batch, or under each of several and average, all weighing the
+            same (``model.schema.batches`` for all); None means its own.
+        n_samples : posterior samples a cell.
+
+        Raises
+        ------
+        UserError
+            For genes or batches that the model does not know, and sizes or numbers that are not positive.
         """
         wanted = self.gene_ids if genes is None else [genes] if isinstance(genes, str) else list(genes)
-        # ids win over names, and the first of several genes of one name over the others
-        named = reversed([*enumerate(self.gene_ids), *enumerate(self.gene_names)])
-        place = {gene: i for i, gene in named}
-        for gene in wanted:
-            if gene not in place:
-                raise UserError(f"genes: {gene!r} is not one of the model's {len(self.gene_ids)} genes")
-        transform_batch = None if transform_batch is None else str(transform_batch)
-        if transform_batch is not None and transform_batch not in self.schema.batches:
-            raise UserError(f"transform_batch: {transform_batch!r} is not one of {', '.join(self.schema.batches)}")
+        places, batches = self.places(wanted), self.batch_codes(transform_batch)
         values = posterior.normalized_expression(
-            self.network,
-            self._counts(adata),
-            np.array([place[gene] for gene in wanted], dtype=np.int64),
-            library_size,
-            None if transform_batch is None else self.schema.batches.index(transform_batch),
-            n_samples,
-            seed,
+            self.network, self._counts(adata), places, library_size, batches, n_samples, seed
         )
         return pd.DataFrame(values, index=adata.obs_names, columns=wanted)
 
-    def differential_expression(
-        self, adata: AnnData, groupby: str, seed: int = 0, config: DeConfig | None = None
+    def expression_samples(
+        self,
+        adata: AnnData,
+        genes: Sequence[str],
+        library_size: float | None = 1e4,
+        transform_batch: str | Sequence[str] | None = None,
+        n_samples: int = 10,
+        seed: int = 0,
+    ) -> np.ndarray:
+        """The samples whose mean is :meth:`normalized_expression`, (samples, cells, genes) float32."""
+        places, batches = self.places(genes), self.batch_codes(transform_batch)
+        return posterior.expression_samples(
+            self.network, self._counts(adata), places, library_size, batches, n_samples, seed
+        )
+
+    def gene_correlation(
+        self,
+        adata: AnnData,
+        genes: Sequence[str],
+        transform_batch: str | Sequence[str] | None = None,
+        n_samples: int = 10,
+        seed: int = 0,
     ) -> pd.DataFrame:
-        """Each group of a cell column against the rest; columns as ``de.parquet``.
+        """Denoised correlation between genes: Pearson's, of log rho, over posterior samples of the cells; float64.
+
+        Parameters as :meth:`normalized_expression`; two cells or more.
+
+        See Also
+        --------
+        scvi_core.posterior.gene_correlation : why log rho, why samples, and what batches do.
+        """
+        if adata.n_obs < 2:
+            raise UserError(f"adata: {adata.n_obs} cells; a correlation needs two or more")
+        places, batches = self.places(genes), self.batch_codes(transform_batch)
+        values = posterior.gene_correlation(self.network, self._counts(adata), places, batches, n_samples, seed)
+        names = [genes] if isinstance(genes, str) else list(genes)
+        return pd.DataFrame(values, index=names, columns=names)
+
+    def places(self, genes: Sequence[str]) -> np.ndarray:
+        """Positions of genes among the model's, int64; by ids or names.
+
+        Ids win over names, and the first of several genes of one name over the others.
+
+        Raises
+        ------
+        UserError
+            When the model has no such gene.
+        """
+        named = reversed([*enumerate(self.gene_ids), *enumerate(self.gene_names)])
+        place = {gene: i for i, gene in named}
+        wanted = [genes] if isinstance(genes, str) else list(genes)
+        for gene in wanted:
+            if gene not in place:
+                raise UserError(f"genes: {gene!r} is not one of the model's {len(self.gene_ids)} genes")
+        return np.array([place[gene] for gene in wanted], dtype=np.int64)
+
+    def batch_codes(self, transform_batch: str | Sequence[str] | None) -> list[int] | None:
+        """Positions of one or several batches among the model's; None for None.
+
+        Raises
+        ------
+        UserError
+            When the model has no such batch, or none is named.
+        """
+        if transform_batch is None:
+            return None
+        several = isinstance(transform_batch, Iterable) and not isinstance(transform_batch, str)
+        names = [str(name) for name in (transform_batch if several else [transform_batch])]
+        for name in names or [""]:
+            if name not in self.schema.batches:
+                raise UserError(f"transform_batch: {name!r} is not one of {', '.join(self.schema.batches)}")
+        return [self.schema.batches.index(name) for name in names]
+
+    def posterior_predictive(self, adata: AnnData, seed: int = 0) -> sp.csr_matrix:
+        """One replicate of the cells' counts, drawn from the fitted model: (cells, genes of the model) int32.
+
+        For each cell z and l from its posterior, then counts from the likelihood.
+        """
+        return posterior.posterior_predictive(self.network, self._counts(adata), seed)
+
+    def differential_expression(
+        self,
+        adata: AnnData,
+        groupby: str | None = None,
+        seed: int = 0,
+        config: DeConfig | None = None,
+        cells: Sequence[bool] | np.ndarray | None = None,
+        reference: Sequence[bool] | np.ndarray | None = None,
+    ) -> pd.DataFrame:
+        """Groups of a cell column against the rest or each other, or any cells against any; as ``de.parquet``.
+
+        Parameters
+        ----------
+        groupby : cell column; its groups are compared as `config.reference` says.
+        config : how; None takes the defaults.
+        cells, reference : (cells,) masks, instead of `groupby`: one comparison, of ``group`` against ``reference``.
+            Without `reference`, all other cells.
 
         See Also
         --------
         scvi_core.de.differential_expression : the method.
+
+        Examples
+        --------
+        >>> model.differential_expression(adata, "cell_type")
+        >>> model.differential_expression(adata, "cell_type", config=DeConfig(reference="pairs"))
+        >>> model.differential_expression(adata, cells=adata.obs["day"] == 3, reference=adata.obs["day"] == 0)
         """
-        if groupby not in adata.obs:
-            raise UserError(f"groupby: no cell column '{groupby}' (columns: {', '.join(map(str, adata.obs.columns))})")
+        if (groupby is None) == (cells is None):
+            raise UserError("differential_expression: give groupby, or a mask of cells (and one of the reference)")
+        if cells is None:
+            if groupby not in adata.obs:
+                columns = ", ".join(map(str, adata.obs.columns))
+                raise UserError(f"groupby: no cell column '{groupby}' (columns: {columns})")
+            config, groups = config or DeConfig(groupby=groupby), adata.obs[groupby]
+        else:
+            config = (config or DeConfig()).model_copy(update={"reference": "pairs"})
+            groups = pd.Series(_two_groups(adata, cells, reference), adata.obs_names, name="cells and reference")
         return de.differential_expression(
-            self.network,
-            self._counts(adata),
-            adata.obs[groupby],
-            self.gene_ids,
-            self.gene_names,
-            config or DeConfig(groupby=groupby),
-            seed,
+            self.network, self._counts(adata), groups, self.gene_ids, self.gene_names, config, seed
         )
+
+    def loadings(self) -> pd.DataFrame:
+        """The linear decoder's matrix, a row a gene in the model's order; columns as ``loadings.parquet``.
+
+        Returns
+        -------
+        pandas.DataFrame
+            ``gene_id``, ``gene_name``, then a factor a column: ``z_0`` ... float32, the columns of ``latent``. A
+            loading is the change of the log of the gene's expected share, beside the other genes', per unit of z (whose
+            prior is a standard normal). The softmax is blind to a number added to all genes of a factor; so each factor
+            has mean zero over genes, or, with ``loadings_l1``, stays where that prior put it and keeps its zeros. Order
+            and sign of factors are arbitrary.
+
+        Raises
+        ------
+        UserError
+            When the decoder is a network, which has no loadings.
+        """
+        if self.model.decoder != "linear":
+            raise UserError("model.decoder: 'network' has no loadings; fit a model with model.decoder: linear")
+        loadings_gk = self.network.loadings_gk.cpu()
+        if not self.model.loadings_l1:
+            loadings_gk = loadings_gk - loadings_gk.mean(0)
+        frame = pd.DataFrame(loadings_gk.numpy(), columns=[f"z_{k}" for k in range(loadings_gk.shape[1])])
+        frame.insert(0, "gene_name", self.gene_names)
+        frame.insert(0, "gene_id", self.gene_ids)
+        return frame
 
     def save(self, path: str | Path) -> None:
         """Write the bundle: ``model.safetensors``, ``model.json``, ``history.parquet``. Whole, or not at all."""
@@ -364,9 +496,20 @@ def code_version() -> str:
 
 
 def check_design(model: ModelConfig, schema: Schema) -> None:
-    """Refuse a model that the data cannot bear: per-batch dispersion with one batch, a covariate of one level."""
+    """Refuse a model that the data or its own settings cannot bear.
+
+    Raises
+    ------
+    UserError
+        For per-batch dispersion with one batch, a covariate of one level, a prior on loadings that are not there.
+    """
     if model.dispersion == "gene-batch" and len(schema.batches) < 2:
         raise UserError("model.dispersion: 'gene-batch' needs two batches or more; this data has one; use 'gene'")
+    if model.loadings_l1 and model.decoder != "linear":
+        raise UserError(
+            f"model.loadings_l1: {model.loadings_l1:g}, but a network decoder has no loadings; "
+            "set model.decoder: linear or leave it out"
+        )
     for column, levels in schema.categorical.items():
         if len(levels) < 2:
             raise UserError(f"model.categorical_covariates: '{column}' has one level ({levels[0]!r}); leave it out")
@@ -381,6 +524,19 @@ def _only(model: ModelConfig) -> dict[str, Any]:
 def _network(model: ModelConfig, schema: Schema, seed: int) -> SCVI:
     n_covariates = sum(len(levels) for levels in schema.categorical.values()) + len(schema.continuous)
     return build(model, len(schema.gene_ids), len(schema.batches), n_covariates, seed)
+
+
+def _two_groups(adata: AnnData, cells: Any, reference: Any) -> np.ndarray:
+    """(cells,) "group", "reference", or None for the cells of neither mask."""
+    masks = {"cells": np.asarray(cells)}
+    masks["reference"] = ~masks["cells"].astype(bool) if reference is None else np.asarray(reference)
+    for name, mask in masks.items():
+        if mask.dtype != bool or mask.shape != (adata.n_obs,):
+            raise UserError(f"{name}: give True or False for each of the {adata.n_obs} cells")
+    both = int((masks["cells"] & masks["reference"]).sum())
+    if both:
+        raise UserError(f"cells, reference: {both} cells are in both; take them out of one")
+    return np.where(masks["cells"], "group", np.where(masks["reference"], "reference", None))
 
 
 def bundle_bytes(model: Model) -> bytes:

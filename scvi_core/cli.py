@@ -307,18 +307,85 @@ def embed(
     model: Annotated[Path, typer.Option(help="the model's folder")],
     out: Out,
     config: ConfigOption = "{}",
+    uncertainty: Annotated[
+        Path | None, typer.Option(help="where to write each cell's posterior standard deviations, Parquet")
+    ] = None,
 ) -> None:
     """Embed the store's cells: posterior means of the latent state.
 
     Example: scvi-core embed --store counts.zarr --model model --out latent.parquet
     """
-    from scvi_core import api, steps
-    from scvi_core.preprocess.store import read_store
+    from scvi_core import api, posterior, steps
 
     settings = load_config(config)
     _use_threads(settings.threads)
-    adata = read_store(store)
-    write_parquet(out, steps.latent_table(adata.obs_names, api.load(model, settings.device).latent(adata)))
+    fitted = api.load(model, settings.device)
+    cell_ids, counts = steps.open_store(store, fitted, settings.train.memory_gb, design=False)
+    write_parquet(out, steps.latent_table(cell_ids, posterior.latent(fitted.network, counts)))
+    if uncertainty is not None:
+        write_parquet(uncertainty, steps.uncertainty_table(cell_ids, posterior.latent_std(fitted.network, counts)))
+
+
+@app.command()
+def expression(
+    store: Annotated[Path, typer.Option(help="counts.zarr")],
+    model: Annotated[Path, typer.Option(help="the model's folder")],
+    out: Out,
+    genes: Annotated[
+        str | None,
+        typer.Option(help="ids or names, with commas between, or @FILE with one a line; default: all, a column each"),
+    ] = None,
+    batch: Annotated[
+        list[str] | None,
+        typer.Option(help="as if measured in this batch; given several times: the mean over these; default: its own"),
+    ] = None,
+    library_size: Annotated[str, typer.Option(help="counts to scale each cell to, or 'own'")] = "10000",
+    samples: Annotated[int, typer.Option(min=1, help="posterior samples a cell, of which the mean is taken")] = 10,
+    config: ConfigOption = "{}",
+) -> None:
+    """Write denoised expression: posterior means of rho x library size. A row a cell, a float32 column a gene (its id).
+
+    Memory does not grow with cells. Readers of Parquet slow down beyond some thousands of columns: name genes.
+
+    Example: scvi-core expression --store counts.zarr --model model --genes INS,GCG --out expression.parquet
+    """
+    from scvi_core import api, posterior, steps
+
+    settings = load_config(config)
+    _use_threads(settings.threads)
+    fitted = api.load(model, settings.device)
+    wanted = fitted.gene_ids
+    if genes is not None:
+        text = Path(genes[1:]).read_text() if genes.startswith("@") else genes.replace(",", "\n")
+        wanted = [gene.strip() for gene in text.splitlines() if gene.strip()]
+    if not wanted:
+        raise UserError(f"--genes {genes!r}: names no gene; leave it out for all")
+    try:
+        size = None if library_size == "own" else float(library_size)
+    except ValueError:
+        raise UserError(f"--library-size {library_size!r}: neither a number nor 'own'") from None
+    places, batches = fitted.places(wanted), fitted.batch_codes(batch or None)
+    ids = [fitted.gene_ids[i] for i in places]
+    if len(set(ids)) < len(ids):
+        twice = next(gene for gene in ids if ids.count(gene) > 1)
+        raise UserError(f"--genes: {twice!r} is asked for twice, perhaps by its id and its name; name it once")
+    cell_ids, counts = steps.open_store(store, fitted, settings.train.memory_gb)
+    made = posterior.expression_blocks(fitted.network, counts, places, size, batches, samples, settings.seed)
+    steps.write_expression(out, cell_ids, ids, made)
+
+
+@app.command()
+def loadings(
+    model: Annotated[Path, typer.Option(help="the model's folder; its decoder is linear")],
+    out: Out,
+) -> None:
+    """Write a linear decoder's loadings: a row a gene, a column a factor.
+
+    Example: scvi-core loadings --model model --out loadings.parquet
+    """
+    from scvi_core import api
+
+    write_parquet(out, api.load(model).loadings())
 
 
 @app.command()
@@ -359,33 +426,118 @@ def de(
     config: ConfigOption = "{}",
     decisions: DecisionsOption = None,
 ) -> None:
-    """Differential expression of every group of cells against the rest, by sampling the posterior.
+    """Differential expression between groups of cells, by sampling the posterior.
+
+    Each group against the rest, or all pairs (de.reference); cells against cells, or means against means (de.compare).
 
     Example: scvi-core de --store counts.zarr --model model --cells cells.parquet --out de.parquet
     """
     import pandas as pd
 
     from scvi_core import api
+    from scvi_core.de import differential_expression
     from scvi_core.preprocess.store import read_store
+    from scvi_core.stream import open_counts
+    from scvi_core.train import resolve_device
 
     settings = load_config(config)
     _use_threads(settings.threads)
-    adata, table = read_store(store), pd.read_parquet(cells)
+    store_cells, table = read_store(store, counts=False), pd.read_parquet(cells)
     groupby = settings.de.groupby
     if groupby not in table:
         raise UserError(f"de.groupby: no column '{groupby}' in {cells} (columns: {', '.join(table.columns)})")
-    adata.obs["_group"] = table.set_index("cell_id")[groupby].reindex(adata.obs_names)
-    adata.obs["_group"] = adata.obs["_group"].astype("string")
-    sizes = adata.obs["_group"].value_counts()
+    if list(table["cell_id"]) != list(store_cells.obs_names):
+        raise UserError(f"{cells}: its cells are not those of {store}; run `scvi-core cluster` again")
     made = Decisions("de")
-    small = sorted(map(str, sizes.index[sizes < settings.de.min_cells]))
-    if small:
-        made.add("groups left out", small, f"fewer than {settings.de.min_cells} cells", n_cells=int(sizes[small].sum()))
-    frame = api.load(model, settings.device).differential_expression(adata, "_group", settings.seed, settings.de)
-    made.add("groups compared", int(frame["group"].nunique()), f"each group of '{groupby}' against the rest")
+    fitted = api.load(model, settings.device)
+    counts = open_counts(store, store_cells, fitted.schema, settings.train.memory_gb)
+    counts = counts.to(resolve_device(settings.device))
+    names = fitted.gene_ids, fitted.gene_names
+    frame = differential_expression(fitted.network, counts, table[groupby], *names, settings.de, settings.seed, made)
+    against = "the rest" if settings.de.reference == "rest" else "each other"
+    made.add("groups compared", int(frame["group"].nunique()), f"groups of '{groupby}' against {against}")
     called = f"expected false discovery proportion {settings.de.fdr:g}"
     made.add("genes called", int(frame["is_de"].sum()), f"(group, gene) pairs, {settings.de.mode} mode, {called}")
     write_parquet(out, frame)
+    _write_decisions(made, decisions)
+
+
+@app.command()
+def contrast(
+    counts: Annotated[list[Path], typer.Argument(help="every sample's counts.h5ad; qc.parquet stands beside each")],
+    cells: Annotated[Path, typer.Option(help="cells.parquet")],
+    genes: Annotated[Path, typer.Option(help="genes.parquet")],
+    out: Out,
+    config: ConfigOption = "{}",
+    pseudobulk: Annotated[Path | None, typer.Option(help="where to write the sums of counts, Parquet")] = None,
+    decisions: DecisionsOption = None,
+) -> None:
+    """Test conditions against each other across samples, in each group of cells: pseudobulks and PyDESeq2.
+
+    Example: scvi-core contrast samples/*/counts.h5ad --cells cells.parquet --genes genes.parquet --config
+    config/config.yaml --out contrast.parquet --pseudobulk pseudobulk.parquet
+    """
+    import pandas as pd
+
+    from scvi_core import pseudobulk as sums
+
+    settings = load_config(config)
+    table, of_genes = pd.read_parquet(cells), pd.read_parquet(genes)
+    frame, bulks, made = sums.contrast(counts, _beside(counts), table, of_genes, settings.contrast)
+    write_parquet(out, frame)
+    if pseudobulk is not None:
+        write_parquet(pseudobulk, bulks.table())
+    _write_decisions(made, decisions)
+
+
+@app.command()
+def criticism(
+    store: Annotated[Path, typer.Option(help="counts.zarr")],
+    model: Annotated[Path, typer.Option(help="the model's folder")],
+    cells: Annotated[Path, typer.Option(help="cells.parquet")],
+    out: Annotated[Path, typer.Option("--out", help="folder for checks.json and the tables it is made of")],
+    config: ConfigOption = "{}",
+    decisions: DecisionsOption = None,
+) -> None:
+    """Hold counts that the model makes against those measured: zeros, variance, variation, markers.
+
+    Example: scvi-core criticism --store counts.zarr --model model --cells cells.parquet --out criticism
+    """
+    import pandas as pd
+
+    from scvi_core import api
+    from scvi_core.criticism import choose_cells, criticise
+    from scvi_core.preprocess.store import read_store
+    from scvi_core.stream import open_counts
+    from scvi_core.train import hold_out
+
+    settings = load_config(config)
+    _use_threads(settings.threads)
+    fitted = api.load(model, settings.device)
+    adata, table = read_store(store, counts=False), pd.read_parquet(cells)
+    if list(adata.var_names) != fitted.gene_ids:
+        raise UserError(f"{model}: its genes are not those of {store}; give the store that it was trained on")
+    groupby = settings.de.groupby
+    if groupby not in table:
+        raise UserError(f"de.groupby: no column '{groupby}' in {cells} (columns: {', '.join(table.columns)})")
+    group = table.set_index("cell_id")[groupby].reindex(adata.obs_names)
+    made = Decisions("criticism")
+    trained_here = fitted.card["n_cells"] == adata.n_obs
+    held = hold_out(fitted.train, adata.n_obs if trained_here else 0, fitted.seed)
+    rows = choose_cells(adata.n_obs, held, settings.criticism, settings.seed, made)
+    counts = open_counts(store, adata, fitted.schema, settings.train.memory_gb).subset(rows)
+    found = criticise(
+        fitted.network,
+        counts.to(next(fitted.network.parameters()).device),
+        adata.obs_names[rows],
+        fitted.gene_ids,
+        fitted.gene_names,
+        group.astype(object).where(group.notna(), None).iloc[rows].map(str, na_action="ignore").to_numpy(),
+        settings.criticism,
+        settings.seed,
+        made,
+    )
+    found.save(out)
     _write_decisions(made, decisions)
 
 
@@ -428,7 +580,8 @@ def register(
             folder / "model",
             train_run=run,
             dataset={"name": settings.atlas, "digest": card["data_sha256"], "source": str(folder / "counts.zarr")},
-            config=settings.model_dump(mode="json", exclude={"cluster", "de", "report"}),  # what made the model
+            # what made the model
+            config=settings.model_dump(mode="json", exclude={"cluster", "contrast", "criticism", "de", "report"}),
             experiment=settings.registry.experiment or f"scvi-core/{settings.atlas}",
             atlas=settings.atlas,
             organism=settings.registry.organism or card["organism"],

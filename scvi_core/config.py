@@ -12,7 +12,7 @@ import io
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -115,7 +115,15 @@ class ModelConfig(Section):
     )
     n_latent: int = Field(10, ge=1, description="dimensions of z")
     n_hidden: int = Field(128, ge=1, description="width of hidden layers")
-    n_layers: int = Field(1, ge=1, description="hidden layers of encoder and decoder each")
+    n_layers: int = Field(1, ge=1, description="hidden layers of the encoder, and of the decoder where it is a network")
+    decoder: Literal["network", "linear"] = Field(
+        "network", description="from z to genes; linear is one matrix, whose columns are factors (`loadings.parquet`)"
+    )
+    loadings_l1: float = Field(
+        0.0,
+        ge=0,
+        description="Laplace prior: pull of the linear decoder's loadings to exactly zero, in lengths of Adam's step",
+    )
     dropout: float = Field(0.1, ge=0, lt=1, description="of the encoder")
     categorical_covariates: tuple[str, ...] = Field((), description="cell columns the decoder sees besides the batch")
     continuous_covariates: tuple[str, ...] = Field((), description="the same, for numbers; standardised")
@@ -138,7 +146,9 @@ class TrainConfig(Section):
     batch_size: Annotated[int, Field(ge=2)] | Literal["auto"] = Field(
         "auto", description="cells a step; auto: 128 up to 20,000 cells, then rising with the root of their number"
     )
-    learning_rate: float = Field(1e-2, gt=0, description="of Adam, at its highest")
+    learning_rate: float = Field(
+        1e-2, gt=0, description="of Adam, at its highest; a linear decoder fits better with 0.03"
+    )
     schedule: Literal["constant", "cosine"] = Field(
         "cosine", description="of the learning rate; cosine rises over a tenth of all steps and then falls to zero"
     )
@@ -196,13 +206,82 @@ class ClusterConfig(Section):
 class DeConfig(Section):
     """Differential expression by sampling the posterior."""
 
-    groupby: str = Field("cluster", description="cell column whose groups are each compared with the rest")
+    groupby: str = Field("cluster", description="cell column whose groups are compared")
+    reference: Literal["rest", "pairs"] = Field("rest", description="each group against all others, or all pairs")
+    compare: Literal["cells", "means"] = Field(
+        "cells", description="pairs of cells: do they differ; or the groups' means: has the average changed"
+    )
     mode: Literal["change", "vanilla"] = Field("change", description="|LFC| > delta, or the sign alone (the paper's)")
-    delta: float = Field(0.25, gt=0, description="smallest log2 fold change that counts")
+    delta: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        0.25, description="smallest log2 fold change that counts; auto estimates it for each comparison"
+    )
     fdr: float = Field(0.05, gt=0, lt=1, description="expected share of false calls allowed in `is_de`")
     n_samples: int = Field(5000, ge=100, description="posterior samples a group")
-    batch_correction: bool = Field(True, description="decode every cell under every batch, and average")
+    batches: Literal["all", "within", "own"] = Field(
+        "all", description="decode every cell under every batch; pair cells of one batch only; or neither"
+    )
+    balance: bool = Field(
+        True, description="a batch's weight rises with its cells up to 100 only, so that the largest does not decide"
+    )
     min_cells: int = Field(5, ge=1, description="smaller groups are left out, and said so")
+
+
+class CriticismConfig(Section):
+    """Predictive checks: counts that the model makes, held against those measured."""
+
+    enabled: bool = Field(True, description="make them, and show them in the report")
+    n_replicates: int = Field(20, ge=19, description="data sets that the model makes; with fewer, 90% has no meaning")
+    n_cells: int = Field(10_000, ge=100, description="cells examined at most, drawn at random")
+
+
+class Comparison(Section):
+    """Two levels of a column, compared across replicates."""
+
+    column: str = Field(description="cell column with one value a replicate, such as condition")
+    group: str = Field(coerce_numbers_to_str=True, description="the level that is tested")
+    reference: str = Field(coerce_numbers_to_str=True, description="the level it is compared with")
+    categorical_covariates: tuple[str, ...] = Field((), description="columns that the test adjusts for: batch, sex")
+    continuous_covariates: tuple[str, ...] = Field((), description="the same, for numbers such as age; standardised")
+    name: Name | None = Field(None, description="in contrast.parquet; default: {column}_{group}_vs_{reference}")
+
+    @model_validator(mode="after")
+    def _differ(self) -> Comparison:
+        if self.group == self.reference:
+            raise ValueError(f"group and reference are both {self.group!r}; name two levels of '{self.column}'")
+        used = [self.column, *self.categorical_covariates, *self.continuous_covariates]
+        twice = sorted({name for name in used if used.count(name) > 1})
+        if twice:
+            raise ValueError(f"'{twice[0]}' is named twice among column and covariates; keep one")
+        return self
+
+    @property
+    def label(self) -> str:
+        """As named, else by column and levels."""
+        return self.name or f"{self.column}_{self.group}_vs_{self.reference}"
+
+
+class ContrastConfig(Section):
+    """Contrasts between conditions: counts summed by replicate and cell group, tested by PyDESeq2."""
+
+    tests: tuple[Comparison, ...] = Field((), description="the contrasts; without any the step does not run")
+    replicate: str = Field("sample", description="cell column whose levels are the replicates: sample, or donor")
+    within: str | None = Field(
+        "cluster", description="cell column; each of its groups is tested by itself; null: all cells as one group"
+    )
+    min_cells: int = Field(10, ge=1, description="pseudobulks of fewer cells are left out")
+    min_counts: int = Field(
+        10, ge=1, description="a gene is tested where as many replicates as the smaller level has reach this count"
+    )
+    min_replicates: int = Field(2, ge=2, description="of each level; cell groups with fewer are not tested")
+    fdr: float = Field(0.05, gt=0, lt=1, description="false discovery rate of `is_de`, by cell group and contrast")
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> ContrastConfig:
+        labels = [one.label for one in self.tests]
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice:
+            raise ValueError(f"tests: two contrasts are named {twice[0]!r}; give one another `name`")
+        return self
 
 
 class RegistryConfig(Section):
@@ -243,6 +322,8 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     cluster: ClusterConfig = ClusterConfig()
     de: DeConfig = DeConfig()
+    criticism: CriticismConfig = CriticismConfig()
+    contrast: ContrastConfig = ContrastConfig()
     registry: RegistryConfig = RegistryConfig()
     report: ReportConfig = ReportConfig()
 
@@ -340,8 +421,8 @@ def explain(model: type[BaseModel], error: Any) -> str:
     path = [str(part) for part in error["loc"]]
     if error["type"] == "extra_forbidden":
         owner = model
-        for part in path[:-1]:
-            owner = owner.model_fields[part].annotation
+        for part in error["loc"][:-1]:  # a number is a place in a list
+            owner = get_args(owner)[0] if isinstance(part, int) else owner.model_fields[part].annotation
         valid = list(owner.model_fields)
         near = difflib.get_close_matches(path[-1], valid, n=1, cutoff=0.5)
         hint = f"did you mean '{'.'.join([*path[:-1], near[0]])}'?" if near else f"valid keys: {', '.join(valid)}"
@@ -350,6 +431,15 @@ def explain(model: type[BaseModel], error: Any) -> str:
     value = "" if isinstance(error["input"], dict) else f" (got {error['input']!r})"
     told = REMEDY.get(error.get("ctx", {}).get("pattern"), error["msg"].removeprefix("Value error, "))
     return f"{field + ': ' if field else ''}{told}{value}"
+
+
+def level_text(value: object) -> str:
+    """A level as text, however a number is written: 24, 24.0 and '24' are one."""
+    try:
+        number = float(str(value))
+    except ValueError:
+        return str(value)
+    return str(int(number)) if number.is_integer() else repr(number)
 
 
 def load_samples(path: str | Path) -> list[Sample]:
@@ -438,6 +528,12 @@ def check_columns(config: Config, samples: list[Sample], where: str = "config") 
         "report.labels": (config.report.labels, columns | clusters),
         "de.groupby": ((config.de.groupby,), columns | clusters),
     }
+    if config.contrast.tests:
+        asked["contrast.within"] = ((config.contrast.within or "cluster",), columns | clusters)
+        asked["contrast.replicate"] = ((config.contrast.replicate,), columns)
+    for i, one in enumerate(config.contrast.tests):
+        used = (one.column, *one.categorical_covariates, *one.continuous_covariates)
+        asked[f"contrast.tests.{i}"] = (used, columns)
     for key, (names, allowed) in asked.items():
         for name in names:
             if name not in allowed:
@@ -451,9 +547,31 @@ def check_columns(config: Config, samples: list[Sample], where: str = "config") 
         raise UserError(
             f"{where}: model.dispersion: 'gene-batch' needs two batches or more; {config.samples} has one; use 'gene'"
         )
+    if config.model.loadings_l1 and config.model.decoder != "linear":
+        raise UserError(
+            f"{where}: model.loadings_l1: {config.model.loadings_l1:g}, but a network decoder has no loadings; "
+            "set model.decoder: linear or leave it out"
+        )
     for name in (*config.model.categorical_covariates, *config.model.continuous_covariates):
         levels = {s.metadata[name] if name in own else getattr(s, name, None) for s in samples}
         if name in (*own, "sample", "batch") and len(levels) < 2:
             raise UserError(
                 f"{where}: model covariate '{name}': has one level ({levels.pop()!r}) in {config.samples}; leave it out"
             )
+    for i, one in enumerate(config.contrast.tests):
+        if one.column in (*own, "batch"):  # else the inputs' own tables have it, and the step itself looks
+            levels = [level_text(s.batch if one.column == "batch" else s.metadata[one.column]) for s in samples]
+            for key in ("group", "reference"):
+                found = levels.count(level_text(getattr(one, key)))
+                if not found:
+                    have = ", ".join(sorted(set(levels)))
+                    raise UserError(
+                        f"{where}: contrast.tests.{i}.{key}: no sample has {one.column} "
+                        f"'{getattr(one, key)}' in {config.samples}; there are {have}"
+                    )
+                if found < config.contrast.min_replicates and config.contrast.replicate == "sample":
+                    raise UserError(
+                        f"{where}: contrast.tests.{i}.{key}: {config.samples} has {found} sample of {one.column} "
+                        f"'{getattr(one, key)}'; a test across samples needs {config.contrast.min_replicates} of each "
+                        "level"
+                    )

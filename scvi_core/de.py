@@ -1,6 +1,21 @@
-"""Differential expression by sampling the posterior: sample cells first, decode only these, compare."""
+"""Differential expression by sampling the posterior: sample cells first, decode only these, compare.
+
+Of each group some thousand posterior cells are drawn (a cell of the group, a z from its q), and only these are
+decoded, once, for every comparison that the group takes part in. So the cost does not grow with cells, and genes are
+gone through in blocks: no array of cells × genes, nor of samples × genes, is ever whole.
+
+The quantity is the log2 fold change LFC = log2(rho_a + c) - log2(rho_b + c), where rho is the expected share of a gene
+and c = 0.01 / (median library size): what a gene has that is seen once in a hundred cells. It keeps fold changes
+between two vanishing rates from leading the list. As rho sums to one over genes, a pseudocount on its scale already
+falls with their number, and is not to be divided by it once more.
+"""
 
 from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -8,40 +23,20 @@ import torch
 
 from scvi_core.config import DeConfig
 from scvi_core.counts import Counts
-from scvi_core.files import UserError
-from scvi_core.log import log
+from scvi_core.files import Decisions, UserError
 from scvi_core.model import SCVI, Noise
-from scvi_core.posterior import BLOCK, blocks
+from scvi_core.posterior import blocks
 
-
-@torch.inference_mode()
-def _draw(
-    model: SCVI, counts: Counts, rows: np.ndarray, n_samples: int, batches: np.ndarray | None, rng: np.random.Generator
-) -> torch.Tensor:
-    """Hidden decoder states of `n_samples` posterior cells of `rows`, (samples, hidden).
-
-    Sample first, decode later: cells are drawn with replacement, one z each; with `batches`, sample i is decoded
-    under batch ``batches[i % len]``, so that every group stands under the same mixture of batches and the i-th
-    samples of two groups share theirs.
-    """
-    drawn = rng.choice(rows, n_samples)
-    noise = Noise(int(rng.integers(2**31)), counts.indptr_n.device)
-    hidden = []
-    for at, cells in blocks(counts, drawn):
-        q = model.encode(cells)
-        z_nk, _ = model.sample(cells, q, noise)
-        batch_n = cells.batch_n
-        if batches is not None:
-            under = batches[np.arange(at.start, at.stop) % len(batches)]
-            batch_n = torch.from_numpy(under).to(batch_n.device)
-        hidden.append(model.hidden(z_nk, batch_n, cells.covariates_nc))
-    return torch.cat(hidden)
-
-
-@torch.inference_mode()
-def _log_normaliser(model: SCVI, hidden_mh: torch.Tensor) -> torch.Tensor:
-    """(samples,) log sum over genes of exp(rho logits): the softmax's denominator, in blocks of samples."""
-    return torch.cat([torch.logsumexp(model.rho(block), 1) for block in hidden_mh.split(4 * BLOCK)])
+DE_COLUMNS = [
+    "group", "reference", "gene_id", "gene_name", "lfc_mean", "lfc_median", "lfc_std", "lfc_ci_low", "lfc_ci_high",
+    "proba_de", "proba_not_de", "bayes_factor", "scale_group", "scale_reference", "raw_mean_group",
+    "raw_mean_reference", "nonzero_group", "nonzero_reference", "is_de", "rank",
+]  # fmt: skip
+BATCH_CAP = 100  # cells of a group and batch beyond which the batch counts no more
+CREDIBLE = 0.95  # mass of the credible interval
+TINY = 1e-8  # added to both probabilities of a Bayes factor
+SAMPLES = 8192  # decoded at a time
+TILE = 2**24  # samples × genes at a time: 64 MB
 
 
 def differential_expression(
@@ -52,111 +47,107 @@ def differential_expression(
     gene_names: list[str],
     config: DeConfig,
     seed: int,
+    made: Decisions | None = None,
 ) -> pd.DataFrame:
-    """Each group against the rest, by sampling the posterior.
+    """Each group of cells against the rest, or against each other group (`config.reference`).
 
-    Pairs of posterior samples (a, b) give log2 fold changes LFC = log2(rho_a + c) - log2(rho_b + c). In mode
-    ``change`` a gene's ``proba_de`` is the larger of P(LFC > delta) and P(LFC < -delta): a posterior that is merely
-    wide, with mass on both sides, is not called changed. In mode ``vanilla`` it is the larger of P(rho_a > rho_b)
-    and its opposite (Lopez et al. 2018). ``is_de`` takes genes from the top of ``proba_de`` while the expected
-    share of false discoveries, the running mean of 1 - proba_de, stays within ``config.fdr``.
+    What is compared, ``config.compare``:
 
-    The pseudocount is c = 0.01 / (median library size): a gene expected less than once in a hundred cells counts as
-    not expressed, so that fold changes between two vanishing rates do not lead the list. It is a rate on the scale
-    of rho, so it needs no further division by the number of genes.
+    ``cells``
+        Pairs of posterior cells, one of the group and one of the reference: is a cell of the group different from one
+        of the reference? The spread of LFC is that between cells, and does not shrink with their number.
+    ``means``
+        The groups' mean rho: has the average changed? The model gives the estimate, the counts its standard error, as
+        the posterior leaves out how surely the weights are known: that of the groups' mean shares of counts over cells,
+        or that of LFC over batches that hold both sides, whichever is larger. LFC is taken as normal.
+
+    In mode ``change``, ``proba_de`` is the larger of P(LFC > delta) and P(LFC < -delta): a posterior that is merely
+    wide, with mass on both sides, is not called changed. In mode ``vanilla`` it is the larger of P(rho_a > rho_b) and
+    its opposite (Lopez et al. 2018), ``bayes_factor`` the log of their ratio. ``is_de`` takes genes from the top of
+    ``proba_de`` while the expected share of false discoveries, the running mean of 1 - proba_de, stays within
+    ``config.fdr``.
+
+    Batches, ``config.batches``: ``all`` decodes every sample under each batch of the model by turns, and a pair shares
+    its batch, so that groups from different batches are compared as if they came from the same; ``within`` pairs cells
+    of the same batch only, each batch that has both with the same weight; ``own`` leaves every cell in its own.
+    With ``config.balance``, a batch's share of a group's samples rises with its cells up to 100 and no further, and the
+    rest is made up as it is in the average batch: the largest batch does not decide.
 
     Parameters
     ----------
     groups : (cells,) group of each cell; cells without one (NaN) take no part.
     gene_ids, gene_names : (genes,) in the model's order.
+    made : takes the choices made, such as groups left out; default: they are logged alone.
 
     Returns
     -------
     pandas.DataFrame
-        A row a (group, gene), by group and rank; columns as ``de.parquet``. LFCs are log2; ``scale_*`` are mean rho;
-        ``raw_mean_*`` counts a cell; ``nonzero_*`` shares of cells. ``rank`` 1 is the strongest marker, by
-        lfc_median × sqrt(nonzero_group): a large change, in many of the group's cells. Rank orders, ``is_de`` decides:
-        where the rest holds cells much like the group's (two clusters of one type), pairs often show no change,
-        and a gene can rank high without being called.
+        A row a (group, reference, gene), by group, reference and rank; columns as ``de.parquet``. LFCs are log2;
+        ``scale_*`` are mean rho; ``raw_mean_*`` counts a cell; ``nonzero_*`` shares of cells. ``rank`` 1 is the
+        strongest marker, by lfc_median × sqrt(nonzero_group): a large change, in many of the group's cells. Rank
+        orders, ``is_de`` decides: where the rest holds cells much like the group's (two clusters of one type), pairs of
+        cells often show no change, and a gene can rank high without being called. Of two groups each pair comes once.
 
     Raises
     ------
     UserError
-        When fewer than two groups have ``config.min_cells`` cells.
+        When fewer than two groups have ``config.min_cells`` cells, or no batch has both sides of any comparison.
     """
-    labels = groups.astype("string")
-    sizes = labels.value_counts().sort_index()
-    small = [name for name in sizes.index if sizes[name] < config.min_cells]
-    if small:
-        log.info("de: %d groups with fewer than %d cells left out: %s", len(small), config.min_cells, ", ".join(small))
-    names = [name for name in sizes.index if name not in small]
-    if len(names) < 2:
-        raise UserError(
-            f"de: {len(names)} groups of '{groups.name}' have {config.min_cells} cells or more; two are needed "
-            "(de.groupby, de.min_cells)"
-        )
-    values = labels.to_numpy(dtype=object, na_value=None)
-    rows = [np.flatnonzero(values == name) for name in names]
+    made = Decisions("de") if made is None else made
+    rows_k = _groups(groups, config, made)
+    batch_n = counts.batch_n.cpu().numpy()
+    n_kb = np.array([np.bincount(batch_n[rows], minlength=model.n_batches) for rows in rows_k.values()])
     rng = np.random.default_rng(seed)
-    batches = np.arange(model.n_batches) if config.batch_correction and model.n_batches > 1 else None
-    pool_mh = torch.cat([_draw(model, counts, r, config.n_samples, batches, rng) for r in rows])
-    normaliser_m = _log_normaliser(model, pool_mh)
-    rest = _rest_of_pool(np.array([len(r) for r in rows]), config.n_samples, batches, rng)
+    pool = _draw(model, counts, list(rows_k.values()), n_kb, config, rng)
+    comparisons = _comparisons(list(rows_k), n_kb, pool, config, rng, made)
     c = 0.01 / float(counts.library_n.median())
-    raw_kg, nonzero_kg = _raw_moments(counts, rows)
-    n_genes = counts.n_genes
-    columns = {key: np.empty((len(names), n_genes)) for key in (
-        "lfc_mean", "lfc_median", "lfc_std", "lfc_ci_low", "lfc_ci_high", "proba_de", "scale_group", "scale_reference"
-    )}  # fmt: skip
-    # genes in blocks, so that no samples x genes array is ever whole
-    width = max(1, 2**24 // len(pool_mh))
-    for start in range(0, n_genes, width):
-        at = slice(start, min(start + width, n_genes))
-        rho_mg = _rho_block(model, pool_mh, normaliser_m, at)
-        for k in range(len(names)):
-            a_mg = rho_mg[k * config.n_samples : (k + 1) * config.n_samples]
-            b_mg = rho_mg[rest[k]]
-            lfc_mg = torch.log2(a_mg + c) - torch.log2(b_mg + c)
-            above, below = (lfc_mg > config.delta), (lfc_mg < -config.delta)
-            if config.mode == "vanilla":
-                above, below = a_mg > b_mg, a_mg < b_mg
-            columns["proba_de"][k, at] = torch.maximum(above.double().mean(0), below.double().mean(0)).cpu()
-            ordered_mg = lfc_mg.sort(0).values
-            for key, share in (("lfc_ci_low", 0.025), ("lfc_median", 0.5), ("lfc_ci_high", 0.975)):
-                columns[key][k, at] = ordered_mg[round(share * (config.n_samples - 1))].cpu()
-            columns["lfc_mean"][k, at] = lfc_mg.double().mean(0).cpu()
-            columns["lfc_std"][k, at] = lfc_mg.double().std(0).cpu()
-            columns["scale_group"][k, at] = a_mg.double().mean(0).cpu()
-            columns["scale_reference"][k, at] = b_mg.double().mean(0).cpu()
-    n_cells_k = np.array([len(r) for r in rows])[:, None]
-    n_rest_k = n_cells_k.sum() - n_cells_k
+    shares = _shares_of_counts(counts, list(rows_k.values()), n_kb) if config.compare == "means" else None
+    columns = _compare(pool, model, comparisons, n_kb, shares, config, c, made)
+    total_kg, some_kg = _raw_moments(counts, list(rows_k.values()))
+    size_k = n_kb.sum(1)
     frames = []
-    for k, name in enumerate(names):
-        part = pd.DataFrame({key: value[k] for key, value in columns.items()})
+    for i, one in enumerate(comparisons):
+        part = pd.DataFrame({key: value[i] for key, value in columns.items()})
         part.insert(0, "gene_name", gene_names)
         part.insert(0, "gene_id", gene_ids)
-        part.insert(0, "reference", "rest")
-        part.insert(0, "group", str(name))
+        part.insert(0, "reference", one.reference)
+        part.insert(0, "group", one.group)
         part["proba_not_de"] = 1 - part["proba_de"]
-        tiny = 1e-8
-        part["bayes_factor"] = np.log(part["proba_de"] + tiny) - np.log(part["proba_not_de"] + tiny)
-        part["raw_mean_group"] = raw_kg[k] / n_cells_k[k]
-        part["raw_mean_reference"] = (raw_kg.sum(0) - raw_kg[k]) / n_rest_k[k]
-        part["nonzero_group"] = nonzero_kg[k] / n_cells_k[k]
-        part["nonzero_reference"] = (nonzero_kg.sum(0) - nonzero_kg[k]) / n_rest_k[k]
+        part["bayes_factor"] = np.log(part["proba_de"] + TINY) - np.log(part["proba_not_de"] + TINY)
+        part["raw_mean_group"] = total_kg[one.a] / size_k[one.a]
+        part["raw_mean_reference"] = total_kg[one.b].sum(0) / size_k[one.b].sum()
+        part["nonzero_group"] = some_kg[one.a] / size_k[one.a]
+        part["nonzero_reference"] = some_kg[one.b].sum(0) / size_k[one.b].sum()
         part["is_de"] = called_at_fdr(part["proba_de"].to_numpy(), config.fdr)
         part["strength"] = part["lfc_median"] * np.sqrt(part["nonzero_group"])
         part = part.sort_values(["strength", "gene_id"], ascending=[False, True], kind="stable")
-        part["rank"] = np.arange(1, n_genes + 1, dtype=np.int32)
-        frames.append(part)
-    return pd.concat(frames, ignore_index=True)[DE_COLUMNS]
+        part["rank"] = np.arange(1, len(part) + 1, dtype=np.int32)
+        frames.append(part[DE_COLUMNS])
+    return pd.concat(frames, ignore_index=True)
 
 
-DE_COLUMNS = [
-    "group", "reference", "gene_id", "gene_name", "lfc_mean", "lfc_median", "lfc_std", "lfc_ci_low", "lfc_ci_high",
-    "proba_de", "proba_not_de", "bayes_factor", "scale_group", "scale_reference", "raw_mean_group",
-    "raw_mean_reference", "nonzero_group", "nonzero_reference", "is_de", "rank",
-]  # fmt: skip
+def weakest(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Of a table of all pairs: each group's genes by the pair in which they stand out least, a row a (group, gene).
+
+    What leads this list is higher in the group than in every single other one: a marker of it alone. Columns are those
+    of `pairs`, seen from the group, whichever side of the pair it was on; ``rank`` is anew.
+    """
+    turned = pairs.copy()
+    for a, b in (
+        ("group", "reference"),
+        *((f"{of}_group", f"{of}_reference") for of in ("scale", "raw_mean", "nonzero")),
+    ):
+        turned[a], turned[b] = pairs[b], pairs[a]
+    for column, of in (("lfc_mean", "lfc_mean"), ("lfc_median", "lfc_median"), ("lfc_ci_low", "lfc_ci_high"),
+                       ("lfc_ci_high", "lfc_ci_low")):  # fmt: skip
+        turned[column] = -pairs[of]
+    both = pd.concat([pairs, turned], ignore_index=True)
+    both["strength"] = both["lfc_median"] * np.sqrt(both["nonzero_group"])
+    order = ["group", "gene_id", "lfc_median", "reference"]
+    least = both.sort_values(order, kind="stable").drop_duplicates(["group", "gene_id"])
+    least = least.sort_values(["group", "strength", "gene_id"], ascending=[True, False, True], kind="stable")
+    least["rank"] = (least.groupby("group").cumcount() + 1).astype(np.int32)
+    return least[list(pairs.columns)].reset_index(drop=True)
 
 
 def called_at_fdr(proba_de: np.ndarray, fdr: float) -> np.ndarray:
@@ -168,48 +159,366 @@ def called_at_fdr(proba_de: np.ndarray, fdr: float) -> np.ndarray:
     return called
 
 
-def _rest_of_pool(
-    sizes: np.ndarray, n_samples: int, batches: np.ndarray | None, rng: np.random.Generator
-) -> list[torch.Tensor]:
-    """For each group, which samples of the pool stand for the rest: the other groups', by their share of cells.
+def _groups(groups: pd.Series, config: DeConfig, made: Decisions) -> dict[str, np.ndarray]:
+    """Group -> positions of its cells, for the groups that are large enough, by name."""
+    labels = groups.astype("string").to_numpy(dtype=object, na_value=None)
+    named = labels[[label is not None for label in labels]]
+    sizes = dict(zip(*np.unique(named.astype(str), return_counts=True), strict=True))
+    small = [str(name) for name, n in sizes.items() if n < config.min_cells]
+    if small:
+        n_cells = int(sum(sizes[name] for name in small))
+        made.add("groups left out", small, f"fewer than {config.min_cells} cells (de.min_cells)", n_cells=n_cells)
+    names = [str(name) for name in sizes if name not in small]
+    if len(names) < 2:
+        raise UserError(
+            f"de: {len(names)} groups of '{groups.name}' have {config.min_cells} cells or more; two are needed "
+            "(de.groupby, de.min_cells)"
+        )
+    return {name: np.flatnonzero(labels == name) for name in names}
 
-    Sample i of the rest is decoded under the same batch as sample i of the group.
+
+@dataclasses.dataclass
+class Pool:
+    """Posterior samples of all groups, up to the decoder's heads.
+
+    Attributes
+    ----------
+    hidden_mh : (samples, hidden) float32 input of the heads.
+    log_total_m : (samples,) log sum over genes of exp(logit): the softmax's denominator.
+    start_kb : (groups, lanes) where the samples of a group in a lane begin, -1 where it has none. A lane is the batch
+        that cells are decoded under; with `batches: own` there is one for all.
+    size : samples of a group in a lane.
     """
-    lanes = 1 if batches is None else len(batches)
-    rest = []
-    for k in range(len(sizes)):
-        share = np.where(np.arange(len(sizes)) == k, 0, sizes).astype(float)
-        group_m = rng.choice(len(sizes), n_samples, p=share / share.sum())
-        lane_m = np.arange(n_samples) % lanes
-        n_turns_m = (n_samples - lane_m + lanes - 1) // lanes  # samples of one group in that lane
-        turn_m = (rng.random(n_samples) * n_turns_m).astype(np.int64)
-        rest.append(torch.from_numpy(group_m * n_samples + turn_m * lanes + lane_m))
-    return rest
+
+    hidden_mh: torch.Tensor
+    log_total_m: torch.Tensor
+    start_kb: np.ndarray
+    size: int
 
 
 @torch.inference_mode()
-def _rho_block(model: SCVI, hidden_mh: torch.Tensor, normaliser_m: torch.Tensor, at: slice) -> torch.Tensor:
-    """Rho of some genes, (samples, len(at)), decoding only these."""
-    logits_mg = torch.nn.functional.linear(hidden_mh, model.rho.weight[at], model.rho.bias[at])
-    return (logits_mg - normaliser_m[:, None]).exp()
+def _draw(
+    model: SCVI, counts: Counts, rows_k: list[np.ndarray], n_kb: np.ndarray, config: DeConfig, rng: np.random.Generator
+) -> Pool:
+    """Draw each group's posterior cells, lane by lane, and take them through the decoder's hidden layers."""
+    batch_n = counts.batch_n.cpu().numpy()
+    n_lanes = 1 if config.batches == "own" else model.n_batches
+    size = math.ceil(config.n_samples / n_lanes)
+    start_kb = np.full((len(rows_k), n_lanes), -1)
+    drawn: list[np.ndarray] = []
+    for k, rows in enumerate(rows_k):
+        for b in range(n_lanes):
+            cells = rows[batch_n[rows] == b] if config.batches == "within" else rows
+            if config.batches == "within" and len(cells) < config.min_cells:
+                continue
+            start_kb[k, b] = size * len(drawn)
+            drawn.append(rng.choice(cells, size, p=_weights(batch_n[cells], n_kb[k]) if config.balance else None))
+    if not drawn:
+        raise UserError(
+            f"de.batches: 'within': no group has {config.min_cells} cells in any one batch; use 'all', or lower "
+            "de.min_cells"
+        )
+    under = np.nonzero(start_kb.ravel() >= 0)[0] % n_lanes
+    unique, place_m = np.unique(np.concatenate(drawn), return_inverse=True)  # each cell is read and encoded once
+    parts = [(model.encode(cells), cells) for _, cells in blocks(counts, unique)]
+    mean_uk = torch.cat([q.mean_nk for q, _ in parts])
+    deviation_uk = torch.cat([q.variance_nk for q, _ in parts]).sqrt()
+    batch_u, covariates_uc = (
+        torch.cat([getattr(cells, f) for _, cells in parts]) for f in ("batch_n", "covariates_nc")
+    )
+    place_m = torch.from_numpy(place_m).to(mean_uk.device)
+    noise = Noise(int(rng.integers(2**31)), mean_uk.device)
+    hidden, log_total = [], []
+    for at in torch.arange(len(place_m), device=place_m.device).split(SAMPLES):
+        place = place_m[at]
+        z_mk = mean_uk[place] + deviation_uk[place] * noise.normal(mean_uk[place])
+        batch_m = batch_u[place]
+        if config.batches == "all":
+            batch_m = torch.from_numpy(under[at.cpu().numpy() // size]).to(batch_m.device)
+        hidden.append(model.hidden(z_mk, batch_m, covariates_uc[place]))
+        log_total.append(torch.logsumexp(model.rho(hidden[-1]), 1))
+    return Pool(torch.cat(hidden), torch.cat(log_total), start_kb, size)
 
 
-def _raw_moments(counts: Counts, rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def _weights(batch_n: np.ndarray, n_b: np.ndarray) -> np.ndarray:
+    """(cells,) chance of each cell of a group: its batch's, which rises with `n_b` up to the cap, shared alike."""
+    weight_b = np.minimum(n_b, BATCH_CAP) / np.maximum(n_b, 1)
+    weight_n = weight_b[batch_n]
+    return weight_n / weight_n.sum()
+
+
+@dataclasses.dataclass
+class Comparison:
+    """A group against one or more others.
+
+    Attributes
+    ----------
+    group, reference : names. a : the group. b : the groups that make up the reference.
+    lanes : those that have both sides.
+    share_kb : (groups, lanes of the pool) what each group adds to the reference; sums to one in each of `lanes`.
+    a_m, b_m : (pairs,) samples of the pool that are paired; a slice where they follow each other.
+    """
+
+    group: str
+    reference: str
+    a: int
+    b: list[int]
+    lanes: np.ndarray
+    share_kb: np.ndarray
+    a_m: torch.Tensor | slice
+    b_m: torch.Tensor
+
+
+def _comparisons(
+    names: list[str], n_kb: np.ndarray, pool: Pool, config: DeConfig, rng: np.random.Generator, made: Decisions
+) -> list[Comparison]:
+    """All that is to be compared, with the pairs drawn; what no lane has both sides of is left out, and said so."""
+    n_groups, n_lanes = pool.start_kb.shape
+    if config.reference == "rest":
+        asked = [(names[k], "rest", k, [j for j in range(n_groups) if j != k]) for k in range(n_groups)]
+    else:
+        asked = [(names[k], names[j], k, [j]) for k in range(n_groups) for j in range(k + 1, n_groups)]
+    found, apart, partly = [], [], []
+    for group, reference, a, b in asked:
+        share_kb = np.zeros((n_groups, n_lanes))
+        share_kb[b] = _shares(n_kb[b], config, n_lanes)
+        share_kb[pool.start_kb < 0] = 0
+        lanes = np.flatnonzero((pool.start_kb[a] >= 0) & (share_kb.sum(0) > 0))
+        if len(lanes) == 0:
+            apart.append(f"{group} against {reference}")
+            continue
+        if len(lanes) < n_lanes:
+            partly.append(f"{group} against {reference}: {len(lanes)}")
+        share_kb[:, lanes] /= share_kb[:, lanes].sum(0)
+        a_m = np.concatenate([pool.start_kb[a, lane] + np.arange(pool.size) for lane in lanes])
+        b_m = np.concatenate([_mixture(pool, lane, share_kb[:, lane], rng) for lane in lanes])
+        follows = a_m[-1] - a_m[0] == len(a_m) - 1
+        device = pool.hidden_mh.device
+        a_m = slice(a_m[0], a_m[-1] + 1) if follows else torch.from_numpy(a_m).to(device)
+        found.append(Comparison(group, reference, a, b, lanes, share_kb, a_m, torch.from_numpy(b_m).to(device)))
+    if apart:
+        made.add("comparisons left out", apart, f"no batch has {config.min_cells} cells of both sides (de.batches)")
+    if partly:
+        made.add("batches compared within", partly, f"of {n_lanes}; the others lack one side (de.batches: within)")
+    if not found:
+        raise UserError(
+            f"de.batches: 'within': no batch has {config.min_cells} cells of two groups; use 'all', or lower "
+            "de.min_cells"
+        )
+    if config.batches == "all":
+        absent = {name: int((row == 0).sum()) for name, row in zip(names, n_kb, strict=True) if (row == 0).any()}
+        if absent:
+            made.add("groups absent from batches", absent, "number of batches; decoded under these all the same")
+    return found
+
+
+def _shares(n_kb: np.ndarray, config: DeConfig, n_lanes: int) -> np.ndarray:
+    """(groups, lanes) what each of some groups adds to their union: by cells, or as in the average batch."""
+    if config.batches == "within":
+        return n_kb / np.maximum(n_kb.sum(0), 1)
+    size_k = n_kb.sum(1)
+    if config.balance:
+        # mean over batches, each weighted by its cells up to the cap, of the groups' shares there
+        weight_b = np.minimum(n_kb.sum(0), BATCH_CAP)
+        size_k = (n_kb / np.maximum(n_kb.sum(0), 1) * weight_b).sum(1)
+    return np.repeat(size_k[:, None] / size_k.sum(), n_lanes, axis=1)
+
+
+def _mixture(pool: Pool, lane: int, share_k: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(pool.size,) samples of a lane that stand for a mixture of groups."""
+    group_m = rng.choice(len(share_k), pool.size, p=share_k)
+    return pool.start_kb[group_m, lane] + rng.permutation(pool.size)
+
+
+@torch.inference_mode()
+def _compare(
+    pool: Pool,
+    model: SCVI,
+    comparisons: list[Comparison],
+    n_kb: np.ndarray,
+    shares: Shares | None,
+    config: DeConfig,
+    c: float,
+    made: Decisions,
+) -> dict[str, np.ndarray]:
+    """(comparisons, genes) columns of the table, block by block of genes."""
+    names = ("lfc_mean", "lfc_median", "lfc_std", "lfc_ci_low", "lfc_ci_high", "proba_de")
+    n_genes = model.rho.out_features
+    columns = {key: np.empty((len(comparisons), n_genes)) for key in (*names, "scale_group", "scale_reference")}
+    delta_i = _deltas(pool, model, comparisons, config, c, made)
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        for at, rho_gm in _decoded(pool, model):
+            mean_gkb = _by_group(rho_gm, pool)
+            log_gm = rho_gm.add_(c).log2_()
+            for i, one in enumerate(comparisons):
+                scale_gb = mean_gkb[:, one.a][:, one.lanes]
+                reference_gb = (mean_gkb * one.share_kb)[:, :, one.lanes].sum(1)
+                columns["scale_group"][i, at] = scale_gb.mean(1)
+                columns["scale_reference"][i, at] = reference_gb.mean(1)
+                if config.compare == "means":
+                    found = _of_means(one, mean_gkb, shares.of(at), n_kb, config, c, delta_i[i])
+                else:
+                    b_gm = log_gm.index_select(1, one.b_m)
+                    lfc_gm = torch.sub(log_gm[:, one.a_m], b_gm, out=b_gm)
+                    found = _of_pairs(lfc_gm, delta_i[i], threads)
+                for key, value in zip(names, found, strict=True):
+                    columns[key][i, at] = value
+    return columns
+
+
+def _decoded(pool: Pool, model: SCVI) -> Iterator[tuple[slice, torch.Tensor]]:
+    """(genes, rho of the samples, (genes of the block, samples) float32), block by block of genes."""
+    width = max(1, TILE // len(pool.hidden_mh))
+    for start in range(0, model.rho.out_features, width):
+        at = slice(start, min(start + width, model.rho.out_features))
+        logit_gm = torch.addmm(model.rho.bias[at, None], model.rho.weight[at], pool.hidden_mh.t())
+        yield at, logit_gm.sub_(pool.log_total_m).exp_()
+
+
+def _by_group(value_gm: torch.Tensor, pool: Pool) -> np.ndarray:
+    """(genes, groups, lanes) float64 means of (genes, samples); zeros where a group has no samples."""
+    out = np.zeros((len(value_gm), *pool.start_kb.shape))
+    out[:, pool.start_kb >= 0] = value_gm.unflatten(1, (-1, pool.size)).mean(2).double().cpu().numpy()
+    return out
+
+
+def _of_pairs(lfc_gm: torch.Tensor, delta: float, threads: ThreadPoolExecutor) -> tuple[np.ndarray, ...]:
+    """Mean, median, deviation, credible interval and probability of change of LFC over pairs, each (genes,)."""
+    n_pairs = lfc_gm.shape[1]
+    mean_g = lfc_gm.mean(1)
+    deviation_g = (lfc_gm - mean_g[:, None]).square_().sum(1).div_(n_pairs - 1).sqrt_()
+    above_g, below_g = (lfc_gm > delta).sum(1), (lfc_gm < -delta).sum(1)
+    proba_g = torch.maximum(above_g, below_g).double() / n_pairs
+    if lfc_gm.device.type == "cpu":  # NumPy's sort of rows is several times faster than PyTorch's
+        parts = [part.numpy() for part in lfc_gm.chunk(threads._max_workers)]
+        list(threads.map(lambda part: part.sort(1), parts))
+    else:
+        lfc_gm = lfc_gm.sort(1).values
+    tail = (1 - CREDIBLE) / 2
+    low_g, median_g, high_g = (lfc_gm[:, round(q * (n_pairs - 1))] for q in (tail, 0.5, 1 - tail))
+    return tuple(v_g.double().cpu().numpy() for v_g in (mean_g, median_g, deviation_g, low_g, high_g, proba_g))
+
+
+@dataclasses.dataclass
+class Shares:
+    """What share of its cell's counts a gene has, x / l, summed by group.
+
+    Attributes
+    ----------
+    sum_kbg : (groups, batches, genes) float64. square_kg : (groups, genes) float64 sums of squares.
+    """
+
+    sum_kbg: np.ndarray
+    square_kg: np.ndarray
+
+    def of(self, at: slice) -> Shares:
+        """Of some genes."""
+        return Shares(self.sum_kbg[:, :, at], self.square_kg[:, at])
+
+
+def _shares_of_counts(counts: Counts, rows_k: list[np.ndarray], n_kb: np.ndarray) -> Shares:
+    shape = *n_kb.shape, counts.n_genes
+    total, square = np.zeros(math.prod(shape)), np.zeros(shape[0] * shape[2])
+    batch_n = counts.batch_n.cpu().numpy()
+    for group_m, genes_m, x_m, cells_m in _nonzeros(counts, rows_k):
+        share_m = x_m / counts.library_n.cpu().numpy()[cells_m]
+        total += np.bincount((group_m * shape[1] + batch_n[cells_m]) * shape[2] + genes_m, share_m, len(total))
+        square += np.bincount(group_m * shape[2] + genes_m, share_m**2, len(square))
+    return Shares(total.reshape(shape), square.reshape(shape[0], shape[2]))
+
+
+def _of_means(
+    one: Comparison, mean_gkb: np.ndarray, shares: Shares, n_kb: np.ndarray, config: DeConfig, c: float, delta: float
+) -> tuple[np.ndarray, ...]:
+    """The same of the LFC of mean rho, normal, with the standard error of the counts' own means (delta method)."""
+    from scipy.stats import norm
+
+    a_gb, b_gb = mean_gkb[:, one.a][:, one.lanes], (mean_gkb * one.share_kb)[:, :, one.lanes].sum(1)
+    lfc_g = (np.log2(a_gb + c) - np.log2(b_gb + c)).mean(1)
+    # over cells
+    mean_kg = shares.sum_kbg.sum(1) / n_kb.sum(1)[:, None]
+    error_kg = (shares.square_kg / n_kb.sum(1)[:, None] - mean_kg**2).clip(0) / _effective(n_kb, config)[:, None]
+    share_k = one.share_kb[:, one.lanes].mean(1)
+    variance_g = error_kg[one.a] / (mean_kg[one.a] + c) ** 2
+    variance_g += share_k**2 @ error_kg / (share_k @ mean_kg + c) ** 2
+    variance_g /= math.log(2) ** 2
+    # over batches
+    n_ab, n_bb = n_kb[one.a], n_kb[one.b].sum(0)
+    both = np.minimum(n_ab, n_bb) >= config.min_cells
+    if both.sum() > 1:
+        a_bg = shares.sum_kbg[one.a, both] / n_ab[both, None]
+        b_bg = shares.sum_kbg[one.b][:, both].sum(0) / n_bb[both, None]
+        lfc_bg = np.log2(a_bg + c) - np.log2(b_bg + c)
+        variance_g = np.maximum(variance_g, lfc_bg.var(0, ddof=1) / both.sum())
+    deviation_g = np.sqrt(variance_g) + 1e-12
+    above_g, below_g = norm.sf((delta - lfc_g) / deviation_g), norm.cdf((-delta - lfc_g) / deviation_g)
+    half_g = norm.isf((1 - CREDIBLE) / 2) * deviation_g
+    return lfc_g, lfc_g, deviation_g, lfc_g - half_g, lfc_g + half_g, np.maximum(above_g, below_g)
+
+
+def _effective(n_kb: np.ndarray, config: DeConfig) -> np.ndarray:
+    """(groups,) how many cells of equal weight tell as much as those that the samples were drawn of (Kish)."""
+    if not config.balance:
+        return n_kb.sum(1)
+    weight_kb = np.minimum(n_kb, BATCH_CAP)
+    return weight_kb.sum(1) ** 2 / (weight_kb**2 / np.maximum(n_kb, 1)).sum(1)
+
+
+def _deltas(
+    pool: Pool, model: SCVI, comparisons: list[Comparison], config: DeConfig, c: float, made: Decisions
+) -> list[float]:
+    """The smallest |LFC| that counts, of each comparison; `auto` reads it off the genes' mean LFCs."""
+    if config.mode == "vanilla":
+        return [0.0] * len(comparisons)
+    if config.delta != "auto":
+        return [config.delta] * len(comparisons)
+    lfc_ig = np.empty((len(comparisons), model.rho.out_features))
+    for at, rho_gm in _decoded(pool, model):
+        mean_gkb = _by_group(rho_gm.add_(c).log2_(), pool)
+        for i, one in enumerate(comparisons):
+            lfc_gb = mean_gkb[:, one.a] - (mean_gkb * one.share_kb).sum(1)
+            lfc_ig[i, at] = lfc_gb[:, one.lanes].mean(1)
+    found = [estimate_delta(lfc_g) for lfc_g in lfc_ig]
+    told = {f"{one.group} against {one.reference}": round(d, 3) for one, d in zip(comparisons, found, strict=True)}
+    made.add("delta", told, "where a gene's mean LFC is as likely of the genes that change as of those that do not")
+    return found
+
+
+def estimate_delta(lfc_g: np.ndarray) -> float:
+    """The |LFC| from which a gene is rather one that changes, 0.1 at least.
+
+    Mean LFCs of genes are taken for a mixture of three normal distributions: higher, lower, and about the same. Delta
+    is the smallest |LFC| at which the middle one has less than half of the density.
+    """
+    from sklearn.mixture import GaussianMixture
+
+    q = np.quantile(lfc_g, [0.05, 0.5, 0.95])
+    if len(lfc_g) < 10 or q[2] - q[0] < 1e-6:
+        return 0.1
+    mixture = GaussianMixture(3, means_init=q[:, None], random_state=0).fit(lfc_g[:, None])
+    middle = int(np.argmin(np.abs(mixture.means_[:, 0])))
+    grid = np.arange(0.1, max(0.2, np.abs(lfc_g).max()), 0.01)
+    share = np.minimum(*(mixture.predict_proba(sign * grid[:, None])[:, middle] for sign in (1, -1)))
+    outside = share < 0.5
+    return float(grid[outside.argmax()]) if outside.any() else 0.1
+
+
+def _raw_moments(counts: Counts, rows_k: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """(groups, genes) sums of counts, and numbers of cells with any, over each group's cells."""
+    shape = len(rows_k), counts.n_genes
+    total, some = np.zeros(math.prod(shape)), np.zeros(math.prod(shape))
+    for group_m, genes_m, x_m, _ in _nonzeros(counts, rows_k):
+        total += np.bincount(group_m * counts.n_genes + genes_m, x_m, len(total))
+        some += np.bincount(group_m * counts.n_genes + genes_m, minlength=len(some))
+    return total.reshape(shape), some.reshape(shape)
+
+
+def _nonzeros(counts: Counts, rows_k: list[np.ndarray]) -> Iterator[tuple[np.ndarray, ...]]:
+    """Group, gene, count and cell of each non-zero of the groups' cells, block by block of cells."""
     group_n = np.full(len(counts), -1)
-    for k, r in enumerate(rows):
-        group_n[r] = k
-    indptr_n = counts.indptr_n.cpu().numpy()
-    genes_m, values_m = counts.genes_m.cpu().numpy(), counts.values_m.cpu().numpy()
-    total_kg = np.zeros((len(rows), counts.n_genes))
-    some_kg = np.zeros((len(rows), counts.n_genes))
-    for start in range(0, len(counts), 2**16):
-        stop = min(start + 2**16, len(counts))
-        group_m = np.repeat(group_n[start:stop], np.diff(indptr_n[start : stop + 1]))
-        part = slice(indptr_n[start], indptr_n[stop])
-        kept_m = group_m >= 0
-        flat_m = group_m[kept_m] * counts.n_genes + genes_m[part][kept_m]
-        size = len(rows) * counts.n_genes
-        total_kg += np.bincount(flat_m, values_m[part][kept_m], size).reshape(total_kg.shape)
-        some_kg += np.bincount(flat_m, minlength=size).reshape(total_kg.shape)
-    return total_kg, some_kg
+    for k, rows in enumerate(rows_k):
+        group_n[rows] = k
+    rows = np.flatnonzero(group_n >= 0)
+    for at, cells in blocks(counts, rows, size=4096):
+        cells_m = np.repeat(rows[at], cells.x.indptr_n.diff().cpu().numpy())
+        yield group_n[cells_m], cells.x.genes_m.cpu().numpy(), cells.x.x_m.cpu().numpy(), cells_m

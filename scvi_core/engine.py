@@ -90,6 +90,8 @@ def _draw(mean, log_variance, noise: Noise, prior_mean, prior_variance, weight: 
 def _decoder(model: SCVI, cells: Minibatch, z_nk: torch.Tensor) -> tuple[torch.Tensor, Back]:
     """(cells, hidden) before the heads."""
     design_nc, h, ways = model.design(cells.batch_n, cells.covariates_nc), z_nk, []
+    if not model.decoder:
+        return torch.cat([z_nk, design_nc], 1), lambda grad_h: grad_h[:, : z_nk.shape[1]]
     for layer in model.decoder:
         h, way = _layer(layer, torch.cat([h, design_nc], 1), None)
         ways.append(way)

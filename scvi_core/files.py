@@ -93,6 +93,23 @@ def write_parquet(path: str | Path, frame: Any) -> None:
         pq.write_table(table, temporary, compression="zstd", store_schema=False)
 
 
+@contextlib.contextmanager
+def parquet_writer(path: str | Path, schema: Any) -> Iterator[Any]:
+    """A pyarrow ``ParquetWriter`` by the same settings, for a table too large to hold: a row group a call.
+
+    Parameters
+    ----------
+    schema : pyarrow.Schema of the columns.
+    """
+    import pyarrow.parquet as pq
+
+    with (
+        replacing(path) as temporary,
+        pq.ParquetWriter(temporary, schema, compression="zstd", store_schema=False) as writer,
+    ):
+        yield writer
+
+
 def sha256_file(path: str | Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as handle:

@@ -7,6 +7,10 @@ Generative process, for cell n and gene g:
     rho_n = softmax(f(z_n, s_n))                      expected share of each gene
     x_ng ~ ZINB(l_n rho_ng, theta_g, pi_ng)           counts; pi = sigmoid(h(z_n, s_n)); or NB, or Poisson
 
+f and h are a network with two heads or, with the linear decoder (Svensson et al., Bioinformatics 2020), a matrix each:
+
+    rho_n = softmax(a + W z_n + B s_n)                each column of W a factor's loadings on the genes
+
 q(z_n | x_n) and q(l_n | x_n) are diagonal Gaussians (of log l_n) whose moments a network gives. Only what the
 chosen likelihood reads is built. Suffixes give shapes: n cells, g genes, k latent, h hidden, s batches, c covariates.
 """
@@ -146,15 +150,17 @@ class SCVI(nn.Module):
             self.library_encoder = Gaussian(n_genes, config.n_hidden, 1, 1, config.dropout)
             self.register_buffer("library_mean_s", library_mean_s.float())
             self.register_buffer("library_variance_s", library_variance_s.float())
-        widths = [config.n_latent] + [config.n_hidden] * config.n_layers
+        # no hidden layer, no batch norm: the linear decoder's heads read z and the design themselves
+        widths = [config.n_latent] + [config.n_hidden] * (config.n_layers if config.decoder == "network" else 0)
         self.decoder = nn.ModuleList(Layer(nn.Linear(a + n_design, b), 0.0) for a, b in itertools.pairwise(widths))
+        n_hidden = config.n_hidden if self.decoder else config.n_latent + n_design
         self.half = False  # whether the heads multiply in bfloat16 while training
-        self.rho = nn.Linear(config.n_hidden, n_genes)
+        self.rho = nn.Linear(n_hidden, n_genes)
         if config.likelihood == "zinb":
-            self.dropout_logit = nn.Linear(config.n_hidden, n_genes)
+            self.dropout_logit = nn.Linear(n_hidden, n_genes)
         if config.likelihood != "poisson":
             if config.dispersion == "gene-cell":
-                self.log_theta = nn.Linear(config.n_hidden, n_genes)
+                self.log_theta = nn.Linear(n_hidden, n_genes)
             else:
                 rows = n_batches if config.dispersion == "gene-batch" else 1
                 self.log_theta_sg = nn.Parameter(torch.randn(rows, n_genes))
@@ -175,11 +181,16 @@ class SCVI(nn.Module):
         return torch.cat([batch_ns, covariates_nc], 1)
 
     def hidden(self, z_nk: torch.Tensor, batch_n: torch.Tensor, covariates_nc: torch.Tensor) -> torch.Tensor:
-        """(cells, hidden) input of the decoder's heads."""
+        """(cells, hidden) input of the decoder's heads; with the linear decoder z and the design, side by side."""
         h, design_nc = z_nk, self.design(batch_n, covariates_nc)
         for layer in self.decoder:
             h = layer(torch.cat([h, design_nc], 1), None)
-        return h
+        return h if self.decoder else torch.cat([h, design_nc], 1)
+
+    @property
+    def loadings_gk(self) -> torch.Tensor:
+        """(genes, latent) the linear decoder's W: a view of the weights, without their gradient."""
+        return self.rho.weight.detach()[:, : self.config.n_latent]
 
     def _head(self, head: nn.Linear, hidden_nh: torch.Tensor) -> torch.Tensor:
         if self.half and self.training:

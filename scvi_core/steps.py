@@ -10,7 +10,7 @@ import resource
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +18,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from scvi_core import api
+from scvi_core import api, posterior
 from scvi_core.config import Config, ModelConfig
-from scvi_core.counts import Schema
-from scvi_core.files import canonical_json, sha256_text, write_json
+from scvi_core.counts import Counts, Schema, pack
+from scvi_core.files import canonical_json, parquet_writer, sha256_text, write_json
+from scvi_core.log import log
 from scvi_core.preprocess.store import read_store
+from scvi_core.stream import open_counts
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -75,6 +77,54 @@ def latent_table(cell_ids: Iterable[str], z_nk: np.ndarray) -> pd.DataFrame:
     frame = pd.DataFrame(z_nk, columns=[f"z_{k}" for k in range(z_nk.shape[1])])
     frame.insert(0, "cell_id", [str(c) for c in cell_ids])
     return frame
+
+
+def uncertainty_table(cell_ids: Iterable[str], std_nk: np.ndarray) -> pd.DataFrame:
+    """uncertainty.parquet: ``cell_id``, ``uncertainty``, then ``std_0`` ... float32, as :mod:`scvi_core.posterior`."""
+    frame = pd.DataFrame(std_nk, columns=[f"std_{k}" for k in range(std_nk.shape[1])])
+    frame.insert(0, "uncertainty", posterior.uncertainty(std_nk))
+    frame.insert(0, "cell_id", [str(c) for c in cell_ids])
+    return frame
+
+
+def write_expression(
+    path: Path, cell_ids: Sequence[str], gene_ids: Sequence[str], blocks: Iterable[tuple[slice, np.ndarray]]
+) -> None:
+    """expression.parquet: ``cell_id``, then a float32 column a gene; row groups of about 10^6 values, one in memory.
+
+    Parameters
+    ----------
+    blocks : (place of the cells, (cells, genes) float32), from first to last cell.
+    """
+    import pyarrow as pa
+
+    schema = pa.schema([("cell_id", pa.string()), *((gene, pa.float32()) for gene in gene_ids)])
+    least = max(1, 10**6 // len(gene_ids))
+    with parquet_writer(path, schema) as writer:
+        start, held = 0, []
+        for at, values_ng in blocks:
+            held.append(values_ng)
+            if at.stop - start >= least or at.stop == len(cell_ids):
+                values_gn = np.ascontiguousarray(np.concatenate(held).T)
+                ids = [str(c) for c in cell_ids[start : at.stop]]
+                writer.write_table(pa.table([pa.array(ids, pa.string()), *map(pa.array, values_gn)], schema=schema))
+                start, held = at.stop, []
+
+
+def open_store(path: Path, model: api.Model, memory_gb: float, design: bool = True) -> tuple[pd.Index, Counts]:
+    """Ids of a store's cells, and their counts for a fitted model, streamed where they are larger than `memory_gb`.
+
+    Parameters
+    ----------
+    design : False leaves batch and covariates out, as :func:`scvi_core.counts.pack` does.
+    """
+    adata, schema, device = read_store(path, counts=False), model.schema, next(model.network.parameters()).device
+    if tuple(map(str, adata.var_names)) != schema.gene_ids:
+        log.warning("%s: its genes are not the model's, in its order; so its counts are read whole", path)
+        return adata.obs_names, pack(read_store(path), schema, None, design).to(device)
+    if not design:
+        schema = dataclasses.replace(schema, batch_key=None, batches=("all",), categorical={}, continuous={})
+    return adata.obs_names, open_counts(path, adata, schema, memory_gb).to(device)
 
 
 def cells_table(obs: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:

@@ -56,18 +56,21 @@ class Stream(Counts):
         return rows[np.argsort(window_n, kind="stable")]
 
     def gather(self, rows_n: torch.Tensor) -> Minibatch:
-        """As :meth:`Counts.gather`; blocks that are not in memory are read."""
-        cells = super().gather(rows_n.cpu())
-        return cells if self.device.type == "cpu" else cells.to(self.device)
+        """As :meth:`Counts.gather`; blocks that are not in memory are read, in turns where they do not fit together."""
+        rows_n, n_slots = rows_n.cpu(), len(self.genes_m) // self.slot_size
+        block_n = self._block(rows_n.numpy())
+        if len(np.unique(block_n)) <= n_slots:
+            return super().gather(rows_n).to(self.device)
+        order = np.argsort(block_n, kind="stable")
+        turn_n = np.unique(block_n[order], return_inverse=True)[1] // n_slots
+        turns = np.split(order, np.flatnonzero(np.diff(turn_n)) + 1)
+        parts = [super(Stream, self).gather(rows_n[torch.from_numpy(turn)]) for turn in turns]
+        return _rejoined(parts, np.concatenate(turns)).to(self.device)
 
     def starts(self, rows_n: torch.Tensor) -> torch.Tensor:
         """Where some cells begin in the slots, once their blocks are there."""
         block_n = self._block(rows_n.numpy())
         needed = np.unique(block_n).tolist()
-        if len(needed) > len(self.genes_m) // self.slot_size:
-            raise UserError(
-                f"train.memory_gb: cells of {len(needed)} blocks are needed at once, more than fit; allow more memory"
-            )
         for block in needed:  # used now: to the end, the last to be given up
             if block in self.slot_b:
                 self.slot_b[block] = self.slot_b.pop(block)
@@ -92,6 +95,20 @@ class Stream(Counts):
         self.genes_m[at] = torch.from_numpy(self.X["indices"][start:stop].astype(self.genes_m.numpy().dtype))
         self.values_m[at] = torch.from_numpy(self.X["data"][start:stop].astype(self.values_m.numpy().dtype))
         self.slot_b[block] = slot
+
+
+def _rejoined(parts: list[Minibatch], place_n: np.ndarray) -> Minibatch:
+    """One minibatch of several, cell i of which goes to position ``place_n[i]``."""
+    back_n = torch.from_numpy(np.argsort(place_n))
+    lengths_n = torch.cat([part.x.indptr_n.diff() for part in parts])
+    starts_n = (lengths_n.cumsum(0) - lengths_n)[back_n]
+    lengths_n = lengths_n[back_n]
+    indptr_n = torch.cat([lengths_n.new_zeros(1), lengths_n.cumsum(0)])
+    place_m = torch.repeat_interleave(starts_n - indptr_n[:-1], lengths_n) + torch.arange(int(indptr_n[-1]))
+    genes_m, x_m = (torch.cat([getattr(part.x, name) for part in parts])[place_m] for name in ("genes_m", "x_m"))
+    x = dataclasses.replace(parts[0].x, indptr_n=indptr_n, genes_m=genes_m, x_m=x_m)
+    codes = ("library_n", "batch_n", "covariates_nc")
+    return Minibatch(x, *(torch.cat([getattr(part, name) for part in parts])[back_n] for name in codes))
 
 
 def open_counts(path: Path, adata: AnnData, schema: Schema, memory_gb: float) -> Counts:

@@ -214,6 +214,8 @@ def train(
                 state.step += 1
                 moments = state.mean, state.square, state.step
                 kernels.adam(weights, gradient, *moments, rate, config.adam_eps, config.weight_decay)
+                if model.config.loadings_l1:
+                    soft_threshold(model.loadings_gk, rate * model.config.loadings_l1)
                 elbo_b[i] = elbo_n.sum()
                 last = i == steps - 1
                 if last or stopping or due or state.step % CHECKED == 0:
@@ -251,6 +253,18 @@ def train(
         p.data, p.grad = p.data.clone(), None
     model.eval()
     return pd.DataFrame(state.history, columns=HISTORY).astype({"epoch": np.int64})
+
+
+def soft_threshold(weights: torch.Tensor, by: float) -> None:
+    """Move every weight towards zero by `by`, and to zero exactly where it is nearer, in place.
+
+    The proximal step of `by` × the sum of absolute weights, which is a Laplace prior's. Taken beside Adam's step, not
+    through its gradient, the pull is the same share of every weight's step, whatever the size of its gradient: so
+    ``loadings_l1`` weighs the loadings of rare and of abundant genes alike. A loading holds out against it only if the
+    mean of its gradient over minibatches, at zero, is more than ``loadings_l1`` times their root mean square. In terms
+    of the objective -ELBO summed over N cells + sum of lambda_g |W_g|, lambda_g is ``loadings_l1`` × N × that root.
+    """
+    weights -= weights.clamp(-by, by)
 
 
 @contextlib.contextmanager

@@ -27,9 +27,12 @@ from scvi_core.report.manifest import manifest, public_config, software_versions
 from scvi_core.report.sentences import kept_epoch, model_card, snippets, training_decisions, verdicts
 from scvi_core.report.viewer import CELL_COLUMNS, MISSING, continuous, label_table, levels, viewer_data
 
-BEFORE, AFTER = ("ingest", "qc", "genes", "store"), ("embed", "cluster", "de", "report")  # steps, around training
+BEFORE = ("ingest", "qc", "genes", "store")  # steps, around training
+AFTER = ("embed", "cluster", "de", "contrast", "criticism", "report")
 TOLD = ("mitochondrial_genes", "ribosomal_genes", "haemoglobin_genes", "genes_harmonised")  # counted, yet no loss
 TABLE_MARKERS = 25  # genes a group in the page's table
+FACTOR_GENES = 10  # genes a factor and direction
+CONTRAST_GENES = 8  # the same of a contrast in a cell group
 
 
 def build_report(folder: Path, config: Config) -> None:
@@ -50,7 +53,7 @@ def build_report(folder: Path, config: Config) -> None:
     own = Decisions("report")
     viewer = viewer_data(data["cells"], config.report.labels, own)
     own.write(folder / "decisions" / "report.jsonl")
-    decisions = data["decisions"] = collect_decisions(folder, data["names"], data["model"])
+    decisions = data["decisions"] = collect_decisions(folder, data["names"], data["model"], config)
     with replacing(folder / "decisions.jsonl") as temporary:
         temporary.write_text("".join(canonical_json(d) + "\n" for d in decisions))
     numbers = _metrics(data, config)
@@ -67,7 +70,9 @@ def read_atlas(folder: Path, config: Config) -> dict[str, Any]:
     Returns
     -------
     cells, genes, de, history : data frames; model : ``model.json``; names : samples in sheet order;
-    qc : a frame a sample; decisions : a list, in the order of the flow; n_latent : an integer.
+    qc : a frame a sample; decisions : a list, in the order of the flow; n_latent : an integer;
+    factors : of a linear decoder, see :func:`factors`, else empty; contrasts : see :func:`contrasts`, empty where
+    none is asked for; criticism : see :func:`read_criticism`.
     """
 
     def need(name: str) -> Path:
@@ -87,12 +92,25 @@ def read_atlas(folder: Path, config: Config) -> dict[str, Any]:
         "genes": pd.read_parquet(need("genes.parquet")),
         "de": pd.read_parquet(need("de.parquet")).astype({"group": str}),
         "n_latent": sum(c.startswith("z_") for c in _parquet_columns(need("latent.parquet"))),
+        "factors": factors(pd.read_parquet(need("loadings.parquet")), pd.read_parquet(need("latent.parquet")))
+        if config.model.decoder == "linear"
+        else [],
         "history": pd.read_parquet(need("model/history.parquet")),
         "model": model,
         "names": names,
         "qc": {s: pd.read_parquet(need(f"samples/{s}/qc.parquet")) for s in names},
-        "decisions": collect_decisions(folder, names, model),
+        "decisions": collect_decisions(folder, names, model, config),
+        "contrasts": contrasts(pd.read_parquet(need("contrast.parquet"))) if config.contrast.tests else [],
+        "criticism": read_criticism(folder) if config.criticism.enabled else None,
     }
+
+
+def read_criticism(folder: Path) -> dict[str, Any] | None:
+    """Read the predictive checks: the summary, and the tables behind it as data frames; None where none were made."""
+    if not (folder / "criticism" / "checks.json").exists():
+        return None
+    tables = {n: pd.read_parquet(folder / f"criticism/{n}.parquet") for n in ("genes", "cells", "groups", "de")}
+    return json.loads((folder / "criticism" / "checks.json").read_text()) | tables
 
 
 def _parquet_columns(path: Path) -> list[str]:
@@ -110,8 +128,10 @@ def sample_names(folder: Path, config: Config, cells: pd.DataFrame) -> list[str]
     return [s for s in order if s in found] + [s for s in found if s not in order]
 
 
-def collect_decisions(folder: Path, names: list[str], model: dict[str, Any]) -> list[dict[str, Any]]:
+def collect_decisions(folder: Path, names: list[str], model: dict[str, Any], config: Config) -> list[dict[str, Any]]:
     """Gather the decisions of all steps in the order of the flow, samples in that of the sheet.
+
+    Steps that `config` does not ask for may have left files of an earlier build: these are passed over.
 
     Those on training are told from ``model.json``, not from the ``lookup`` and ``train`` steps' own files: these say
     whether this run trained or took a registered model, which is no part of the atlas.
@@ -121,7 +141,9 @@ def collect_decisions(folder: Path, names: list[str], model: dict[str, Any]) -> 
         paths = [folder / "decisions" / f"{step}{s}.jsonl" for step in steps for s in ("", *(f".{n}" for n in names))]
         return [d for path in paths if path.exists() for d in read_decisions(path)]
 
-    return read(BEFORE) + [dataclasses.asdict(d) for d in training_decisions(model)] + read(AFTER)
+    asked = {"contrast": bool(config.contrast.tests), "criticism": config.criticism.enabled}
+    after = tuple(step for step in AFTER if asked.get(step, True))
+    return read(BEFORE) + [dataclasses.asdict(d) for d in training_decisions(model)] + read(after)
 
 
 def metrics(folder: Path, config: Config) -> dict[str, Any]:
@@ -174,6 +196,10 @@ def _metrics(data: dict[str, Any], config: Config) -> dict[str, Any]:
             "groupby": config.de.groupby,
             "upregulated": {g: int(significant.get(g, 0)) for g in levels(de["group"])[0]},
         },
+        "criticism": {
+            c["check"]: {"value": c["value"], "verdict": c["verdict"]}
+            for c in (data["criticism"]["checks"] if data["criticism"] else [])
+        },
     }
 
 
@@ -211,6 +237,30 @@ def markers(de: pd.DataFrame, n: int) -> dict[str, pd.DataFrame]:
     return {g: up[up["group"] == g].head(n) for g in levels(de["group"])[0]}
 
 
+def factors(loadings: pd.DataFrame, latent: pd.DataFrame) -> list[dict[str, Any]]:
+    """Give each factor's name, spread over cells, genes with a loading, and the strongest of these up and down."""
+    rows = []
+    for name in (c for c in loadings if c.startswith("z_")):
+        ordered = loadings[loadings[name] != 0].sort_values([name, "gene_id"])[["gene_name", name]]
+        up, down = ordered[ordered[name] > 0][::-1], ordered[ordered[name] < 0]
+        ends = {key: end.head(FACTOR_GENES).values.tolist() for key, end in (("up", up), ("down", down))}
+        rows.append({"name": name, "spread": float(latent[name].std(ddof=0)), "n_genes": len(ordered), **ends})
+    return rows
+
+
+def contrasts(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Give a row a (contrast, cell group): replicates, genes tested, called up and down, the first of these by rank."""
+    rows = []
+    for (name, group), part in frame.groupby(["contrast", "cell_group"], sort=False):
+        called = part[part["is_de"]].sort_values("rank")
+        ends = {"up": called[called["lfc"] > 0], "down": called[called["lfc"] < 0]}
+        counts = {f"n_{key}": len(end) for key, end in ends.items()}
+        genes = {key: list(end["gene_name"].head(CONTRAST_GENES)) for key, end in ends.items()}
+        first = part.iloc[0][["n_replicates_group", "n_replicates_reference"]].to_dict()
+        rows.append({"contrast": name, "cell_group": group, "n_genes": len(part), **first, **counts, **genes})
+    return rows
+
+
 def draw(folder: Path, data: dict[str, Any], config: Config) -> dict[str, dict[str, str]]:
     """Draw every picture twice: light, as ``figures/{name}.png`` and for the page; dark, for the page. Give base64."""
     cells, out, files = data["cells"], {}, {}
@@ -234,6 +284,8 @@ def draw(folder: Path, data: dict[str, Any], config: Config) -> dict[str, dict[s
         add(f"composition_{column}", figures.composition_figure, cells, column)
     chosen = {g: list(top["gene_id"]) for g, top in markers(data["de"], config.report.n_markers).items()}
     add("markers", figures.markers_figure, data["de"], chosen)
+    if data["criticism"]:
+        add("criticism", figures.criticism_figure, data["criticism"])
     with replacing(folder / "figures") as temporary:
         temporary.mkdir()
         for name, content in files.items():
@@ -271,7 +323,7 @@ def render(
     return env.get_template("report.html.j2").render(
         config=config, m=numbers, model=data["model"], n_latent=data["n_latent"], viewer=viewer, pictures=pictures,
         verdicts=verdicts(numbers, data, config), card=model_card(data, config),
-        snippets=snippets(data["model"], config),
+        snippets=snippets(data["model"], config), criticism=data["criticism"],
         reasons=sorted({r for s in numbers["samples"].values() for r in s["reasons"]}), table_markers=TABLE_MARKERS,
         limit_text={s: ", ".join(f"{k} {' and '.join(f'{x:,.4g}' for x in v)}" for k, v in found.items())
                     for s, found in limits.items()},
@@ -281,6 +333,7 @@ def render(
         losses=[d for d in decisions if (d["n_cells"] or d["n_genes"]) and d["what"] not in TOLD],
         kept_epoch=kept_epoch(data["model"]),
         tables={c: label_table(cells, c) for c in numbers["labels"]},
+        factors=data["factors"], contrasts=data["contrasts"],
         markers=[row for frame in top.values() for row in frame.to_dict("records")],
         unmarked=[g for g, frame in top.items() if not frame["is_de"].any()],
         decisions=[{**d, "text": _text(d["value"])} for d in decisions],

@@ -23,8 +23,8 @@ from scvi_core.report.style import THEMES, colours, label, png, scale_axis, shor
 from scvi_core.report.viewer import PALETTE, levels
 
 __all__ = [
-    "composition_figure", "genes_figure", "markers_figure", "png", "qc_figure", "qc_overview", "thresholds",
-    "training_figure", "umap_figure",
+    "composition_figure", "criticism_figure", "genes_figure", "markers_figure", "png", "qc_figure", "qc_overview",
+    "thresholds", "training_figure", "umap_figure",
 ]  # fmt: skip
 METRICS = {  # column of qc.parquet: (title, logarithmic)
     "n_counts": ("counts", True),
@@ -213,6 +213,57 @@ def training_figure(history: pd.DataFrame, best_epoch: int | None = None, theme:
     bottom.set(xlabel="epoch", ylabel="KL weight", ylim=(-0.05, max(1.0, history["kl_weight"].max()) * 1.1))
     bottom.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     return fig
+
+
+@styled
+def criticism_figure(criticism: Mapping[str, Any], theme: str = "light") -> Figure:
+    """Draw what the model predicts against what was measured, a point a gene or a cell; the missed in colour.
+
+    Parameters
+    ----------
+    criticism : data frames ``genes``, ``cells`` and ``de`` of the folder ``criticism/``.
+    """
+    genes, cells, de = (criticism[name] for name in ("genes", "cells", "de"))
+    genes = genes[genes["judged"]]
+    fig = Figure(figsize=(10, 6.9), layout="constrained")
+    axes = fig.subplots(2, 3)
+    _against(axes[0, 0], genes, "zero_fraction", "zeros, share of cells, by gene", False, theme)
+    ax, t = axes[0, 1], THEMES[theme]
+    for kind, colour, size in (("observed", t["faint"], 10), ("predicted", t["main"], 3)):
+        xy = genes[[f"mean_{kind}", f"variance_{kind}"]].to_numpy(float)
+        xy = xy[(xy > 0).all(1)]
+        ax.scatter(*xy.T, s=size, c=colour, alpha=0.7, lw=0)
+    for axis in (ax.xaxis, ax.yaxis):
+        scale_axis(axis, True)
+    box = ax.get_xlim(), ax.get_ylim()
+    ax.plot(box[0], box[0], color=t["soft"], lw=0.9, ls=(0, (4, 2)))
+    ax.set(xlim=box[0], ylim=box[1], xlabel="mean", ylabel="variance", title="mean and variance by gene")
+    dots = [Line2D([], [], marker="o", ls="", ms=5, mew=0, color=c) for c in (t["faint"], t["main"])]
+    dots.append(Line2D([], [], color=t["soft"], lw=0.9, ls=(0, (4, 2))))
+    ax.legend(dots, ["measured", "predicted", "variance = mean"], loc="upper left", handletextpad=0.4)
+    _against(axes[0, 2], genes, "cv", "coefficient of variation by gene", True, theme)
+    _against(axes[1, 0], cells, "total", "total counts by cell", True, theme)
+    _against(axes[1, 1], cells, "cv", "coefficient of variation by cell", True, theme)
+    pairs = pd.DataFrame({"x_observed": de["lfc_observed"], "x_predicted": de["lfc_predicted"], "x_missed": False})
+    _against(axes[1, 2], pairs, "x", "log\u2082 fold change, group and gene", False, theme)
+    dots = [Line2D([], [], marker="o", ls="", ms=5, mew=0, color=c) for c in (t["main"], PALETTE[4])]
+    fig.legend(dots, ["as the model predicts", "missed"], loc="outside upper left", ncols=2, handletextpad=0)
+    return fig
+
+
+def _against(ax: Axes, table: pd.DataFrame, name: str, title: str, logarithmic: bool, theme: str) -> None:
+    """Scatter predicted over observed, with the diagonal on which they are equal."""
+    t, missed = THEMES[theme], table[f"{name}_missed"].to_numpy(bool)
+    xy = table[[f"{name}_observed", f"{name}_predicted"]].to_numpy(float)
+    shown = np.isfinite(xy).all(1) & ((xy > 0).all(1) | (not logarithmic))
+    for mask, colour in ((shown & ~missed, t["main"]), (shown & missed, PALETTE[4])):
+        ax.scatter(*xy[mask].T, s=5, c=colour, alpha=float(np.clip(2000 / max(shown.sum(), 1), 0.1, 0.6)), lw=0)
+    for axis in (ax.xaxis, ax.yaxis):
+        scale_axis(axis, logarithmic)
+    low, high = min(ax.get_xlim()[0], ax.get_ylim()[0]), max(ax.get_xlim()[1], ax.get_ylim()[1])
+    ax.plot([low, high], [low, high], color=t["soft"], lw=0.9)
+    ax.set(xlim=(low, high), ylim=(low, high), xlabel="measured", ylabel="predicted", title=title)
+    ax.set_aspect("equal", "box")
 
 
 @styled

@@ -12,7 +12,7 @@ from scvi_core.files import UserError, sha256_file, sha256_text
 
 PACKAGES = (
     "scvi-core anndata duckdb h5py igraph leidenalg matplotlib mlflow numpy openTSNE pandas pyarrow "
-    "safetensors scanpy scikit-learn scikit-misc scipy torch umap-learn zarr"
+    "pydeseq2 safetensors scanpy scikit-learn scikit-misc scipy torch umap-learn zarr"
 )
 
 
@@ -43,6 +43,12 @@ def manifest(folder: Path, config: Config, names: list[str]) -> dict[str, Any]:
     paths = [f"samples/{s}/{file}" for s in names for file in ("counts.h5ad", "qc.parquet")]
     paths += ["cells.parquet", "genes.parquet", "counts.zarr", "latent.parquet", "de.parquet", "metrics.json"]
     paths += ["model/model.safetensors", "model/model.json", "model/history.parquet", "decisions.jsonl", "report.html"]
+    if config.model.decoder == "linear":
+        paths.append("loadings.parquet")
+    if config.contrast.tests:
+        paths += ["contrast.parquet", "pseudobulk.parquet"]
+    if config.criticism.enabled:
+        paths += sorted(f"criticism/{path.name}" for path in folder.glob("criticism/*"))
     files: dict[str, dict[str, Any]] = {}
     for name in paths:
         path = folder / name

@@ -43,6 +43,7 @@ def verdicts(numbers: dict[str, Any], data: dict[str, Any], config: Config) -> l
         if a["ari"] is not None:
             text = f"Clusters and the labels {column} agree with an adjusted Rand index of {a['ari']:.2f}"
             out.append(("good", f"{text} (1: identical, 0: as by chance)."))
+    out += _criticism(data["criticism"])
     counts = numbers["de"]["upregulated"]
     few = [g for g, n in counts.items() if n < 3]
     text = f"{sum(counts.values()):,} significant markers over {len(counts)} groups of {config.de.groupby}."
@@ -52,6 +53,19 @@ def verdicts(numbers: dict[str, Any], data: dict[str, Any], config: Config) -> l
             ("look", f"Fewer than three markers for group {', '.join(few[:12])}: perhaps not a group of its own.")
         )
     return out
+
+
+def _criticism(criticism: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if criticism is None:
+        return []
+    checks = criticism["checks"]
+    good = sum(c["verdict"] == "good" for c in checks)
+    text = f"The counts that the model makes are like those measured in {good} of {len(checks)} checks."
+    weak = [c["title"].lower() for c in checks if c["verdict"] == "look"]
+    if weak:
+        text += f" Less so: {'; '.join(weak)}."
+    poor = [("look", f"{c['title']}: {c['sentence']}") for c in checks if c["verdict"] == "poor"]
+    return [("look" if poor else "good", text), *poor]
 
 
 def model_card(data: dict[str, Any], config: Config) -> list[tuple[str, str]]:
@@ -75,6 +89,7 @@ def model_card(data: dict[str, Any], config: Config) -> list[tuple[str, str]]:
         ("Library size", library),
         ("Covariates", listed(covariates) or "none besides the batch"),
         ("Networks", f"{c.get('n_latent')} latent dimensions, {c.get('n_layers')} x {c.get('n_hidden')} hidden units"),
+        ("Decoder", f"linear, loadings_l1 {c['loadings_l1']:g}" if c.get("decoder") == "linear" else "a network"),
         ("Parameters", f"{t['n_parameters']:,}" if "n_parameters" in t else "see model.json"),
         (
             "Held-out ELBO",

@@ -62,7 +62,7 @@ def test_names_that_checks_call(fitted):
     frame = model.normalized_expression(adata)
     assert list(frame.columns) == list(adata.var_names) and list(frame.index) == list(adata.obs_names)
     np.testing.assert_allclose(frame.sum(axis=1), 1e4, rtol=1e-5)
-    assert list(model.differential_expression(adata, groupby="kind").columns) == sv.posterior.DE_COLUMNS
+    assert list(model.differential_expression(adata, groupby="kind").columns) == sv.de.DE_COLUMNS
     for ask, match in (
         (lambda: model.normalized_expression(adata, ["nope"]), "'nope' is not one of the model's 25 genes"),
         (lambda: model.normalized_expression(adata, transform_batch="b7"), "'b7' is not one of b0, b1"),

@@ -3,12 +3,27 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from _data import brief, cells
+from _samples import stored
+from scipy.stats import norm
 
+import scvi_core as sv
+from scvi_core import de, stream
 from scvi_core.config import DeConfig, ModelConfig
 from scvi_core.counts import Schema, pack
-from scvi_core.de import DE_COLUMNS, called_at_fdr, differential_expression
-from scvi_core.files import UserError
+from scvi_core.de import (
+    DE_COLUMNS,
+    _effective,
+    _shares,
+    _weights,
+    called_at_fdr,
+    differential_expression,
+    estimate_delta,
+    weakest,
+)
+from scvi_core.files import Decisions, UserError
 from scvi_core.model import build
+from scvi_core.preprocess.store import read_store
 
 ARCHITECTURE = """
 group reference gene_id gene_name lfc_mean lfc_median lfc_std lfc_ci_low
@@ -118,8 +133,8 @@ def test_batches_are_averaged_out():
     model, counts, adata, _ = known(batch_effect=2.0)
     skewed = pd.Series(np.where(counts.batch_n.numpy() == 1, "x", "y"), adata.obs_names, name="kind")
     adata.obs["kind"] = skewed
-    corrected = table(model, counts, adata, batch_correction=True)
-    plain = table(model, counts, adata, batch_correction=False)
+    corrected = table(model, counts, adata, batches="all")
+    plain = table(model, counts, adata, batches="own")
     late = [f"G{i}" for i in range(30, 40)]
     assert not corrected[corrected["gene_id"].isin(late)]["is_de"].any()
     assert plain[plain["gene_id"].isin(late)]["is_de"].all()
@@ -179,3 +194,205 @@ def test_called_at_fdr_by_brute_force():
                 assert proba[called].min() >= proba[~called].max()
             earlier = best
     assert not called_at_fdr(np.zeros(5), 0.05).any() and called_at_fdr(np.ones(5), 0.05).all()
+
+
+# ---- what may be asked besides
+
+
+def test_pairs_of_groups():
+    model, counts, adata, rho = known()
+    found = table(model, counts, adata, reference="pairs")
+    assert found[["group", "reference"]].drop_duplicates().to_numpy().tolist() == [
+        ["high", "low"], ["high", "none"], ["low", "none"]
+    ]  # fmt: skip
+    c = 0.01 / float(counts.library_n.median())
+    for (a, b), part in found.groupby(["group", "reference"]):
+        part = part.set_index("gene_id").loc[list(adata.var_names)]
+        assert sorted(part["rank"]) == list(range(1, N_GENES + 1))
+        np.testing.assert_allclose(part["lfc_mean"], np.log2(rho.loc[a] + c) - np.log2(rho.loc[b] + c), atol=0.05)
+        np.testing.assert_allclose(part["scale_reference"], rho.loc[b], rtol=0.02)
+        there = (adata.obs["kind"] == b).to_numpy()
+        np.testing.assert_allclose(part["raw_mean_reference"], adata.X[there].mean(0), rtol=1e-5)
+        np.testing.assert_allclose(part["nonzero_reference"], (adata.X[there] > 0).mean(0), rtol=1e-5)
+
+
+def test_weakest_of_all_pairs():
+    model, counts, adata, rho = known()
+    pairs = table(model, counts, adata, reference="pairs")
+    least = weakest(pairs)
+    assert list(least.columns) == DE_COLUMNS and len(least) == 3 * N_GENES
+    c = 0.01 / float(counts.library_n.median())
+    for group, part in least.groupby("group"):
+        assert part["rank"].tolist() == list(range(1, N_GENES + 1))
+        part = part.set_index("gene_id").loc[list(adata.var_names)]
+        log = np.log2(rho + c)
+        expected = (log.loc[group] - log.drop(index=group)).min()
+        np.testing.assert_allclose(part["lfc_median"], expected, atol=0.05)
+        np.testing.assert_allclose(part["scale_group"], rho.loc[group], rtol=0.02)
+        assert (part["lfc_ci_low"] <= part["lfc_ci_high"]).all() and (part["reference"] != group).all()
+        mine = (adata.obs["kind"] == group).to_numpy()
+        np.testing.assert_allclose(part["raw_mean_group"], adata.X[mine].mean(0), rtol=1e-5)
+
+
+def test_vanilla_is_the_papers_bayes_factor():
+    model, counts, adata, _ = known(spread=0.0)
+    found = table(model, counts, adata, mode="vanilla", reference="pairs")
+    np.testing.assert_allclose(
+        found["bayes_factor"], np.log((found["proba_de"] + 1e-8) / (1 - found["proba_de"] + 1e-8)), rtol=1e-9
+    )
+    # z of a cell is normal about log1p of its gene 0, with variance 1: P(rho_a > rho_b) of a gene that rises with z
+    one = found[(found["group"] == "high") & (found["reference"] == "none")].set_index("gene_id").loc["G1"]
+    assert abs(one["proba_de"] - norm.cdf(np.log(8) / np.sqrt(2))) < 0.02
+
+
+def test_within_batches():
+    """Groups made of different batches in part: what differs by batch alone shows in `own`, and not within batches."""
+    model, counts, adata, _ = known(batch_effect=2.0)
+    batch_n = counts.batch_n.numpy()
+    kinds = np.where(batch_n == 1, "x", "y").astype(object)
+    kinds[np.flatnonzero(batch_n == 0)[:10]] = "x"  # x: 75 cells of q and 10 of p; y: p alone
+    adata.obs["kind"] = kinds
+    late = [f"G{i}" for i in range(30, 40)]
+    made = Decisions("de")
+    config = DeConfig(n_samples=2000, batches="within")
+    ids = list(adata.var_names)
+    within = differential_expression(model, counts, adata.obs["kind"], ids, ids, config, 0, made)
+    assert not within[within["gene_id"].isin(late)]["is_de"].any()
+    told = {d.what: d for d in made}
+    assert told["batches compared within"].value == ["x against rest: 1", "y against rest: 1"]
+    own = table(model, counts, adata, batches="own")
+    lfc = {
+        name: t[t["gene_id"].isin(late) & (t["group"] == "x")]["lfc_mean"] for name, t in (("in", within), ("own", own))
+    }
+    assert lfc["own"].min() > 0.8 and lfc["in"].abs().max() < 0.5
+    made = Decisions("de")
+    differential_expression(model, counts, adata.obs["kind"], ids, ids, DeConfig(n_samples=500), 0, made)
+    assert {d.what: d.value for d in made}["groups absent from batches"] == {"y": 1}
+    adata.obs["kind"] = np.where(batch_n == 1, "x", "y")
+    with pytest.raises(UserError, match="no batch has 5 cells of two groups"):
+        table(model, counts, adata, batches="within")
+    with pytest.raises(UserError, match="no group has 75 cells in any one batch"):
+        adata.obs["kind"] = np.repeat(["x", "y"], 75)  # half of each in either batch
+        table(model, counts, adata, batches="within", min_cells=75, n_samples=100)
+
+
+def test_means_against_a_bootstrap():
+    """The estimate is the model's; its spread that of the counts' means over resampled cells, or over batches."""
+    model, counts, adata, rho = known()
+    c = 0.01 / float(counts.library_n.median())
+    share = adata.X / adata.X.sum(1, keepdims=True)
+    rng, kinds, batch = np.random.default_rng(0), adata.obs["kind"].to_numpy(), adata.obs["batch"].to_numpy()
+
+    def means(kind, rows):
+        mine = np.flatnonzero((kinds == kind) & rows)
+        return share[mine[rng.integers(0, len(mine), (2000, len(mine)))]].mean(1)
+
+    every = np.ones(150, bool)
+    boot = np.log2(means("high", every) + c) - np.log2(means("none", every) + c)
+    lfc_bg = np.array(
+        [np.log2(share[(kinds == "high") & (batch == b)].mean(0) + c)
+         - np.log2(share[(kinds == "none") & (batch == b)].mean(0) + c) for b in ("p", "q")]
+    )  # fmt: skip
+    expected = np.maximum(boot.std(0), np.abs(lfc_bg[0] - lfc_bg[1]) / 2)
+    found = table(model, counts, adata, compare="means", reference="pairs", balance=False)
+    one = found[(found["group"] == "high") & (found["reference"] == "none")].set_index("gene_id").loc[adata.var_names]
+    np.testing.assert_allclose(one["lfc_mean"], np.log2(rho.loc["high"] + c) - np.log2(rho.loc["none"] + c), atol=0.1)
+    inside = np.arange(N_GENES) > 0  # gene 0 tells the groups: none has no spread there
+    np.testing.assert_allclose(one["lfc_std"][inside], expected[inside], rtol=0.1)
+    above = norm.sf((0.25 - one["lfc_mean"]) / one["lfc_std"])
+    below = norm.cdf((-0.25 - one["lfc_mean"]) / one["lfc_std"])
+    np.testing.assert_allclose(one["proba_de"], np.maximum(above, below), rtol=1e-6)
+    np.testing.assert_allclose(one["lfc_ci_high"] - one["lfc_ci_low"], 2 * 1.959964 * one["lfc_std"], rtol=1e-5)
+
+
+def test_the_largest_batch_does_not_decide():
+    n_b = np.array([5000, 100, 20, 0])
+    batch_n = np.repeat([0, 1, 2], n_b[:3])
+    weight_n = _weights(batch_n, n_b)
+    shares = np.bincount(batch_n, weight_n)
+    np.testing.assert_allclose(shares, np.array([100, 100, 20]) / 220)
+    # the rest of a group: 900 : 100 in the first batch, 10 : 90 in the second, which count alike
+    n_kb = np.array([[900, 10], [100, 90]])
+    np.testing.assert_allclose(_shares(n_kb, DeConfig(), 2)[:, 0], [(0.9 + 0.1) / 2, (0.1 + 0.9) / 2])
+    np.testing.assert_allclose(_shares(n_kb, DeConfig(balance=False), 1)[:, 0], [910 / 1100, 190 / 1100])
+    # cells of equal weight that tell as much: all of them where weights are equal
+    np.testing.assert_allclose(_effective(np.array([[50, 60]]), DeConfig()), [110])
+    np.testing.assert_allclose(
+        _effective(n_b[None, :3], DeConfig()), [1 / (weight_n**2).sum()], rtol=1e-12
+    )  # Kish's effective sample size
+
+
+def test_delta_by_estimate():
+    rng = np.random.default_rng(0)
+    lfc = np.concatenate([rng.normal(0, 0.1, 800), rng.normal(2, 0.3, 100), rng.normal(-2, 0.3, 100)])
+    assert 0.2 < estimate_delta(lfc) < 1.2
+    assert estimate_delta(np.zeros(100)) == 0.1 == estimate_delta(np.ones(3))
+    model, counts, adata, _ = known()
+    made = Decisions("de")
+    ids = list(adata.var_names)
+    found = differential_expression(model, counts, adata.obs["kind"], ids, ids, DeConfig(delta="auto"), 0, made)
+    told = next(d for d in made if d.what == "delta").value
+    assert set(told) == {"high against rest", "low against rest", "none against rest"} and min(told.values()) >= 0.1
+    high = found[found["group"] == "high"].set_index("gene_id")
+    assert high.loc[["G1", "G6"], "is_de"].all()
+
+
+@pytest.mark.parametrize("compare", ["cells", "means"])
+@pytest.mark.parametrize("batches", ["all", "within", "own"])
+def test_blocks_of_genes_do_not_matter(monkeypatch, compare, batches):
+    model, counts, adata, _ = known(spread=-1.0)
+    whole = table(model, counts, adata, compare=compare, batches=batches, n_samples=400)
+    monkeypatch.setattr(de, "TILE", 3 * 1200)  # three genes at a time
+    some = table(model, counts, adata, compare=compare, batches=batches, n_samples=400)
+    pd.testing.assert_frame_equal(whole, some, rtol=1e-5, atol=1e-6)
+
+
+def test_covariates_and_a_linear_head_are_carried_along():
+    """A fitted model with covariates and dispersion by batch answers; columns are whole."""
+    adata = cells(n=80)
+    config = ModelConfig(categorical_covariates=("day",), continuous_covariates=("age",), dispersion="gene-batch")
+    model = sv.fit(adata, "batch", model=config, train=brief(max_epochs=1), device="cpu", progress=False)
+    found = model.differential_expression(adata, "kind", config=DeConfig(n_samples=200))
+    assert found.notna().all(axis=None) and len(found) == 3 * 25
+
+
+def test_any_cells_against_any():
+    adata = cells(n=80)
+    model = sv.fit(adata, "batch", train=brief(max_epochs=1), device="cpu", progress=False)
+    config = DeConfig(n_samples=200)
+    t, b = ((adata.obs["kind"] == kind).to_numpy() for kind in ("T", "B"))
+    found = model.differential_expression(adata, cells=t, reference=b, config=config)
+    assert (found["group"] == "group").all() and (found["reference"] == "reference").all() and len(found) == 25
+    x = adata.X.toarray()[:, [int(g[1:]) for g in found["gene_id"]]]
+    np.testing.assert_allclose(found["raw_mean_group"], x[t].mean(0))
+    np.testing.assert_allclose(found["raw_mean_reference"], x[b].mean(0))
+    rest = model.differential_expression(adata, cells=t, config=config)
+    np.testing.assert_allclose(sorted(rest["raw_mean_reference"]), sorted(adata.X.toarray()[~t].mean(0)))
+    for given, told in [
+        ({}, "give groupby, or a mask"),
+        ({"groupby": "kind", "cells": t}, "give groupby, or a mask"),
+        ({"cells": t[:5]}, "cells: give True or False for each of the 80 cells"),
+        ({"cells": np.arange(80)}, "cells: give True or False"),
+        ({"cells": t, "reference": t}, "cells are in both"),
+        ({"groupby": "nothing"}, "no cell column 'nothing'"),
+        ({"cells": np.zeros(80, bool)}, "1 groups of 'cells and reference' have 5 cells or more"),
+    ]:
+        with pytest.raises(UserError, match=told):
+            model.differential_expression(adata, **given)
+
+
+def test_streamed_counts_give_the_same(tmp_path, monkeypatch):
+    """With room for so few blocks that no minibatch fits at once."""
+    path = stored(tmp_path, cells(n=300, g=25))
+    there = read_store(path, counts=False)
+    schema, ids = Schema.of(there, "batch"), list(there.var_names)
+    model = build(ModelConfig(), 25, 2, 0, 0).eval()
+    monkeypatch.setattr(stream, "BLOCK", 200)
+    whole = stream.open_counts(path, there, schema, 8.0)
+    part = stream.open_counts(path, there, schema, 2000e-9)
+    assert isinstance(part, stream.Stream)
+    groups = pd.Series(np.random.default_rng(0).choice(["x", "y", "z"], 300), name="kind")
+    found, same = (
+        differential_expression(model, c, groups, ids, ids, DeConfig(n_samples=300), 0) for c in (part, whole)
+    )
+    assert found.equals(same)

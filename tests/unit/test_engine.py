@@ -14,7 +14,8 @@ LIKELIHOODS = ("zinb", "nb", "poisson")
 DISPERSIONS = ("gene", "gene-batch", "gene-cell")
 LIBRARIES = ("observed", "latent")
 EVERY = list(itertools.product(LIKELIHOODS, DISPERSIONS, LIBRARIES))
-MORE = list(itertools.product((1, 2), (0.0, 0.3)))  # layers, dropout
+MORE = [{"n_layers": n, "dropout": dropout} for n, dropout in itertools.product((1, 2), (0.0, 0.3))]
+MORE.append({"n_layers": 2, "dropout": 0.3, "decoder": "linear"})
 
 
 @pytest.fixture(autouse=True)
@@ -74,18 +75,16 @@ def compare(ours, theirs, near):
 
 @pytest.mark.parametrize(("likelihood", "dispersion", "library"), EVERY)
 def test_gradients_are_autograds(likelihood, dispersion, library):
-    for n_layers, dropout in MORE:
-        how = {"likelihood": likelihood, "dispersion": dispersion, "library": library}
-        how |= {"n_layers": n_layers, "dropout": dropout}
+    for more in MORE:
+        how = {"likelihood": likelihood, "dispersion": dispersion, "library": library, **more}
         compare(step(engine.gradients, **how), step(autograd_gradients, **how), 1e-5)
 
 
 @pytest.mark.parametrize(("likelihood", "dispersion", "library"), EVERY)
 def test_gradients_are_autograds_with_half_heads(likelihood, dispersion, library):
     """Both round the same products to bfloat16, 8 bits; what differs by rounding in float32 may round the other way."""
-    for n_layers, dropout in MORE:
-        how = {"likelihood": likelihood, "dispersion": dispersion, "library": library, "half": True}
-        how |= {"n_layers": n_layers, "dropout": dropout}
+    for more in MORE:
+        how = {"likelihood": likelihood, "dispersion": dispersion, "library": library, "half": True, **more}
         ours, theirs = step(engine.gradients, **how), step(autograd_gradients, **how)
         torch.testing.assert_close(ours[0], theirs[0], rtol=1e-3, atol=0)
         compare((theirs[0], *ours[1:]), theirs, 2**-7)
@@ -95,6 +94,7 @@ def test_gradients_are_autograds_with_half_heads(likelihood, dispersion, library
     "how",
     [
         {"batch_key": None, "covariates": False, "library": "latent"},  # the decoder sees z alone
+        {"batch_key": None, "covariates": False, "decoder": "linear"},
         {"n": 2, "covariates": False},
         {"n": 130, "n_hidden": 128, "n_genes": 300, "n_latent": 10},
         {"n_hidden": 1, "n_latent": 1, "n_genes": 2},
@@ -133,6 +133,7 @@ class Given:
         {"likelihood": "nb", "dispersion": "gene-batch"},
         {"likelihood": "nb", "dispersion": "gene-cell", "library": "latent"},
         {"likelihood": "poisson"},
+        {"decoder": "linear"},
     ],
 )
 def test_gradients_are_finite_differences(how):
@@ -253,6 +254,7 @@ def fit(monkeypatch=None, **how):
         {"library": "latent"},
         {"n_layers": 2, "dispersion": "gene-batch", "likelihood": "nb"},
         {"dispersion": "gene-cell"},
+        {"decoder": "linear", "loadings_l1": 0.2},
     ],
 )
 def test_a_fit_by_hand_and_by_autograd_agree(monkeypatch, how):

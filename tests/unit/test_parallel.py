@@ -105,6 +105,7 @@ SETTINGS = [
     {"library": "latent", "likelihood": "nb", "dispersion": "gene-batch"},
     {"likelihood": "poisson", "n_layers": 2},
     {"dispersion": "gene-cell", "half": True},
+    {"decoder": "linear"},
 ]
 
 
@@ -184,6 +185,7 @@ STALLING = {"max_epochs": 80, "patience": 3, "learning_rate": 0.05, "kl_warmup":
 FITS = [
     {"how": {"n_layers": 2}},
     {"how": {"library": "latent"}},
+    {"how": {"decoder": "linear", "loadings_l1": 0.3}},
     {"held": np.arange(1)},  # one cell for two processes to validate on
     {"gradient_clip": 1.0, "schedule": "cosine"},
     STALLING,

@@ -257,6 +257,32 @@ def test_manifest_lists_every_file_with_its_digest(atlas):
     assert "model_ref.json" not in files and "model/model.safetensors" in files and "samples/d3-x/qc.parquet" in files
 
 
+def test_factors_of_a_linear_decoder(atlas, tmp_path):
+    folder, config = tmp_path / "test", atlas[1]
+    write_atlas(folder)
+    model = json.loads((folder / "model/model.json").read_text())
+    loadings = pd.DataFrame({"gene_id": model["gene_ids"], "gene_name": model["gene_names"]})
+    for k in range(4):
+        loadings[f"z_{k}"] = np.where(np.arange(60) < 3 * k, 1.25 - np.arange(60), 0).astype("float32")
+    write_parquet(folder / "loadings.parquet", loadings)
+    settings = config.model_dump(mode="json")
+    settings["model"] |= {"decoder": "linear", "loadings_l1": 0.3}
+    report.build_report(folder, load_config(settings))
+    text = (folder / "report.html").read_text()
+    section = text[text.index('<section id="factors">') :].split("</section>")[0]
+    rows = [re.sub(r"<[^>]+>", "|", row).split("|") for row in section.split("<tr>")[2:]]
+    rows = [[cell for cell in row if cell.strip()] for row in rows]
+    assert [row[0] for row in rows] == ["z_0", "z_1", "z_2", "z_3"] and [row[2] for row in rows] == list("0369")
+    assert rows[0][3:5] == ["-", "-"]
+    assert rows[1][3:] == ["GENE0 ", "+1.25", ", GENE2 ", "+0.25", "GENE4 ", "-0.75"]
+    assert rows[3][7:9] == ["GENE16 ", "-6.75"]  # the strongest first
+    assert '<a href="#factors">' in text and "factors" not in (atlas[0] / "report.html").read_text()
+    assert "loadings.parquet" in json.loads((folder / "manifest.json").read_text())["files"]
+    (folder / "loadings.parquet").unlink()
+    with pytest.raises(UserError, match=r"loadings\.parquet: missing"):
+        report.build_report(folder, load_config(settings))
+
+
 def test_bad_input_is_one_line(atlas, tmp_path):
     folder, config = atlas
     wrong = load_config(config.model_dump(mode="json") | {"report": {"labels": ["celltype"]}})

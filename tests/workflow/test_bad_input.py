@@ -345,6 +345,7 @@ def test_design(steps):
     look = ["lookup", "--store", "counts.zarr", "--out", "found"]
     before = tree(steps.folder)
     refused(steps(*look, model__dispersion="gene-batch"), "gene-batch", "two batches")
+    refused(steps(*look, model__loadings_l1=0.3), "model.loadings_l1", "0.3", "model.decoder: linear")
     refused(steps(*look, model__categorical_covariates=["batch"]), "'batch'", "one level")
     refused(steps(*look, model__categorical_covariates=["site"]), "'site'", "no column")
     refused(steps(*look, model__continuous_covariates=["donor"]), "'donor'", "not numbers")

@@ -135,6 +135,8 @@ def test_manifest_is_true(atlas):
     named = {"cells.parquet", "genes.parquet", "latent.parquet", "de.parquet", "counts.zarr", "model/model.safetensors"}
     named |= {"model/model.json", "model/history.parquet", "metrics.json", "decisions.jsonl", "report.html"}
     named |= {f"samples/{s}/{file}" for s in "abc" for file in ("counts.h5ad", "qc.parquet")}
+    named |= {f"criticism/{file}" for file in ("cells.parquet", "checks.json", "de.parquet", "genes.parquet")}
+    named |= {"criticism/groups.parquet"}
     assert set(manifest["files"]) == named
     for name, entry in manifest["files"].items():
         path = atlas / name
@@ -196,6 +198,7 @@ def test_a_second_run_does_nothing(built):
         ({"registry__name": "other"}, ["register", "report"]),
         ({"cluster__resolutions": [0.5, 1.0]}, LATE),
         ({"model__n_latent": 4}, FROM_LOOKUP),
+        ({"model__decoder": "linear"}, [*FROM_LOOKUP, "loadings"]),
         ({"model__reuse": "never"}, FROM_LOOKUP),
         ({"genes__n_top": 90}, FROM_GENES),
         ({"input__genes": "union"}, FROM_GENES),

@@ -7,7 +7,7 @@ import pytest
 from _project import BIN, ROOT, cli, environment, here, make, snakemake
 
 COMMANDS = ["validate", "ingest", "qc", "genes", "store", "lookup", "train", "embed", "cluster", "de", "register"]
-COMMANDS += ["report", "map"]
+COMMANDS += ["expression", "loadings", "contrast", "criticism", "report", "map"]
 MODELS = ["list", "show", "promote"]
 
 

@@ -21,6 +21,26 @@ rule embed:
         " 2> {log:q}"
 
 
+# asked for where the decoder is linear: a network has no loadings
+rule loadings:
+    input:
+        rules.train.output.weights,
+    output:
+        update(f"{ATLAS}/loadings.parquet"),
+    log:
+        f"{ATLAS}/logs/loadings.log",
+    benchmark:
+        f"{ATLAS}/benchmarks/loadings.tsv"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=10,
+    params:
+        model=subpath(input[0], parent=True),
+    shell:
+        "scvi-core loadings --model {params.model:q} --out {output:q} 2> {log:q}"
+
+
 rule cluster:
     input:
         store=rules.store.output.store,

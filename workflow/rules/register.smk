@@ -16,7 +16,10 @@ rule register:
     params:
         folder=subpath(output[0], parent=True),
         config=part(
-            *(set(type(CONFIG).model_fields) - {"samples", "cluster", "de", "report"})
+            *(
+                set(type(CONFIG).model_fields)
+                - {"samples", "cluster", "contrast", "criticism", "de", "report"}
+            )
         ),
     shell:
         "scvi-core register {params.folder:q} --config {params.config:q} --out {output:q} 2> {log:q}"

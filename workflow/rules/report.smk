@@ -5,8 +5,15 @@ rule report:
         store=rules.store.output.store,
         model=rules.train.output.weights,
         latent=rules.embed.output,
+        loadings=rules.loadings.output if CONFIG.model.decoder == "linear" else [],
         cells=rules.cluster.output.cells,
         de=rules.de.output.de,
+        contrast=(
+            [rules.contrast.output.contrast, rules.contrast.output.pseudobulk]
+            if CONFIG.contrast.tests
+            else []
+        ),
+        criticism=rules.criticism.output if CONFIG.criticism.enabled else [],
         reference=rules.register.output,
     output:
         page=report(
