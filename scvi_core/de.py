@@ -15,12 +15,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
 import torch
 
+from scvi_core import native
 from scvi_core.config import DeConfig
 from scvi_core.counts import Counts
 from scvi_core.files import Decisions, UserError
@@ -236,7 +236,9 @@ def _draw(
         if config.batches == "all":
             batch_m = torch.from_numpy(under[at.cpu().numpy() // size]).to(batch_m.device)
         hidden.append(model.hidden(z_mk, batch_m, covariates_uc[place]))
-        log_total.append(torch.logsumexp(model.rho(hidden[-1]), 1))
+        logit_mg = model.rho(hidden[-1])
+        top_m1 = logit_mg.amax(1, keepdim=True)
+        log_total.append(top_m1[:, 0] + logit_mg.sub_(top_m1).exp_().sum(1).log())  # in place: sooner than logsumexp
     return Pool(torch.cat(hidden), torch.cat(log_total), start_kb, size)
 
 
@@ -256,7 +258,7 @@ class Comparison:
     group, reference : names. a : the group. b : the groups that make up the reference.
     lanes : those that have both sides.
     share_kb : (groups, lanes of the pool) what each group adds to the reference; sums to one in each of `lanes`.
-    a_m, b_m : (pairs,) samples of the pool that are paired; a slice where they follow each other.
+    a_m, b_m : (pairs,) int32 samples of the pool that are paired.
     """
 
     group: str
@@ -265,7 +267,7 @@ class Comparison:
     b: list[int]
     lanes: np.ndarray
     share_kb: np.ndarray
-    a_m: torch.Tensor | slice
+    a_m: torch.Tensor
     b_m: torch.Tensor
 
 
@@ -292,10 +294,8 @@ def _comparisons(
         share_kb[:, lanes] /= share_kb[:, lanes].sum(0)
         a_m = np.concatenate([pool.start_kb[a, lane] + np.arange(pool.size) for lane in lanes])
         b_m = np.concatenate([_mixture(pool, lane, share_kb[:, lane], rng) for lane in lanes])
-        follows = a_m[-1] - a_m[0] == len(a_m) - 1
-        device = pool.hidden_mh.device
-        a_m = slice(a_m[0], a_m[-1] + 1) if follows else torch.from_numpy(a_m).to(device)
-        found.append(Comparison(group, reference, a, b, lanes, share_kb, a_m, torch.from_numpy(b_m).to(device)))
+        pairs = (torch.from_numpy(m.astype(np.int32)).to(pool.hidden_mh.device) for m in (a_m, b_m))
+        found.append(Comparison(group, reference, a, b, lanes, share_kb, *pairs))
     if apart:
         made.add("comparisons left out", apart, f"no batch has {config.min_cells} cells of both sides (de.batches)")
     if partly:
@@ -346,23 +346,18 @@ def _compare(
     n_genes = model.rho.out_features
     columns = {key: np.empty((len(comparisons), n_genes)) for key in (*names, "scale_group", "scale_reference")}
     delta_i = _deltas(pool, model, comparisons, config, c, made)
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        for at, rho_gm in _decoded(pool, model):
-            mean_gkb = _by_group(rho_gm, pool)
-            log_gm = rho_gm.add_(c).log2_()
-            for i, one in enumerate(comparisons):
-                scale_gb = mean_gkb[:, one.a][:, one.lanes]
-                reference_gb = (mean_gkb * one.share_kb)[:, :, one.lanes].sum(1)
-                columns["scale_group"][i, at] = scale_gb.mean(1)
-                columns["scale_reference"][i, at] = reference_gb.mean(1)
-                if config.compare == "means":
-                    found = _of_means(one, mean_gkb, shares.of(at), n_kb, config, c, delta_i[i])
-                else:
-                    b_gm = log_gm.index_select(1, one.b_m)
-                    lfc_gm = torch.sub(log_gm[:, one.a_m], b_gm, out=b_gm)
-                    found = _of_pairs(lfc_gm, delta_i[i], threads)
-                for key, value in zip(names, found, strict=True):
-                    columns[key][i, at] = value
+    for at, rho_gm in _decoded(pool, model):
+        mean_gkb = _by_group(rho_gm, pool)
+        log_gm = rho_gm.add_(c).log2_()
+        for i, one in enumerate(comparisons):
+            columns["scale_group"][i, at] = mean_gkb[:, one.a][:, one.lanes].mean(1)
+            columns["scale_reference"][i, at] = (mean_gkb * one.share_kb)[:, :, one.lanes].sum(1).mean(1)
+            if config.compare == "means":
+                found = _of_means(one, mean_gkb, shares.of(at), n_kb, config, c, delta_i[i])
+            else:
+                found = _of_pairs(log_gm, one, delta_i[i])
+            for key, value in zip(names, found, strict=True):
+                columns[key][i, at] = value
     return columns
 
 
@@ -382,21 +377,19 @@ def _by_group(value_gm: torch.Tensor, pool: Pool) -> np.ndarray:
     return out
 
 
-def _of_pairs(lfc_gm: torch.Tensor, delta: float, threads: ThreadPoolExecutor) -> tuple[np.ndarray, ...]:
+def _of_pairs(log_gm: torch.Tensor, one: Comparison, delta: float) -> tuple[np.ndarray, ...]:
     """Mean, median, deviation, credible interval and probability of change of LFC over pairs, each (genes,)."""
-    n_pairs = lfc_gm.shape[1]
-    mean_g = lfc_gm.mean(1)
-    deviation_g = (lfc_gm - mean_g[:, None]).square_().sum(1).div_(n_pairs - 1).sqrt_()
-    above_g, below_g = (lfc_gm > delta).sum(1), (lfc_gm < -delta).sum(1)
-    proba_g = torch.maximum(above_g, below_g).double() / n_pairs
-    if lfc_gm.device.type == "cpu":  # NumPy's sort of rows is several times faster than PyTorch's
-        parts = [part.numpy() for part in lfc_gm.chunk(threads._max_workers)]
-        list(threads.map(lambda part: part.sort(1), parts))
+    n_pairs, tail = len(one.a_m), (1 - CREDIBLE) / 2
+    ranks = tuple(round(q * (n_pairs - 1)) for q in (tail, 0.5, 1 - tail))
+    if native.serves(log_gm):
+        summary_g7 = native.fold_changes(log_gm.contiguous(), one.a_m, one.b_m, delta, ranks)
     else:
-        lfc_gm = lfc_gm.sort(1).values
-    tail = (1 - CREDIBLE) / 2
-    low_g, median_g, high_g = (lfc_gm[:, round(q * (n_pairs - 1))] for q in (tail, 0.5, 1 - tail))
-    return tuple(v_g.double().cpu().numpy() for v_g in (mean_g, median_g, deviation_g, low_g, high_g, proba_g))
+        lfc_gm = log_gm.index_select(1, one.a_m) - log_gm.index_select(1, one.b_m)
+        beyond = ((lfc_gm > delta).double().mean(1), (lfc_gm < -delta).double().mean(1))
+        ordered = lfc_gm.sort(1).values[:, list(ranks)].double().unbind(1)
+        summary_g7 = torch.stack([lfc_gm.double().mean(1), lfc_gm.double().std(1), *beyond, *ordered], 1)
+    mean_g, deviation_g, above_g, below_g, low_g, median_g, high_g = summary_g7.cpu().numpy().T
+    return mean_g, median_g, deviation_g, low_g, high_g, np.maximum(above_g, below_g)
 
 
 @dataclasses.dataclass

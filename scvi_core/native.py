@@ -16,7 +16,7 @@ import torch  # before the library is opened: it takes OpenMP from PyTorch, so t
 if TYPE_CHECKING:
     from scvi_core.kernels import Nonzeros
 
-INTERFACE = 1
+INTERFACE = 2
 POINTER, INT64, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 SIGNATURES = {
     "scvi_log_likelihood": [INT, INT, *[INT64] * 2, *[POINTER] * 7, INT64, *[POINTER] * 2, FLOAT, *[POINTER] * 8],
@@ -25,6 +25,7 @@ SIGNATURES = {
     "scvi_sparse_linear": [*[INT64] * 2, *[POINTER] * 5],
     "scvi_sparse_linear_gradient": [*[INT64] * 2, *[POINTER] * 3, INT64, *[POINTER] * 2],
     "scvi_adam": [INT64, *[POINTER] * 4, *[FLOAT] * 6],
+    "scvi_fold_changes": [*[INT64] * 3, *[POINTER] * 3, FLOAT, *[POINTER] * 2],
     "scvi_gather": [INT64, *[POINTER] * 2, INT, POINTER, INT, *[POINTER] * 3],
 }
 
@@ -219,3 +220,18 @@ def adam(
         len(weights), _at(weights), _at(gradient), _at(mean), _at(square), rate, mean_rate, square_rate, eps, decay,
         square_scale,
     )  # fmt: skip
+
+
+def fold_changes(
+    log_gm: torch.Tensor, a_m: torch.Tensor, b_m: torch.Tensor, delta: float, ranks: tuple[int, int, int]
+) -> torch.Tensor:
+    """Summary over pairs of ``log_gm[:, a_m] - log_gm[:, b_m]``, (genes, 7) float64; `a_m` and `b_m` are int32.
+
+    Mean, standard deviation, shares above `delta` and below its opposite, and the values of three rising `ranks`.
+    """
+    out_g7 = torch.empty(len(log_gm), 7, dtype=torch.float64)
+    wanted = torch.tensor(ranks, dtype=torch.int64)
+    _done(library.scvi_fold_changes(
+        *log_gm.shape, len(a_m), _at(log_gm), _at(a_m), _at(b_m), delta, _at(wanted), _at(out_g7)
+    ))  # fmt: skip
+    return out_g7

@@ -21,6 +21,7 @@ import yaml
 
 from scvi_core._version import __version__
 from scvi_core.config import Config, load_samples
+from scvi_core.de import weakest
 from scvi_core.files import Decisions, UserError, canonical_json, read_decisions, replacing, write_json
 from scvi_core.report import figures
 from scvi_core.report.manifest import manifest, public_config, software_versions
@@ -87,10 +88,11 @@ def read_atlas(folder: Path, config: Config) -> dict[str, Any]:
             have = ", ".join(c for c in cells if c not in ("cell_id", *CELL_COLUMNS))
             raise UserError(f"config report.labels: no column '{column}' in cells.parquet; there are {have}")
     model = json.loads(need("model/model.json").read_text())
+    de = pd.read_parquet(need("de.parquet")).astype({"group": str, "reference": str})
     return {
         "cells": cells,
         "genes": pd.read_parquet(need("genes.parquet")),
-        "de": pd.read_parquet(need("de.parquet")).astype({"group": str}),
+        "de": weakest(de) if config.de.reference == "pairs" else de,
         "n_latent": sum(c.startswith("z_") for c in _parquet_columns(need("latent.parquet"))),
         "factors": factors(pd.read_parquet(need("loadings.parquet")), pd.read_parquet(need("latent.parquet")))
         if config.model.decoder == "linear"

@@ -110,7 +110,8 @@ import scvi_core as sv
 model = sv.load("model")                     # the folder beside this page
 cells = anndata.read_zarr("counts.zarr")     # or your own: raw counts, the same genes
 z = model.latent(cells)                      # (cells, {model["model"].get("n_latent", "latent")}) float32
-rho = model.normalized_expression(cells)     # denoised, corrected for batch""",
+# denoised expression, averaged over batches
+rho = model.normalized_expression(cells, transform_batch=model.schema.batches)""",
         "registry": f"""import json
 import mlflow
 

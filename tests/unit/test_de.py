@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from _data import brief, cells
+from _data import brief, cells, choose
 from _samples import stored
 from scipy.stats import norm
 
@@ -197,6 +197,33 @@ def test_called_at_fdr_by_brute_force():
 
 
 # ---- what may be asked besides
+
+
+@pytest.mark.parametrize("how", ["compiled", "plain"])
+def test_summary_of_pairs(how, monkeypatch):
+    """Mean, spread, ranks and shares beyond delta, by NumPy; ties, a constant gene, far outliers."""
+    choose(how, monkeypatch)
+    rng = np.random.default_rng(0)
+    log_gm = rng.normal(size=(6, 900)).astype(np.float32)
+    log_gm[1] = 3.0
+    log_gm[2] = np.round(log_gm[2])
+    log_gm[3, :5] = 1e4
+    log_gm[4] *= 1e-4
+    for n_pairs in (2, 100, 2001):
+        a_m, b_m = (rng.integers(0, 900, n_pairs).astype(np.int32) for _ in range(2))
+        one = de.Comparison(
+            "a", "b", 0, [1], np.arange(1), np.ones((2, 1)), torch.from_numpy(a_m), torch.from_numpy(b_m)
+        )
+        mean, median, spread, low, high, proba = de._of_pairs(torch.from_numpy(log_gm), one, 0.25)
+        lfc = log_gm[:, a_m] - log_gm[:, b_m]
+        np.testing.assert_allclose(mean, lfc.mean(1, dtype=float), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(spread, lfc.std(1, ddof=1, dtype=float), rtol=1e-4, atol=1e-6)
+        ordered = np.sort(lfc, 1)
+        for got, q in ((low, 0.025), (median, 0.5), (high, 0.975)):
+            np.testing.assert_array_equal(got, ordered[:, round(q * (n_pairs - 1))])
+        np.testing.assert_allclose(proba, np.maximum((lfc > 0.25).mean(1), (lfc < -0.25).mean(1)))
+    log_gm[0, 0] = np.nan  # a damaged model must not crash the process
+    de._of_pairs(torch.from_numpy(log_gm), one, 0.25)
 
 
 def test_pairs_of_groups():
