@@ -600,7 +600,8 @@ def _agreements(dataset: str, seed: int, changes: dict[str, tuple[list[str], np.
         of_group = {}
         for group, x, y in zip(groups, lfc_a, lfc_b, strict=True):
             both = np.isfinite(x) & np.isfinite(y)
-            of_group[group] = float(stats.spearmanr(x[both], y[both]).statistic)
+            value = float(stats.spearmanr(x[both], y[both]).statistic) if both.any() else np.nan
+            of_group |= {group: value} if np.isfinite(value) else {}
         out.append({"dataset": dataset, "seed": seed, "methods": [a, b], "spearman": of_group})
     return out
 
@@ -616,13 +617,12 @@ def _texts(
 ) -> str:
     """Markdown: a table for the counts, one for the embeddings, one for differential expression."""
     names = {method: _title(method, versions) for method in METHODS} | {"atlas": "the atlas' own"}
-    sizes = {
-        d[
-            "name"
-        ]: f"{d['name']}: {d['n_cells']:,} cells, {d['n_batches']} batches (entropy {d['entropy_of_batches']:.3f}), "
-        f"{d['n_labels']} labels"
-        for d in datasets
-    }
+    sizes = {}
+    for d in datasets:
+        batches = (
+            f"{d['n_batches']} batches (entropy {d['entropy_of_batches']:.3f})" if d["n_batches"] > 1 else "1 batch"
+        )
+        sizes[d["name"]] = f"{d['name']}: {d['n_cells']:,} cells, {batches}, {d['n_labels']} labels"
     texts = []
     for title, columns in TABLES.items():
         keys = {key for key, _ in columns.values()}

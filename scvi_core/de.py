@@ -399,25 +399,28 @@ class Shares:
     Attributes
     ----------
     sum_kbg : (groups, batches, genes) float64. square_kg : (groups, genes) float64 sums of squares.
+    library_k : (groups,) all counts of a group's cells.
     """
 
     sum_kbg: np.ndarray
     square_kg: np.ndarray
+    library_k: np.ndarray
 
     def of(self, at: slice) -> Shares:
         """Of some genes."""
-        return Shares(self.sum_kbg[:, :, at], self.square_kg[:, at])
+        return Shares(self.sum_kbg[:, :, at], self.square_kg[:, at], self.library_k)
 
 
 def _shares_of_counts(counts: Counts, rows_k: list[np.ndarray], n_kb: np.ndarray) -> Shares:
     shape = *n_kb.shape, counts.n_genes
     total, square = np.zeros(math.prod(shape)), np.zeros(shape[0] * shape[2])
-    batch_n = counts.batch_n.cpu().numpy()
+    batch_n, library_n = counts.batch_n.cpu().numpy(), counts.library_n.cpu().numpy()
     for group_m, genes_m, x_m, cells_m in _nonzeros(counts, rows_k):
-        share_m = x_m / counts.library_n.cpu().numpy()[cells_m]
+        share_m = x_m / library_n[cells_m]
         total += np.bincount((group_m * shape[1] + batch_n[cells_m]) * shape[2] + genes_m, share_m, len(total))
         square += np.bincount(group_m * shape[2] + genes_m, share_m**2, len(square))
-    return Shares(total.reshape(shape), square.reshape(shape[0], shape[2]))
+    library_k = np.array([library_n[rows].sum() for rows in rows_k])
+    return Shares(total.reshape(shape), square.reshape(shape[0], shape[2]), library_k)
 
 
 def _of_means(
@@ -431,6 +434,7 @@ def _of_means(
     # over cells
     mean_kg = shares.sum_kbg.sum(1) / n_kb.sum(1)[:, None]
     error_kg = (shares.square_kg / n_kb.sum(1)[:, None] - mean_kg**2).clip(0) / _effective(n_kb, config)[:, None]
+    error_kg += 1 / shares.library_k[:, None] ** 2  # a gene never seen may be there: one count more or less
     share_k = one.share_kb[:, one.lanes].mean(1)
     variance_g = error_kg[one.a] / (mean_kg[one.a] + c) ** 2
     variance_g += share_k**2 @ error_kg / (share_k @ mean_kg + c) ** 2

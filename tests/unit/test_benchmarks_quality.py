@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -124,3 +125,13 @@ def test_a_method_whose_package_is_missing_is_left_out_and_said_so(capsys):
         quality.METHODS["harmony"] = kept
     assert options.methods == ["pca"] and "scanpy" in versions
     assert "Harmony is left out: pip install no-such-package" in capsys.readouterr().err
+
+
+def test_scores_without_labels_or_without_batches(tmp_path):
+    rng = np.random.default_rng(0)
+    obs = pd.DataFrame({"batch": rng.choice(["a", "b"], 80)}, [f"c{i}" for i in range(80)])
+    ad.AnnData(sparse.csr_matrix((80, 3), dtype=np.float32), obs).write_h5ad(tmp_path / "counts.h5ad")
+    np.savez(tmp_path / "space.npz", latent=rng.standard_normal((80, 2)))
+    spec = {"counts": str(tmp_path / "counts.h5ad"), "batch_key": "batch", "label": "cell_type", "seed": 0}
+    assert set(quality._scores(spec, "space.npz")) == {"entropy"}
+    assert quality._scores(spec | {"batch_key": "other"}, "space.npz") == {}

@@ -332,6 +332,17 @@ def test_means_against_a_bootstrap():
     np.testing.assert_allclose(one["lfc_ci_high"] - one["lfc_ci_low"], 2 * 1.959964 * one["lfc_std"], rtol=1e-5)
 
 
+def test_a_gene_never_seen_is_not_surely_changed():
+    """The model says that it changes, but no count was ever seen: nothing is known of it."""
+    model, counts, adata, _ = known(effect=0.5)
+    adata.X[:, 1] = 0
+    counts = pack(adata, Schema.of(adata, "batch"))
+    found = table(model, counts, adata, compare="means").set_index(["group", "gene_id"])
+    for group in ("high", "low", "none"):
+        assert found.loc[(group, "G1"), "lfc_std"] > 1 and found.loc[(group, "G1"), "proba_de"] < 0.7
+    assert found.loc[("high", "G2"), "lfc_std"] < 0.3 and found.loc[("high", "G2"), "proba_de"] > 0.95
+
+
 def test_the_largest_batch_does_not_decide():
     n_b = np.array([5000, 100, 20, 0])
     batch_n = np.repeat([0, 1, 2], n_b[:3])
