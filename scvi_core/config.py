@@ -216,7 +216,7 @@ class DeConfig(Section):
         0.25, description="smallest log2 fold change that counts; auto estimates it for each comparison"
     )
     fdr: float = Field(0.05, gt=0, lt=1, description="expected share of false calls allowed in `is_de`")
-    n_samples: int = Field(5000, ge=100, description="posterior samples a group")
+    n_samples: int = Field(2000, ge=100, description="posterior samples a group; 2000 give probabilities to 0.01")
     batches: Literal["all", "within", "own"] = Field(
         "all", description="decode every cell under every batch; pair cells of one batch only; or neither"
     )
@@ -314,6 +314,9 @@ class Config(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto takes a GPU where there is one, and says so"
+    )
+    devices: int = Field(
+        1, ge=1, description="processes that share each minibatch of training: a GPU each, or `threads` among them"
     )
     input: InputConfig = InputConfig()
     qc: QcConfig = QcConfig()

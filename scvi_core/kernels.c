@@ -568,91 +568,108 @@ void scvi_adam(
 
 /* ---- Log fold changes over pairs of posterior samples; see de.py. */
 
-enum { BINS = 1024 };
-
-/* The differences of one gene's pairs, their sum, smallest and largest, and how many lie beyond +-delta. */
+/* The differences of one gene's pairs, as numbers and as keys that rise with them; their sum, that of their squares,
+ * and how many lie beyond +-delta. */
 EVERY_CPU static void differences(
-    int64_t n, const int32_t *a_at, const int32_t *b_at, const float *values, float delta, float *lfc, double *sum,
-    float *extremes, int64_t *beyond) {
-    float low = INFINITY, high = -INFINITY, total = 0;
+    int64_t n, const int32_t *a_at, const int32_t *b_at, const float *values, float delta, float *lfc, uint32_t *key,
+    double *moments, int64_t *beyond) {
+    float total = 0, square = 0;
     int32_t above = 0, below = 0;
-    #pragma omp simd reduction(min : low) reduction(max : high) reduction(+ : total, above, below)
+    #pragma omp simd reduction(+ : total, above, below)
     for (int64_t i = 0; i < n; i++) {
-        float d = values[a_at[i]] - values[b_at[i]];
+        float d = values[a_at[i]] - values[b_at[i]] + 0.0f; /* no negative zero */
+        int32_t bits = bits_of(d);
         lfc[i] = d;
+        key[i] = (uint32_t)(bits ^ ((bits >> 31) | INT32_MIN));
         total += d;
-        low = d < low ? d : low;
-        high = d > high ? d : high;
         above += d > delta;
         below += d < -delta;
     }
-    *sum = total, extremes[0] = low, extremes[1] = high, beyond[0] = above, beyond[1] = below;
+    float mean = total / n;
+    #pragma omp simd reduction(+ : square)
+    for (int64_t i = 0; i < n; i++)
+        square += (lfc[i] - mean) * (lfc[i] - mean);
+    moments[0] = mean, moments[1] = square, beyond[0] = above, beyond[1] = below;
 }
 
-EVERY_CPU static void squares_and_bins(
-    int64_t n, const float *lfc, float mean, float low, float scale, double *square, int32_t *bin) {
-    float total = 0;
-    #pragma omp simd reduction(+ : total)
-    for (int64_t i = 0; i < n; i++) {
-        total += (lfc[i] - mean) * (lfc[i] - mean);
-        bin[i] = (int32_t)((lfc[i] - low) * scale);
+/* How many keys have each value of some of their bits. */
+static void tally(int64_t n, const uint32_t *key, int shift, uint32_t mask, int32_t *count) {
+    memset(count, 0, (mask + 1) * sizeof(int32_t));
+    for (int64_t i = 0; i < n; i++)
+        count[(key[i] >> shift) & mask]++;
+}
+
+/* The key of a rank among some that share their upper bits: by the next bits, and of those that share these by the last. */
+static uint32_t key_of_rank(int64_t n, uint32_t *key, int64_t rank) {
+    int32_t count[2048];
+    for (int level = 0; level < 2; level++) {
+        const int shift = level ? 0 : 10;
+        const uint32_t mask = level ? 1023 : 2047;
+        uint32_t bin = 0;
+        int64_t kept = 0;
+        tally(n, key, shift, mask, count);
+        for (; rank >= count[bin]; bin++)
+            rank -= count[bin];
+        for (int64_t i = 0; i < n; i++) {
+            uint32_t one = key[i];
+            key[kept] = one;
+            kept += ((one >> shift) & mask) == bin;
+        }
+        n = kept;
     }
-    *square = total;
+    return key[0];
 }
 
-static int rising(const void *a, const void *b) {
-    float x = *(const float *)a, y = *(const float *)b;
-    return (x > y) - (x < y);
+/* The keys of three rising ranks. `few` has room for three times as many keys. */
+static void keys_of_ranks(int64_t n, const uint32_t *key, const int64_t *ranks, uint32_t *few, uint32_t *found) {
+    int32_t count[2048];
+    uint32_t bin[3];
+    int64_t below = 0, within[3], kept[3] = {0};
+    tally(n, key, 21, 2047, count);
+    for (uint32_t r = 0, b = 0; r < 3; r++) {
+        for (; below + count[b] <= ranks[r]; b++)
+            below += count[b];
+        bin[r] = b, within[r] = ranks[r] - below;
+    }
+    uint32_t *low = few, *middle = few + n, *high = few + 2 * n;
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t one = key[i], upper = one >> 21;
+        low[kept[0]] = middle[kept[1]] = high[kept[2]] = one;
+        kept[0] += upper == bin[0], kept[1] += upper == bin[1], kept[2] += upper == bin[2];
+    }
+    for (int r = 0; r < 3; r++)
+        found[r] = key_of_rank(kept[r], few + r * n, within[r]);
 }
 
 /* For each gene: mean, standard deviation, shares above delta and below -delta, and the values of three ranks, of
- * values[gene][a_at[i]] - values[gene][b_at[i]] over i. Ranks by counting into bins, and sorting one bin's values.
- * values is (genes, samples); out (genes, 7). Returns 1 where memory is lacking. */
+ * values[gene][a_at[i]] - values[gene][b_at[i]] over i. values is (genes, samples); out (genes, 7). Returns 1 where
+ * memory is lacking. */
 int scvi_fold_changes(
     int64_t n_genes, int64_t n_samples, int64_t n_pairs, const float *values, const int32_t *a_at, const int32_t *b_at,
     float delta, const int64_t *ranks, double *out) {
     int failed = 0;
     #pragma omp parallel reduction(| : failed)
     {
-        float *lfc = malloc(2 * n_pairs * sizeof(float));
-        int32_t *bin = malloc(n_pairs * sizeof(int32_t));
-        failed = !lfc || !bin;
+        float *lfc = malloc(n_pairs * sizeof(float));
+        uint32_t *key = malloc((4 * n_pairs + 1) * sizeof(uint32_t));
+        failed = !lfc || !key;
         #pragma omp for schedule(static)
         for (int64_t g = 0; g < n_genes; g++) {
             if (failed)
                 continue;
-            const float *row = values + g * n_samples;
-            float extremes[2], *few = lfc + n_pairs;
-            double sum, square, *to = out + 7 * g;
+            double moments[2], *to = out + 7 * g;
             int64_t beyond[2];
-            int32_t filled[BINS + 1] = {0};
-            differences(n_pairs, a_at, b_at, row, delta, lfc, &sum, extremes, beyond);
-            float scale = extremes[1] > extremes[0] ? (BINS - 0.5f) / (extremes[1] - extremes[0]) : 0;
-            to[0] = sum / n_pairs;
-            squares_and_bins(n_pairs, lfc, to[0], extremes[0], scale, &square, bin);
-            to[1] = sqrt(square / (n_pairs - 1));
+            uint32_t found[3];
+            differences(n_pairs, a_at, b_at, values + g * n_samples, delta, lfc, key, moments, beyond);
+            to[0] = moments[0], to[1] = sqrt(moments[1] / (n_pairs - 1));
             to[2] = (double)beyond[0] / n_pairs, to[3] = (double)beyond[1] / n_pairs;
-            for (int64_t i = 0; i < n_pairs; i++) {
-                if ((uint32_t)bin[i] > BINS) /* what is no number */
-                    bin[i] = BINS;
-                filled[bin[i]]++;
-            }
-            int64_t below = 0, n_few = 0;
-            for (int r = 0, b = 0, sorted = -1; r < 3; r++) {
-                while (below + filled[b] <= ranks[r])
-                    below += filled[b++];
-                if (sorted != b) {
-                    n_few = 0;
-                    for (int64_t i = 0; i < n_pairs; i++)
-                        if (bin[i] == b)
-                            few[n_few++] = lfc[i];
-                    qsort(few, n_few, sizeof(float), rising);
-                    sorted = b;
-                }
-                to[4 + r] = few[ranks[r] - below];
+            keys_of_ranks(n_pairs, key, ranks, key + n_pairs, found);
+            for (int r = 0; r < 3; r++) {
+                int32_t bits = (int32_t)found[r];
+                to[4 + r] = float_of(bits ^ (bits < 0 ? INT32_MIN : -1));
             }
         }
-        free(lfc), free(bin);
+        free(lfc), free(key);
     }
     return failed;
 }
