@@ -15,7 +15,7 @@ import typer
 
 from scvi_core._version import __version__
 from scvi_core.config import Config, Sample, check_columns, explain, load_config, load_samples
-from scvi_core.files import Decisions, UserError, replacing, write_json, write_parquet
+from scvi_core.files import Decisions, UserError, alone, replacing, write_json, write_parquet
 from scvi_core.log import log
 
 app = typer.Typer(
@@ -212,6 +212,7 @@ def lookup(
 
 @app.command()
 def train(
+    context: typer.Context,
     store: Annotated[Path, typer.Option(help="counts.zarr")],
     out: Annotated[Path, typer.Option(help="the model's folder")],
     config: ConfigOption = "{}",
@@ -237,6 +238,13 @@ def train(
 
     settings = load_config(config)
     plan = steps.plan(store, settings)
+    checkpoint = None if checkpoints is None else checkpoints / f"{plan.fingerprint}.safetensors"
+    if checkpoint is not None and not parallel.started():
+        # such as the job of a Snakemake that was killed and started again
+        waited = context.with_resource(alone(checkpoint.with_suffix(".lock")))
+        if waited and not checkpoint.exists() and steps.is_model_of(out, plan.fingerprint):
+            log.info("train: taken from the process that was waited for: %s", out)
+            return
     if devices > 1 and not parallel.started():
         raise typer.Exit(parallel.launch(devices, sys.argv[1:]))
     _use_threads(max(1, settings.threads // devices))
@@ -259,7 +267,6 @@ def train(
     device = resolve_device(settings.device)
     if parallel.started():
         device = parallel.join(device)
-    checkpoint = None if checkpoints is None else checkpoints / f"{plan.fingerprint}.safetensors"
     if checkpoint is not None:
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -455,7 +462,8 @@ def de(
     names = fitted.gene_ids, fitted.gene_names
     frame = differential_expression(fitted.network, counts, table[groupby], *names, settings.de, settings.seed, made)
     against = "the rest" if settings.de.reference == "rest" else "each other"
-    made.add("groups compared", int(frame["group"].nunique()), f"groups of '{groupby}' against {against}")
+    n_groups = len(set(frame["group"]) | set(frame["reference"]) - {"rest"})
+    made.add("groups compared", n_groups, f"groups of '{groupby}' against {against}")
     called = f"expected false discovery proportion {settings.de.fdr:g}"
     made.add("genes called", int(frame["is_de"].sum()), f"(group, gene) pairs, {settings.de.mode} mode, {called}")
     write_parquet(out, frame)

@@ -139,6 +139,6 @@ def training_decisions(model: dict[str, Any]) -> Decisions:
     made.add("library", library, "model.library: the size of a cell is its count total, or inferred with a prior")
     made.add("device", model.get("device"), "the kind of device that fitted these weights")
     stopping = model.get("train", {}).get("early_stopping") and numbers.get("validation_elbo") is not None
-    text = "the best validation ELBO" if stopping else "the last, as nothing was held out to stop early by"
+    text = "the best validation ELBO" if stopping else "the last, as training does not stop early"
     made.add("epochs", numbers.get("epochs"), f"the weights kept are those of epoch {kept}: {text}")
     return made

@@ -381,7 +381,6 @@ def test_blocks_of_genes_do_not_matter(monkeypatch, compare, batches):
     model, counts, adata, _ = known(spread=-1.0)
     whole = table(model, counts, adata, compare=compare, batches=batches, n_samples=400)
     monkeypatch.setattr(de, "TILE", 3 * 1200)  # three genes at a time
-    monkeypatch.setattr(de, "WHOLE", 0)
     some = table(model, counts, adata, compare=compare, batches=batches, n_samples=400)
     pd.testing.assert_frame_equal(whole, some, rtol=1e-5, atol=1e-6)
 
