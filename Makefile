@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test parity lint schemas clean
+.PHONY: demo demo-slurm demo-apptainer demo-slurm-apptainer image bundle test faults parity lint schemas clean
 
 demo: .venv/installed
 	$(BIN)/python workflow/scripts/fetch_demo.py resources/demo
@@ -16,8 +16,44 @@ demo: .venv/installed
 	@echo "  counts   results/pancreas/counts.zarr"
 	@echo "  model    results/pancreas/model, registered as models:/pancreas (scvi-core models list)"
 
+# The demo by a Slurm that is there (sbatch), into results/slurm. GPU=1 trains on a GPU; SLURM='...' adds options of
+# Snakemake's, such as --default-resources slurm_partition=NAME slurm_account=NAME
+GPU ?= 0
+demo-slurm: .venv/installed
+	$(BIN)/python workflow/scripts/fetch_demo.py resources/demo
+	snakemake --profile workflow/profiles/slurm --config results=results/slurm --set-resources train:gpu=$(GPU) $(SLURM)
+
+# The image containers/scvi-core.sif, by Apptainer: make image PYTHON=python3.11. VARIANT=cuda: for GPUs. MIRROR=URL: from
+# a Debian mirror's packages, where no image registry can be reached
+VARIANT ?= cpu
+image:
+	PYTHON="$(PYTHON)" MIRROR="$(MIRROR)" bash containers/build.sh --variant $(VARIANT)
+
+containers/scvi-core.sif:
+	$(MAKE) image
+
+# The demo inside the image, into results/apptainer; and both: by Slurm, inside the image
+APPTAINER := --profile workflow/profiles/apptainer --config results=results/apptainer
+demo-apptainer: .venv/installed containers/scvi-core.sif
+	$(BIN)/python workflow/scripts/fetch_demo.py resources/demo
+	snakemake --cores all $(APPTAINER)
+
+demo-slurm-apptainer: .venv/installed containers/scvi-core.sif
+	$(BIN)/python workflow/scripts/fetch_demo.py resources/demo
+	snakemake --profile workflow/profiles/slurm --workflow-profile workflow/profiles/apptainer \
+	    --config results=results/slurm-apptainer --set-resources train:gpu=$(GPU) $(SLURM)
+
+# all that a site without network needs, in one file under dist/
+bundle: .venv/installed
+	$(BIN)/python workflow/scripts/fetch_demo.py resources/demo
+	PYTHON="$(PYTHON)" bash containers/bundle.sh $(VARIANT)
+
 test: .venv/installed
 	$(BIN)/python -m pytest -q tests
+
+# kill -9, full disks, lost servers; and Slurm, where there is one
+faults: .venv/installed
+	SCVI_CORE_PLATFORM=1 $(BIN)/python -m pytest -q tests/platform
 
 # the model against scvi-tools itself, at equal weights; in an environment of its own, which shares the built kernels
 parity: .venv/installed

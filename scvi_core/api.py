@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from scvi_core import de, native, posterior
+from scvi_core import de, kernels, posterior
 from scvi_core import train as training
 from scvi_core._version import __version__
 from scvi_core.config import DeConfig, ModelConfig, TrainConfig
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 2  # 2: the encoder's first layer as (genes, hidden)
 CODE = [  # the files that decide the weights
-    *("counts.py", "engine.py", "kernels.c", "kernels.py", "likelihood.py", "model.py", "native.py", "parallel.py"),
-    *("stream.py", "train.py"),
+    *("counts.py", "engine.py", "gpu.py", "graph.py", "kernels.c", "kernels.py", "likelihood.py", "model.py"),
+    *("native.py", "parallel.py", "stream.py", "train.py", "triton_kernels.py"),
 ]
 BUNDLE = ("model.safetensors", "model.json", "history.parquet")
 
@@ -470,7 +470,7 @@ def fit_counts(
         "metrics": metrics,
         "n_cells": len(counts),
         "device": device.type,
-        "kernels": "compiled" if native.serves(network.rho.weight) else "plain",
+        "kernels": kernels.kind(network.rho.weight)[0],
         "precision": "bf16" if network.half else "float32",
         "software": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     } | (about or {})

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -206,7 +206,7 @@ def lookup(
         if found is not None:
             registry.fetch(settings.tracking_uri, found, folder / "model")
         about = {"name": found.name, "version": str(found.version), "run_id": found.run_id} if found else None
-        write_json(folder / "lookup.json", {"fingerprint": wanted, "found": about})
+        write_json(folder / "lookup.json", {"fingerprint": wanted, "found": about, "reuse": settings.model.reuse})
     _write_decisions(made, decisions)
 
 
@@ -232,25 +232,30 @@ def train(
 
     Example: scvi-core train --store counts.zarr --config config/config.yaml --out model --checkpoints .checkpoints
     """
-    from scvi_core import api, native, parallel, steps
+    from scvi_core import api, kernels, parallel, steps
     from scvi_core.stream import open_counts
     from scvi_core.train import Interrupted, resolve_device
 
     settings = load_config(config)
     plan = steps.plan(store, settings)
     checkpoint = None if checkpoints is None else checkpoints / f"{plan.fingerprint}.safetensors"
+    looked = {"found": None} if found is None else json.loads((found / "lookup.json").read_text())
     if checkpoint is not None and not parallel.started():
-        # such as the job of a Snakemake that was killed and started again
         waited = context.with_resource(alone(checkpoint.with_suffix(".lock")))
-        if waited and not checkpoint.exists() and steps.is_model_of(out, plan.fingerprint):
-            log.info("train: taken from the process that was waited for: %s", out)
+        written = [out / name for name in api.BUNDLE] + [path for path in (run, decisions) if path is not None]
+        kept = waited or (looked.get("reuse", "never") != "never" and not looked["found"])
+        done = not checkpoint.exists() and all(path.exists() for path in written)
+        if kept and done and steps.is_model_of(out, plan.fingerprint):  # by a job whose Snakemake was killed
+            log.info("train: %s has this fingerprint already, and is kept", out)
+            for path in written:
+                path.touch()
             return
     if devices > 1 and not parallel.started():
         raise typer.Exit(parallel.launch(devices, sys.argv[1:]))
     _use_threads(max(1, settings.threads // devices))
     made = Decisions("train")
     began = time.time()
-    if found is not None and (looked := json.loads((found / "lookup.json").read_text()))["found"]:
+    if looked["found"]:
         if looked["fingerprint"] != plan.fingerprint:
             raise UserError(f"{found}: was looked up for another store or configuration; run `scvi-core lookup` again")
         model = api.load(found / "model")
@@ -295,9 +300,13 @@ def train(
         parallel.leave()
     if not first:
         return
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # one that comes now would make a success look like a failure,
+        signal.signal(number, signal.SIG_IGN)  # whose outputs Snakemake deletes: what is left is to write them
     numbers = model.card["metrics"]
     made.add("device", model.card["device"], f"asked for: {settings.device}")
-    made.add("kernels", model.card["kernels"], native.reason or "built when scvi-core was installed")
+    reason = {"compiled": "built when scvi-core was installed", "triton": "compiled for this GPU as training began"}
+    which, why_plain = kernels.kind(model.network.rho.weight)
+    made.add("kernels", model.card["kernels"], reason.get(which, why_plain))
     made.add("precision", model.card["precision"], f"asked for: {settings.train.precision}")
     made.add("epochs", numbers["epochs"], f"the weights of epoch {numbers['kept_epoch']} are kept")
     model.save(out)
@@ -725,19 +734,28 @@ def _write_schemas(folder: Path) -> None:
             temporary.write_text("# Written by `scvi-core validate --schemas` from scvi_core/config.py.\n" + text)
 
 
+def _give_up(message: str) -> NoReturn:
+    """Say why, in one line, and end: on standard output where a log on a full disk does not take it."""
+    try:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    except OSError:
+        print(f"error: {message}", flush=True)
+    sys.exit(1)
+
+
 def main() -> None:
     """Entry point: a :class:`UserError` becomes one line and exit code 1; what is unexpected keeps its traceback."""
     try:
         app()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        _give_up(str(error))
     except MemoryError:
-        sys.exit("error: out of memory; give the step more (resources: mem_mb) or choose fewer genes (genes.n_top)")
+        _give_up("out of memory; give the step more (resources: mem_mb) or choose fewer genes (genes.n_top)")
     except FileNotFoundError as error:
-        sys.exit(f"error: {error.filename}: no such file; run the step before, or mend the path")
+        _give_up(f"{error.filename}: no such file; run the step before, or mend the path")
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            sys.exit(f"error: {error.filename or os.getcwd()}: no space left on the device; free some, then run again")
+            _give_up(f"{error.filename or os.getcwd()}: no space left on the device; free some, then run again")
         raise
 
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 
-from scvi_core import native
+from scvi_core import gpu, native
 from scvi_core.files import UserError, canonical_json, sha256_text
+from scvi_core.gpu import Rows
 from scvi_core.kernels import Nonzeros
+from scvi_core.log import log
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -82,20 +85,33 @@ class Minibatch:
 
     Attributes
     ----------
-    x : counts, by their non-zeros.
+    x : counts, by their non-zeros: gathered, or left where they lie.
     library_n : (cells,) float32, total counts over the model's genes.
     batch_n : (cells,) int64 batch codes.
     covariates_nc : (cells, columns) float32: one-hot categorical covariates, then standardised continuous ones.
     """
 
-    x: Nonzeros
+    x: Nonzeros | Rows
     library_n: torch.Tensor
     batch_n: torch.Tensor
     covariates_nc: torch.Tensor
 
     def to(self, device: torch.device) -> Minibatch:
         """The same cells on another device."""
-        return _moved(dataclasses.replace(self, x=_moved(self.x, device)), device)
+        return self._changed(lambda t: t.to(device))
+
+    def pinned(self) -> Minibatch:
+        """The same cells in memory that a GPU copies from by itself."""
+        return self._changed(torch.Tensor.pin_memory)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All that it is made of."""
+        found: list[torch.Tensor] = []
+        self._changed(lambda t: found.append(t) or t)
+        return found
+
+    def _changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Minibatch:
+        return _changed(dataclasses.replace(self, x=_changed(self.x, change)), change)
 
 
 @dataclasses.dataclass
@@ -125,19 +141,31 @@ class Counts:
     def __len__(self) -> int:
         return len(self.indptr_n) - 1
 
-    def to(self, device: torch.device) -> Counts:
-        """The same cells on another device."""
-        return _moved(self, device)
+    @property
+    def nbytes(self) -> int:
+        """What all of it takes."""
+        return sum(t.nbytes for t in vars(self).values() if isinstance(t, torch.Tensor))
+
+    def to(self, device: torch.device, beside: int = 2**30) -> Counts:
+        """The same cells on another device; on a GPU without room for them and `beside` bytes, their minibatches."""
+        free = gpu.free_bytes(device)
+        if self.indptr_n.device.type == "cpu" and self.nbytes + beside > free:
+            log.info(
+                "counts stay in the computer's memory: %.2f GB packed, and %.2f GB for other uses, are more than the "
+                "%.2f GB of GPU memory that are free", self.nbytes / 1e9, beside / 1e9, free / 1e9,
+            )  # fmt: skip
+            return OnHost(**vars(self), device=device)
+        return _changed(self, lambda t: t.to(device))
 
     def subset(self, rows: np.ndarray) -> Counts:
         """Some of the cells, packed and in memory."""
         parts = []
         for part in self._parts(rows):
-            rows_n = torch.from_numpy(part)
+            rows_n = torch.from_numpy(part).to(self.indptr_n.device)
             starts_n = self.starts(rows_n)
             lengths_n = self.indptr_n[rows_n + 1] - self.indptr_n[rows_n]
             place_m = torch.repeat_interleave(starts_n - lengths_n.cumsum(0) + lengths_n, lengths_n)
-            place_m += torch.arange(len(place_m))
+            place_m += torch.arange(len(place_m), device=place_m.device)
             parts.append((lengths_n, self.genes_m[place_m], self.values_m[place_m]))
         lengths_n, genes_m, values_m = (torch.cat(part) for part in zip(*parts, strict=True))
         taken = {name: getattr(self, name)[rows] for name in ("library_n", "batch_n", "categories_nc", "continuous_nc")}
@@ -169,7 +197,10 @@ class Counts:
             shift_m = torch.repeat_interleave(starts_n - indptr_n[:-1], lengths_n)
             place_m = torch.arange(len(shift_m), device=rows_n.device) + shift_m
             genes_m, x_m = self.genes_m[place_m].int(), self.values_m[place_m].float()
-        x = Nonzeros(indptr_n, genes_m, x_m, self.n_genes)
+        return self.minibatch(rows_n, Nonzeros(indptr_n, genes_m, x_m, self.n_genes))
+
+    def minibatch(self, rows_n: torch.Tensor, x: Nonzeros | Rows) -> Minibatch:
+        """Some cells' counts, and what else the model wants to know of them."""
         one_hots = [
             torch.nn.functional.one_hot(self.categories_nc[rows_n, i], n).float() for i, n in enumerate(self.levels)
         ]
@@ -181,10 +212,26 @@ class Counts:
         )
 
 
-def _moved(of: Any, device: torch.device) -> Any:
-    """A dataclass with its tensors on another device."""
+@dataclasses.dataclass
+class OnHost(Counts):
+    """Counts in the computer's memory whose minibatches are made on another device, `device`."""
+
+    device: torch.device
+
+    def to(self, device: torch.device, beside: int = 0) -> Counts:
+        """The same cells, with minibatches on another device; all of them, if it is the computer's memory."""
+        whole = Counts(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Counts)})
+        return whole if device.type == "cpu" else OnHost(**vars(whole), device=device)
+
+    def gather(self, rows_n: torch.Tensor) -> Minibatch:
+        """As :meth:`Counts.gather`, then moved."""
+        return super().gather(rows_n.cpu()).to(self.device)
+
+
+def _changed(of: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A dataclass with something done to its tensors."""
     fields = {f.name: getattr(of, f.name) for f in dataclasses.fields(of)}
-    return dataclasses.replace(of, **{k: v.to(device) for k, v in fields.items() if isinstance(v, torch.Tensor)})
+    return dataclasses.replace(of, **{k: change(v) for k, v in fields.items() if isinstance(v, torch.Tensor)})
 
 
 def pack(adata: AnnData, schema: Schema, layer: str | None = None, design: bool = True) -> Counts:

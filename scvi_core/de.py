@@ -413,7 +413,8 @@ def _shares_of_counts(counts: Counts, rows_k: list[np.ndarray], n_kb: np.ndarray
     shape = *n_kb.shape, counts.n_genes
     total, square = np.zeros(math.prod(shape)), np.zeros(shape[0] * shape[2])
     batch_n, library_n = counts.batch_n.cpu().numpy(), counts.library_n.cpu().numpy()
-    for group_m, genes_m, x_m, cells_m in _nonzeros(counts, rows_k):
+    # on the CPU wherever the counts are: a GPU's sums of fractions are others at every run
+    for group_m, genes_m, x_m, cells_m in (map(_numpy, part) for part in _nonzeros(counts, rows_k)):
         share_m = x_m / library_n[cells_m]
         total += np.bincount((group_m * shape[1] + batch_n[cells_m]) * shape[2] + genes_m, share_m, len(total))
         square += np.bincount(group_m * shape[2] + genes_m, share_m**2, len(square))
@@ -500,20 +501,26 @@ def estimate_delta(lfc_g: np.ndarray) -> float:
 
 def _raw_moments(counts: Counts, rows_k: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """(groups, genes) sums of counts, and numbers of cells with any, over each group's cells."""
-    shape = len(rows_k), counts.n_genes
-    total, some = np.zeros(math.prod(shape)), np.zeros(math.prod(shape))
-    for group_m, genes_m, x_m, _ in _nonzeros(counts, rows_k):
-        total += np.bincount(group_m * counts.n_genes + genes_m, x_m, len(total))
-        some += np.bincount(group_m * counts.n_genes + genes_m, minlength=len(some))
-    return total.reshape(shape), some.reshape(shape)
+    shape, size = (len(rows_k), counts.n_genes), len(rows_k) * counts.n_genes
+    total, some = 0, 0
+    for group_m, genes_m, x_m, _ in _nonzeros(counts, rows_k):  # whole numbers: exact in float64, in any order
+        place_m = group_m * counts.n_genes + genes_m
+        total = total + torch.bincount(place_m, x_m.double(), size)
+        some = some + torch.bincount(place_m, minlength=size)
+    return _numpy(total).reshape(shape), _numpy(some).astype(np.float64).reshape(shape)
 
 
-def _nonzeros(counts: Counts, rows_k: list[np.ndarray]) -> Iterator[tuple[np.ndarray, ...]]:
+def _nonzeros(counts: Counts, rows_k: list[np.ndarray]) -> Iterator[tuple[torch.Tensor, ...]]:
     """Group, gene, count and cell of each non-zero of the groups' cells, block by block of cells."""
     group_n = np.full(len(counts), -1)
     for k, rows in enumerate(rows_k):
         group_n[rows] = k
     rows = np.flatnonzero(group_n >= 0)
     for at, cells in blocks(counts, rows, size=4096):
-        cells_m = np.repeat(rows[at], cells.x.indptr_n.diff().cpu().numpy())
-        yield group_n[cells_m], cells.x.genes_m.cpu().numpy(), cells.x.x_m.cpu().numpy(), cells_m
+        row_m = cells.x.rows()
+        rows_n, groups_n = (torch.from_numpy(of).to(row_m.device) for of in (rows[at], group_n[rows[at]]))
+        yield groups_n[row_m], cells.x.genes_m, cells.x.x_m, rows_n[row_m]
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.cpu().numpy()

@@ -5,17 +5,19 @@ played back. Here every part of the network is a function that returns its outpu
 the gradient by the output to that by the input, which leaves the weights' gradients in ``.grad``. The parts are those
 of the model, in its order, and draw the same noise; the tests hold the gradients against autograd's.
 
-Needs the compiled kernels, the model on the CPU in float32, and weights whose ``.grad`` exist to be written over.
+Needs compiled kernels (``kernels.c`` on the CPU, Triton's on a GPU), and weights whose ``.grad`` exist to be written
+over.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import nn
 
-from scvi_core import native
+from scvi_core import gpu, native
 from scvi_core.counts import Minibatch
 from scvi_core.kernels import Nonzeros
 from scvi_core.model import SCVI, Gaussian, Layer, LinearOfCounts, Noise
@@ -50,7 +52,7 @@ def gradients(model: SCVI, cells: Minibatch, noise: Noise, kl_weight: float) -> 
     return reconstruction_n - kl_n
 
 
-def _moments(module: Gaussian, x: Nonzeros, noise: Noise) -> tuple[torch.Tensor, torch.Tensor, Callable]:
+def _moments(module: Gaussian, x: Nonzeros | gpu.Rows, noise: Noise) -> tuple[torch.Tensor, torch.Tensor, Callable]:
     """Mean and log variance, without the small constant that the variance has in addition."""
     h, ways = x, []
     for layer in module.layers:
@@ -106,12 +108,13 @@ def _decoder(model: SCVI, cells: Minibatch, z_nk: torch.Tensor) -> tuple[torch.T
     return h, back
 
 
-def _layer(layer: Layer, x: torch.Tensor | Nonzeros, noise: Noise | None) -> tuple[torch.Tensor, Back]:
+def _layer(layer: Layer, x: torch.Tensor | Nonzeros | gpu.Rows, noise: Noise | None) -> tuple[torch.Tensor, Back]:
     """Linear, batch norm, ReLU, dropout."""
-    a_nh, back_linear = (_linear_of_counts if isinstance(x, Nonzeros) else _linear)(layer.linear, x)
+    a_nh, back_linear = (_linear_of_counts if isinstance(layer.linear, LinearOfCounts) else _linear)(layer.linear, x)
     kept_nh = noise.kept(a_nh, layer.dropout) if layer.dropout else None
-    h, saved = native.hidden(a_nh, layer.norm, kept_nh, 1 / (1 - layer.dropout))
-    return h, lambda grad_h: back_linear(native.hidden_gradient(grad_h, h, layer.norm, saved))
+    ops = _ops(a_nh)
+    h, saved = ops.hidden(a_nh, layer.norm, kept_nh, 1 / (1 - layer.dropout))
+    return h, lambda grad_h: back_linear(ops.hidden_gradient(grad_h, h, layer.norm, saved))
 
 
 def _linear(layer: nn.Linear, x: torch.Tensor) -> tuple[torch.Tensor, Back]:
@@ -123,7 +126,11 @@ def _linear(layer: nn.Linear, x: torch.Tensor) -> tuple[torch.Tensor, Back]:
     return torch.addmm(layer.bias, x, layer.weight.t()), back
 
 
-def _linear_of_counts(layer: LinearOfCounts, x: Nonzeros) -> tuple[torch.Tensor, Back]:
+def _linear_of_counts(layer: LinearOfCounts, x: Nonzeros | gpu.Rows) -> tuple[torch.Tensor, Back]:
+    if not native.serves(layer.weight_gh):
+        log_ng = gpu.Rows.of(x).log1p()
+        out_nh = torch.addmm(layer.bias, log_ng, layer.weight_gh)
+        return out_nh, lambda grad: _products(layer, log_ng, grad)
     value_m = x.x_m.log1p()
 
     def back(grad: torch.Tensor) -> None:
@@ -131,6 +138,11 @@ def _linear_of_counts(layer: LinearOfCounts, x: Nonzeros) -> tuple[torch.Tensor,
         torch.sum(grad, 0, out=layer.bias.grad)
 
     return native.sparse_linear(x.indptr_n, x.genes_m, value_m, layer.weight_gh).add_(layer.bias), back
+
+
+def _products(layer: LinearOfCounts, log_ng: torch.Tensor, grad: torch.Tensor) -> None:
+    torch.mm(log_ng.t(), grad, out=layer.weight_gh.grad)
+    torch.sum(grad, 0, out=layer.bias.grad)
 
 
 def _reconstruction(model: SCVI, cells: Minibatch, hidden_nh, log_library_n, scale: float):
@@ -156,7 +168,7 @@ def _reconstruction(model: SCVI, cells: Minibatch, hidden_nh, log_library_n, sca
         if model.config.dispersion == "gene-batch":
             log_theta_ng = log_theta_ng[cells.batch_n]
     shared = log_theta_ng is not None and len(log_theta_ng) == 1
-    value_n, tiles, grad_theta_ng, grad_library_n = native.log_likelihood_gradients(
+    value_n, tiles, grad_theta_ng, grad_library_n = _ops(hidden_nh).log_likelihood_gradients(
         cells.x, logits, [head.bias for head in heads], log_library_n, log_theta_ng, -scale,
         [head.bias.grad for head in heads], model.log_theta_sg.grad if shared else None,
     )  # fmt: skip
@@ -175,4 +187,9 @@ def _reconstruction(model: SCVI, cells: Minibatch, hidden_nh, log_library_n, sca
 
 def serves(model: SCVI) -> bool:
     """Whether :func:`gradients` can take this model's steps."""
-    return native.serves(model.rho.weight)
+    return native.serves(model.rho.weight) or gpu.serves(model.rho.weight)
+
+
+def _ops(tensor: torch.Tensor) -> ModuleType:
+    """The kernels for tensors like this one."""
+    return native if native.serves(tensor) else gpu

@@ -64,6 +64,43 @@ def replacing(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(temporary.parent, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[bool]:
+    """Hold the lock file `path`, which is removed at the end, among processes on all machines that share its folder.
+
+    Yields
+    ------
+    bool
+        Whether another process held it and was waited for.
+    """
+    import fcntl
+
+    from scvi_core.log import log
+
+    waited = False
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.warning("%s: another process is at the same; waiting for it", path)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            waited = True
+        except OSError as error:
+            log.warning("%s: cannot be locked (%s); do not run the same twice at a time", path, error.strerror)
+            break
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), path.stat()):
+                break
+        os.close(handle)  # the one that held it has removed it
+    try:
+        yield waited
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
 def _fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -18,10 +18,10 @@ A step of training spends most of its time here, on a tile of cells × genes. Wh
       d/d log mu = (x - mu) / (1 + mu / theta)
       d/d log theta = -theta s - d/d log mu + x + dB/d log theta,    dB/d log theta = -sum_{k<x} k / (theta + k)
 
-On the CPU in float32 ``kernels.c`` does the work, in one pass; what stands here in PyTorch serves other devices and
-float64, checks the compiled code, and replaces it where it could not be built. Only elementwise operations and sums
-along an axis, so results are the same at every run, on any device. Suffixes as in :mod:`scvi_core.model`; m runs over
-the non-zeros.
+In float32 ``kernels.c`` does the work on the CPU, in one pass, and ``triton_kernels.py`` on a GPU; what stands here in
+PyTorch serves float64 and other devices, checks the compiled code, and replaces it where it could not be built. Only
+elementwise operations and sums along an axis, so results are the same at every run, on any device. Suffixes as in
+:mod:`scvi_core.model`; m runs over the non-zeros.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import math
 import torch
 from torch.autograd.function import once_differentiable
 
-from scvi_core import native
+from scvi_core import gpu, native
 
 TABLE = 8  # counts up to this read B(x, theta) from a table, where theta is one per gene
 LIMIT = 60.0  # |log theta| beyond this is as good as this, and keeps mu / theta within float32
@@ -149,8 +149,7 @@ def adam(
     ----------
     mean, square : moments of the gradient, zero before the first step. step : counted from 1.
     """
-    rate = rate / (1 - betas[0] ** step)
-    square_scale = 1 / math.sqrt(1 - betas[1] ** step)
+    rate, square_scale = corrected(rate, step, betas)
     if native.serves(weights):
         numbers = (rate, 1 - betas[0], 1 - betas[1], eps, weight_decay, square_scale)
         native.adam(weights, gradient, mean, square, *numbers)
@@ -159,6 +158,20 @@ def adam(
     mean.lerp_(gradient, 1 - betas[0])
     square.lerp_(gradient.square(), 1 - betas[1])
     weights.addcdiv_(mean, square.sqrt().mul_(square_scale).add_(eps), value=-rate)
+
+
+def corrected(rate: float, step: int, betas: tuple[float, float] = (0.9, 0.999)) -> tuple[float, float]:
+    """Adam's rate and the factor of its root, with the corrections for moments that began at zero."""
+    return rate / (1 - betas[0] ** step), 1 / math.sqrt(1 - betas[1] ** step)
+
+
+def kind(tensor: torch.Tensor) -> tuple[str, str]:
+    """Which kernels take a float32 tensor like this one, ``compiled``, ``triton`` or ``plain``; and why no others."""
+    if native.serves(tensor):
+        return "compiled", ""
+    if gpu.serves(tensor):
+        return "triton", ""
+    return "plain", gpu.reason() if tensor.is_cuda else native.reason
 
 
 def log_likelihood(
@@ -210,6 +223,8 @@ def _evaluate(x, logit_rho_ng, *inputs, gradient):
     """Log-likelihood (cells,) and, if asked, its gradients by logit_rho, log_library, log_theta and logit_pi."""
     if native.serves(logit_rho_ng):
         return native.log_likelihood(x.indptr_n, x.genes_m, x.x_m, logit_rho_ng, *inputs, gradient)
+    if gpu.serves(logit_rho_ng):
+        return gpu.log_likelihood(x, logit_rho_ng, *inputs, gradient)
     return _plain(x, logit_rho_ng, *inputs, gradient)
 
 

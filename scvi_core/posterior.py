@@ -91,7 +91,8 @@ def marginal_log_likelihood(model: SCVI, counts: Counts, n_samples: int = 1000, 
     """
     noise = Noise(seed, next(model.parameters()).device)
     out = np.empty(len(counts))
-    for at, cells in blocks(counts, size=128):
+    # small enough for a processor's cache; a GPU wants more to do at a time
+    for at, cells in blocks(counts, size=128 if noise.generator.device.type == "cpu" else 4 * BLOCK):
         q = model.encode(cells)
         total_n = torch.full_like(cells.library_n, -math.inf, dtype=torch.float64)
         for _ in range(n_samples):

@@ -21,7 +21,7 @@ import torch
 from scvi_core import api, posterior
 from scvi_core.config import Config, ModelConfig
 from scvi_core.counts import Counts, Schema, pack
-from scvi_core.files import canonical_json, parquet_writer, sha256_text, write_json
+from scvi_core.files import UserError, canonical_json, parquet_writer, sha256_text, write_json
 from scvi_core.log import log
 from scvi_core.preprocess.store import read_store
 from scvi_core.stream import open_counts
@@ -70,6 +70,14 @@ def plan(store: Path, settings: Config) -> Plan:
     names = [str(name) for name in adata.var["gene_name"]]
     fingerprint = api.fingerprint_of(schema, data, model, settings.train, settings.seed)
     return Plan(adata, schema, names, model, data, about, fingerprint)
+
+
+def is_model_of(folder: Path, fingerprint: str) -> bool:
+    """Whether a folder holds a whole model of this fingerprint."""
+    try:
+        return api.load(folder, "cpu").fingerprint == fingerprint
+    except (UserError, OSError):
+        return False
 
 
 def latent_table(cell_ids: Iterable[str], z_nk: np.ndarray) -> pd.DataFrame:

@@ -43,7 +43,7 @@ class Stream(Counts):
     slot_b: dict[int, int]
     device: torch.device
 
-    def to(self, device: torch.device) -> Stream:
+    def to(self, device: torch.device, beside: int = 0) -> Stream:
         """The same, with minibatches made on another device; the blocks stay in the computer's memory."""
         return dataclasses.replace(self, device=device)
 

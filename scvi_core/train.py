@@ -13,6 +13,7 @@ import gc
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from scvi_core import engine, kernels, native, parallel
+from scvi_core import engine, kernels, parallel
 from scvi_core.config import TrainConfig
 from scvi_core.counts import Counts, Minibatch
 from scvi_core.files import UserError, canonical_json, replacing
@@ -60,9 +61,16 @@ def resolve_device(device: str) -> torch.device:
     Raises
     ------
     UserError
-        When CUDA is asked for and there is none: never a silent change to the CPU.
+        When CUDA is asked for and there is none: never a silent change to the CPU. Slurm's giving a GPU to the job
+        is asking, too.
     """
     found = torch.cuda.is_available()
+    given = os.environ.get("SLURM_STEP_GPUS") or os.environ.get("SLURM_JOB_GPUS")
+    if device == "auto" and given and not found:
+        raise UserError(
+            f"device: Slurm gave this job GPU {given} but PyTorch sees none; mend the driver, container (--nv) or "
+            "PyTorch's build, or use device: cpu"
+        )
     if device == "cuda" and not found:
         raise UserError("device: 'cuda' was asked for but PyTorch sees no CUDA device; use device: cpu or auto")
     chosen = torch.device("cuda" if found and device != "cpu" else "cpu")
@@ -181,42 +189,59 @@ def train(
             f"train: {parallel.world()} processes for minibatches of {len(train_rows) // steps} cells; ask for fewer "
             "--devices or raise train.batch_size"
         )
-    if device.type == "cpu" and native.library is None:
-        log.warning("kernels in plain PyTorch, several times slower: the compiled ones are %s", native.reason)
+    which, reason = kernels.kind(model.rho.weight)
+    if which == "plain":
+        log.warning("kernels in plain PyTorch, several times slower: %s", reason)
     model.half = resolve_precision(config.precision, device)
     _set_library_prior(model, counts, train_rows)
     held = counts.subset(validation_rows).to(device) if len(validation_rows) else None
-    counts = counts.to(device)
+    recording = which == "triton" and parallel.world() == 1
+    if recording or device.type == "cuda":
+        from scvi_core import graph  # which takes its rules from here
+
+        size = -(-len(train_rows) // steps)
+        counts = graph.place(counts, graph.bytes_to_train(model, size, recording), size, device)
     weights, gradient = _flatten(model)
     gradients = engine.gradients if engine.serves(model) and parallel.world() == 1 else autograd_gradients
     state = State(model, torch.zeros_like(weights), torch.zeros_like(weights))
     if checkpoint is not None and checkpoint.exists():
         _resume(state, checkpoint, identity)
+    recorded = graph.Step(state, weights, gradient, counts, config, seed, steps, epochs) if recording else None
     saved = time.monotonic()
     progress = progress and parallel.rank() == 0
-    with _bar(progress, epochs, state.epoch) as show, _frozen():
+    with _bar(progress, epochs, state.epoch) as show, _frozen(), _naming_memory(len(train_rows) // steps):
         while state.epoch < epochs and not _has_stalled(state, config):
             began = time.perf_counter()
             order = counts.order(train_rows, np.random.default_rng([seed, state.epoch]))
             minibatches = np.array_split(order, steps)
-            elbo_b = torch.zeros(steps, dtype=torch.float64, device=device)  # a minibatch's sum, left on the device
+            first = state.step - state.epoch * steps
+            if recorded is None:  # a minibatch's sum, left on the device
+                elbo_b = torch.zeros(steps, dtype=torch.float64, device=device)
+            else:
+                elbo_b = recorded.begin(minibatches, first)
             model.train()
-            for i in range(state.step - state.epoch * steps, steps):
-                mine = parallel.share(len(minibatches[i]))
-                cells = counts.gather(torch.from_numpy(minibatches[i][mine]).to(device))
-                noise = Noise(seed * 1_000_003 + state.step, device, len(minibatches[i]), mine)
-                elbo_n = gradients(model, cells, noise, kl_weight(config, state.step, epochs * steps))
+            for i in range(first, steps):
                 due = checkpoint is not None and time.monotonic() - saved > every
-                stopping, due = parallel.sum_gradients(gradient, stop(), due)
-                if config.gradient_clip:
-                    gradient *= (config.gradient_clip / (gradient.norm() + 1e-6)).clamp(max=1.0)
-                rate = learning_rate(config, state.step, epochs * steps)
-                state.step += 1
-                moments = state.mean, state.square, state.step
-                kernels.adam(weights, gradient, *moments, rate, config.adam_eps, config.weight_decay)
-                if model.config.loadings_l1:
-                    soft_threshold(model.loadings_gk, rate * model.config.loadings_l1)
-                elbo_b[i] = elbo_n.sum()
+                if recorded is not None:
+                    stopping = stop()
+                    recorded(i)
+                    state.step += 1
+                else:
+                    mine = parallel.share(len(minibatches[i]))
+                    rows_n = torch.from_numpy(minibatches[i][mine]).to(counts.indptr_n.device)
+                    noise = Noise(seed * 1_000_003 + state.step, device, len(minibatches[i]), mine)
+                    weight = kl_weight(config, state.step, epochs * steps)
+                    elbo_n = gradients(model, counts.gather(rows_n).to(device), noise, weight)
+                    stopping, due = parallel.sum_gradients(gradient, stop(), due)
+                    if config.gradient_clip:
+                        gradient *= (config.gradient_clip / (gradient.norm() + 1e-6)).clamp(max=1.0)
+                    rate = learning_rate(config, state.step, epochs * steps)
+                    state.step += 1
+                    moments = state.mean, state.square, state.step
+                    kernels.adam(weights, gradient, *moments, rate, config.adam_eps, config.weight_decay)
+                    if model.config.loadings_l1:
+                        soft_threshold(model.loadings_gk, rate * model.config.loadings_l1)
+                    elbo_b[i] = elbo_n.sum()
                 last = i == steps - 1
                 if last or stopping or due or state.step % CHECKED == 0:
                     _check(state, config, elbo_b, checkpoint)
@@ -265,6 +290,19 @@ def soft_threshold(weights: torch.Tensor, by: float) -> None:
     of the objective -ELBO summed over N cells + sum of lambda_g |W_g|, lambda_g is ``loadings_l1`` × N × that root.
     """
     weights -= weights.clamp(-by, by)
+
+
+@contextlib.contextmanager
+def _naming_memory(size: int):
+    """A GPU that runs out of memory after all, as when others use it too, says which setting to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        line = str(error).split(". ")[0]
+        raise UserError(
+            f"train: the GPU ran out of memory ({line}); lower train.batch_size (minibatches have {size} cells), or "
+            "train.memory_gb so that counts stream from the computer's memory"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -348,7 +386,7 @@ def _check(state: State, config: TrainConfig, elbo_b: torch.Tensor, checkpoint: 
     steps = len(elbo_b)
     if len(lost):
         raise UserError(_diagnosis(state, config, int(lost[0]), steps, checkpoint))
-    if not all(torch.isfinite(value).all() for value in state.model.state_dict().values()):
+    if not torch.stack([torch.isfinite(value).all() for value in state.model.state_dict().values()]).all():
         raise UserError(_diagnosis(state, config, (state.step - 1) % steps, steps, checkpoint))
 
 

@@ -177,10 +177,11 @@ def register(
                 run_id, source = same.run_id, same.source
                 labels["model_id"] = same.tags.get("model_id", "")
                 log.info("models:/%s/%s has the same weights: its run and files are shared", same.name, same.version)
-            version = _create_version(client, name, source, run_id, labels)
+            version = _first(client, _create_version(client, name, source, run_id, labels), labels)
         _mend(tracking_uri, client, version, bundle)
         run = client.get_run(version.run_id)
-        if run.info.status == "RUNNING":  # ours, or that of a registration killed at its last step
+        # ours, or that of a registration killed at its last step, or taken for one by another at the same time
+        if run.info.status != "FINISHED":
             seconds = float(train_run.get("seconds") or 0)
             client.set_terminated(version.run_id, "FINISHED", run.info.start_time + int(1000 * seconds))
     return {
@@ -316,6 +317,19 @@ def _create_version(
     return client.create_model_version(
         name, source, run_id, tags=labels, await_creation_for=60, model_id=labels.get("model_id") or None
     )
+
+
+def _first(client: MlflowClient, made: ModelVersion, labels: dict[str, str]) -> ModelVersion:
+    """The version to keep: of those that several processes make of one model at once, a server taking no locks."""
+    same = _all(client, f"tag.fingerprint = '{labels['fingerprint']}' and name = '{made.name}'")
+    same = [v for v in same if v.tags.get("weights_sha256") == labels["weights_sha256"]]
+    first = min(same, key=lambda v: int(v.version))
+    if int(first.version) < int(made.version):
+        client.delete_model_version(made.name, str(made.version))
+        if made.run_id != first.run_id:
+            client.set_terminated(made.run_id, "KILLED")
+        log.info("models:/%s/%s: another process registered it at the same time", first.name, first.version)
+    return first
 
 
 def _mend(tracking_uri: str, client: MlflowClient, version: ModelVersion, bundle: Path) -> None:

@@ -505,3 +505,24 @@ def test_everything_works_with_a_server(server, tmp_path):
         from mlflow.exceptions import MlflowException
 
         raise MlflowException("403 Invalid Host header - possible DNS rebinding attack detected")
+
+
+def test_two_first_registrations_at_a_server_are_one_version(server, tmp_path, monkeypatch):
+    """A second process registers the same model between our look-up and our version, which a server cannot prevent."""
+    bundle = make_bundle(tmp_path / "model", "34" * 32)
+    create, theirs = registry._create_version, []
+
+    def late(*arguments):
+        monkeypatch.setattr(registry, "_create_version", create)
+        theirs.append(register(server, bundle, name="raced"))
+        return create(*arguments)
+
+    monkeypatch.setattr(registry, "_create_version", late)
+    ours = register(server, bundle, name="raced")
+    assert ours == theirs[0] and ours["version"] == "1"
+    assert (registry.list_models(server)["name"] == "raced").sum() == 1
+    client = tracking.connect(server)
+    experiment = client.get_experiment_by_name("scvi-core/pancreas").experiment_id
+    runs = client.search_runs([experiment], f"tags.fingerprint = '{'34' * 32}'")
+    assert {r.info.run_id: r.info.status for r in runs}.pop(ours["run_id"]) == "FINISHED"
+    assert sorted(r.info.status for r in runs) == ["FINISHED", "KILLED"]

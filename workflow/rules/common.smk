@@ -40,9 +40,13 @@ def part(*names, drop=()):
             chosen[section] = everything[section]
     for name in drop:
         section, _, key = name.partition(".")
-        del chosen[section][key]
+        del (chosen[section] if key else chosen)[key or section]
     text = json.dumps(chosen, sort_keys=True)
     return lambda wildcards: text
+
+
+# Only training asks for a GPU. By `device: cuda` the rules after it take one if there is one, as by `auto`.
+NO_GPU = ["device"] if CONFIG.device == "cuda" else []
 
 
 def megabytes(base, per_megabyte):

@@ -23,7 +23,13 @@ rule criticism:
         model=subpath(input.model, parent=True),
         folder=subpath(output.checks, parent=True),
         config=part(
-            "seed", "threads", "device", "train.memory_gb", "de.groupby", "criticism"
+            "seed",
+            "threads",
+            "device",
+            "train.memory_gb",
+            "de.groupby",
+            "criticism",
+            drop=NO_GPU,
         ),
     shell:
         "scvi-core criticism --store {params.store:q} --model {params.model:q} --cells {input.cells:q}"

@@ -39,12 +39,17 @@ rule train:
     resources:
         mem_mb=megabytes(3000, 20),
         runtime=minutes(120, 2),
-        gpu=0 if CONFIG.device == "cpu" else 1,
+        gpu=0 if CONFIG.device == "cpu" else CONFIG.devices,
+        # two minutes before time is up Slurm asks for a checkpoint: SIGTERM, for which the Snakemake around it waits
+        slurm_extra="--signal=TERM@120",
     params:
         store=subpath(input.store, parent=True),
         model=subpath(output.weights, parent=True),
         config=part("seed", "threads", "device", "model", "train", drop=["model.reuse"]),
         checkpoints=f"{ATLAS}/.checkpoints",
+        devices=CONFIG.devices,
     shell:
-        "scvi-core train --store {params.store:q} --found {input.found:q} --config {params.config:q} --out {params.model:q}"
-        " --run {output.run:q} --checkpoints {params.checkpoints:q} --decisions {output.decisions:q} 2> {log:q}"
+        # exec: the signal would end a shell in between before the checkpoint is written
+        "exec scvi-core train --store {params.store:q} --found {input.found:q} --config {params.config:q} --out {params.model:q}"
+        " --run {output.run:q} --checkpoints {params.checkpoints:q} --devices {params.devices} --decisions {output.decisions:q}"
+        " 2> {log:q}"

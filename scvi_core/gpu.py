@@ -1,0 +1,209 @@
+"""``triton_kernels.py``, called as ``native.py`` calls ``kernels.c``: the same functions, for tensors on a GPU.
+
+Where Triton cannot be imported :mod:`scvi_core.kernels` does the same in plain PyTorch, and training says so. Nothing
+here waits for the device, and no size depends on what a tensor holds: a step of these can be recorded (``graph.py``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from scvi_core.kernels import Nonzeros
+
+BLOCK, SOME = 1024, 256  # genes, and non-zeros, that a program takes at a time
+INTERPRETED = False  # tests: also take tensors of the CPU, through Triton's interpreter
+
+
+@functools.cache
+def _triton() -> tuple[ModuleType | None, str]:
+    """The kernels, or None and the reason. Not at import, as Triton's takes long and only GPUs need it."""
+    try:
+        from scvi_core import triton_kernels
+
+        if torch.cuda.is_available():  # whether Triton can compile here: it needs a C compiler, a card it knows
+            one = torch.zeros(1, dtype=torch.int64, device="cuda")
+            triton_kernels.log1p_kernel[(1,)](1, one, one, one, one, one.float(), SOME=SOME)
+    except Exception as error:  # Triton and drivers raise errors of many types
+        return None, f"Triton cannot be used ({(str(error).splitlines() or [type(error).__name__])[0]})"
+    return triton_kernels, ""
+
+
+def reason() -> str:
+    """Why there are no kernels for a GPU; empty where there are."""
+    return _triton()[1]
+
+
+def serves(tensor: torch.Tensor) -> bool:
+    """Whether these kernels take it: they are for float32 on a GPU."""
+    return tensor.dtype == torch.float32 and (tensor.is_cuda or INTERPRETED) and _triton()[0] is not None
+
+
+def free_bytes(device: torch.device) -> float:
+    """GPU memory that nobody uses; boundless where there is no GPU."""
+    return torch.cuda.mem_get_info(device)[0] if torch.device(device).type == "cuda" else math.inf
+
+
+@dataclasses.dataclass
+class Rows:
+    """Some cells of packed counts, left where they lie.
+
+    Attributes
+    ----------
+    begin_n, end_n : (cells,) int64, of each cell's non-zeros.
+    genes_m : (non-zeros of all cells,) int16 or int32. values_m : their counts, of any type.
+    n_genes : columns.
+    """
+
+    begin_n: torch.Tensor
+    end_n: torch.Tensor
+    genes_m: torch.Tensor
+    values_m: torch.Tensor
+    n_genes: int
+
+    @staticmethod
+    def of(x: Nonzeros | Rows) -> Rows:
+        """Of a minibatch that was gathered."""
+        return x if isinstance(x, Rows) else Rows(x.indptr_n[:-1], x.indptr_n[1:], x.genes_m, x.x_m, x.n_genes)
+
+    def __len__(self) -> int:
+        return len(self.begin_n)
+
+    def log1p(self) -> torch.Tensor:
+        """(cells, genes) float32 log(1 + counts). Dense: the encoder's products are small, and need no atomic sums."""
+        out_ng = torch.zeros(len(self), self.n_genes, device=self.begin_n.device)
+        if len(self):
+            _triton()[0].log1p_kernel[(len(self),)](
+                self.n_genes, self.begin_n, self.end_n, self.genes_m, self.values_m, out_ng, SOME=SOME
+            )
+        return out_ng
+
+
+def log_likelihood(
+    x: Nonzeros | Rows,
+    logit_rho_ng: torch.Tensor,
+    log_library_n: torch.Tensor,
+    log_theta_ng: torch.Tensor | None,
+    logit_pi_ng: torch.Tensor | None,
+    gradient: bool,
+) -> tuple[torch.Tensor | None, ...]:
+    """As :func:`scvi_core.kernels.log_likelihood`: the value, then its gradients by the four inputs, or None."""
+    logits = [t.contiguous() for t in (logit_rho_ng, logit_pi_ng) if t is not None]
+    rows, inputs = Rows.of(x), _inputs(logits, None, log_theta_ng)
+    value_n, slope_n, state_n4 = _value(rows, inputs, log_library_n)
+    if not gradient:
+        return value_n, None, None, None, None
+    tiles, theta_ng = _gradients(rows, logits, inputs, state_n4, torch.ones_like(slope_n), torch.float32)
+    return value_n, tiles[0], slope_n, theta_ng, tiles[1] if len(tiles) > 1 else None
+
+
+def log_likelihood_gradients(
+    x: Nonzeros | Rows,
+    logits: list[torch.Tensor],
+    biases: list[torch.Tensor],
+    log_library_n: torch.Tensor,
+    log_theta_ng: torch.Tensor | None,
+    scale: float,
+    sums: list[torch.Tensor],
+    sum_theta_g: torch.Tensor | None,
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None, torch.Tensor]:
+    """As :func:`scvi_core.native.log_likelihood_gradients`; the sums over cells are those of the tiles, in float32."""
+    rows = Rows.of(x)
+    inputs = _inputs(logits, biases if logits[0].dtype == torch.bfloat16 else None, log_theta_ng)
+    value_n, slope_n, state_n4 = _value(rows, inputs, log_library_n)
+    # gradients of a theta of each cell go on into further products, in float32
+    kind = torch.float32 if sum_theta_g is None else logits[0].dtype
+    tiles, theta_ng = _gradients(rows, logits, inputs, state_n4, torch.full_like(slope_n, scale), kind)
+    for tile_ng, sum_g in zip(tiles, sums, strict=True):
+        torch.sum(tile_ng, 0, dtype=torch.float32, out=sum_g)
+    if sum_theta_g is not None:
+        torch.sum(theta_ng, 0, keepdim=True, dtype=torch.float32, out=sum_theta_g)
+        theta_ng = None
+    return value_n, tiles, theta_ng, slope_n * scale
+
+
+def _inputs(logits: list[torch.Tensor], biases: list[torch.Tensor] | None, log_theta_ng: torch.Tensor | None) -> tuple:
+    """What all kernels of the likelihood begin with. What it has not is not read, so any tensor stands there."""
+    rho_ng, pi_ng = logits[0], logits[-1]
+    bias_rho_g, bias_pi_g = (rho_ng, rho_ng) if biases is None else (biases[0], biases[-1])
+    theta_ng, stride = rho_ng, 0
+    if log_theta_ng is not None:
+        theta_ng, stride = log_theta_ng.contiguous(), rho_ng.shape[1] * (len(log_theta_ng) > 1)
+    kind = 0 if log_theta_ng is None else len(logits)
+    return kind, biases is not None, rho_ng.shape[1], rho_ng, bias_rho_g, pi_ng, bias_pi_g, theta_ng, stride
+
+
+def _value(rows: Rows, inputs: tuple, log_library_n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log p(x) and its slope by log library, (cells,), and the kernels' state, (cells, 4) float64."""
+    log_library_n = log_library_n.contiguous()
+    value_n, slope_n = (torch.empty_like(log_library_n) for _ in range(2))
+    state_n4 = torch.empty(len(rows), 4, dtype=torch.float64, device=value_n.device)
+    if len(rows):
+        cells = rows.begin_n, rows.end_n, rows.genes_m, rows.values_m
+        kernel = _triton()[0].likelihood_kernel[(len(rows),)]
+        kernel(*inputs, *cells, log_library_n, value_n, slope_n, state_n4, BLOCK=BLOCK, SOME=SOME)
+    return value_n, slope_n, state_n4
+
+
+def _gradients(
+    rows: Rows, logits: list[torch.Tensor], inputs: tuple, state_n4: torch.Tensor, outer_n: torch.Tensor, kind: Any
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """Tiles of gradients by the logits, in their type, and by log theta, in `kind`; times `outer_n`."""
+    tiles = [torch.empty_like(logit) for logit in logits]
+    theta_ng = torch.empty_like(logits[0], dtype=kind) if inputs[0] else None
+    if len(rows):
+        given = state_n4, outer_n, tiles[0], tiles[-1], tiles[0] if theta_ng is None else theta_ng
+        cells = rows.begin_n, rows.end_n, rows.genes_m, rows.values_m
+        grid = len(rows), -(-rows.n_genes // BLOCK)
+        _triton()[0].zeros_kernel[grid](*inputs, *given, BLOCK=BLOCK)
+        _triton()[0].nonzeros_kernel[grid[:1]](*inputs, *cells, *given, SOME=SOME)
+    return tiles, theta_ng
+
+
+def hidden(
+    a_nh: torch.Tensor, norm: torch.nn.BatchNorm1d, kept_nh: torch.Tensor | None, kept_scale: float
+) -> tuple[torch.Tensor, tuple]:
+    """As :func:`scvi_core.native.hidden`, by PyTorch's own batch norm."""
+    running = norm.running_mean, norm.running_var
+    out_nh, *saved = torch.native_batch_norm(a_nh, norm.weight, norm.bias, *running, True, norm.momentum, norm.eps)
+    norm.num_batches_tracked += 1
+    out_nh = out_nh.relu_()
+    if kept_nh is None:
+        return out_nh, (a_nh, saved, 1.0)
+    return out_nh.mul_(kept_nh).mul_(kept_scale), (a_nh, saved, kept_scale)
+
+
+def hidden_gradient(
+    outer_nh: torch.Tensor, out_nh: torch.Tensor, norm: torch.nn.BatchNorm1d, saved: tuple
+) -> torch.Tensor:
+    """As :func:`scvi_core.native.hidden_gradient`."""
+    a_nh, moments, kept_scale = saved
+    outer_nh = torch.where(out_nh > 0, outer_nh * kept_scale, 0.0)
+    running = norm.running_mean, norm.running_var
+    grad_a_nh, norm.weight.grad[:], norm.bias.grad[:] = torch.ops.aten.native_batch_norm_backward(
+        outer_nh, a_nh, norm.weight, *running, *moments, True, norm.eps, [True, True, True]
+    )
+    return grad_a_nh
+
+
+def adam(
+    weights: torch.Tensor,
+    gradient: torch.Tensor,
+    mean: torch.Tensor,
+    square: torch.Tensor,
+    numbers_2: torch.Tensor,
+    eps: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> None:
+    """As :func:`scvi_core.kernels.adam`; `numbers_2` is :func:`scvi_core.kernels.corrected`'s answer, on the device."""
+    n = len(weights)
+    _triton()[0].adam_kernel[(-(-n // BLOCK),)](
+        n, weights, gradient, mean, square, numbers_2, 1 - betas[0], 1 - betas[1], eps, weight_decay, BLOCK=BLOCK
+    )

@@ -1,0 +1,243 @@
+"""Training steps on a GPU, recorded as CUDA graphs: a step is replayed, and the host does nothing in between.
+
+Counts lie on the device, packed, and minibatches are taken from them where they lie. Where they do not fit, they stay
+in the computer's memory, or on disk, and a thread gathers the next minibatch and sends it over while the device works.
+What changes from step to step (cells, rates, where the ELBO goes) lies in tables on the device, one an epoch, read at
+the step's number; the noise is drawn by a generator that is seeded before every replay, as for steps that are not
+recorded. So a fit that is interrupted goes on bit for bit, on the same device.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from scvi_core import engine, gpu, kernels
+from scvi_core.config import TrainConfig
+from scvi_core.counts import Counts, Minibatch
+from scvi_core.files import UserError
+from scvi_core.kernels import Nonzeros
+from scvi_core.log import log
+from scvi_core.model import SCVI, Noise
+from scvi_core.train import State, kl_weight, learning_rate, soft_threshold
+
+WARM_UP = 3  # runs of a step before it is recorded: libraries set themselves up, kernels are compiled
+VALIDATION = 1024  # cells of a block when the held-out ELBO is measured (train.elbo_of)
+
+
+def bytes_to_train(model: SCVI, size: int, fused: bool) -> int:
+    """What a fit needs besides the counts, about: weights, gradients, Adam's moments, the best weights, and tiles.
+
+    Parameters
+    ----------
+    size : cells of a minibatch. fused : whether Triton's kernels do the work; autograd keeps more.
+    """
+    heads = sum(hasattr(model, name) for name in ("rho", "dropout_logit", "log_theta"))
+    wide = (2 if model.half else 4) * 2 * heads + 4 * 3  # logits and gradients; counts, those by theta, one to spare
+    # the held-out ELBO is always in float32
+    tile = max(size * wide, VALIDATION * (4 * heads + 8)) if fused else 4 * 20 * max(size, VALIDATION)
+    weights = sum(p.numel() for p in model.parameters())
+    return round(1.1 * (tile * model.rho.out_features + 6 * 4 * weights)) + 2**28  # and libraries' own room
+
+
+def place(counts: Counts, needed: int, size: int, device: torch.device) -> Counts:
+    """Counts on the device if they fit beside the `needed` bytes, else where they are; said in the log.
+
+    Raises
+    ------
+    UserError
+        When not even a step, on `size` cells, fits.
+    """
+    free = gpu.free_bytes(device)
+    if needed > free:
+        raise UserError(
+            f"train.batch_size: a step on {size} cells x {counts.n_genes} genes needs {needed / 1e9:.2f} GB of GPU "
+            f"memory, of which {free / 1e9:.2f} GB are free; lower train.batch_size, or genes.n_top, or free the GPU"
+        )
+    placed = counts.to(device, needed)
+    if type(placed) is Counts:
+        sizes = counts.nbytes / 1e9, needed / 1e9, free / 1e9
+        log.info("counts on the device: %.2f GB packed, beside %.2f GB for training; %.2f GB were free", *sizes)
+    return placed
+
+
+class Step:
+    """One step of training, for :func:`scvi_core.train.train`: recorded once for each size of minibatch, then replayed.
+
+    Parameters
+    ----------
+    state, weights, gradient : of the fit; changed in place.
+    counts : on the device, or elsewhere (see :class:`Feed`).
+    steps, epochs : minibatches an epoch; epochs at most.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        weights: torch.Tensor,
+        gradient: torch.Tensor,
+        counts: Counts,
+        config: TrainConfig,
+        seed: int,
+        steps: int,
+        epochs: int,
+    ):
+        self.state, self.weights, self.gradient, self.counts = state, weights, gradient, counts
+        self.config, self.seed, self.steps, self.epochs, self.device = config, seed, steps, epochs, weights.device
+        self.feed = None if type(counts) is Counts else Feed(counts.to(torch.device("cpu")), self.device)
+        self.recorded: dict[int, tuple[Noise, torch.cuda.CUDAGraph | None]] = {}  # by size
+        self.pool = None
+        # what a replay reads and writes
+        self.at = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.numbers_b4 = torch.zeros(steps, 4, device=self.device)
+        self.starts_b = torch.zeros(steps, dtype=torch.int64, device=self.device)
+        self.elbo_b = torch.zeros(steps, dtype=torch.float64, device=self.device)
+        self.order_n = torch.zeros(0, dtype=torch.int64, device=self.device)
+
+    def begin(self, minibatches: list[np.ndarray], first: int) -> torch.Tensor:
+        """Get ready for an epoch, from its step `first` on.
+
+        Returns
+        -------
+        (steps,) float64 on the device, where each step leaves the sum of its cells' ELBO.
+        """
+        self.sizes = [len(rows) for rows in minibatches]
+        total, done = self.epochs * self.steps, self.state.epoch * self.steps
+        numbers = []
+        for step in range(done, done + self.steps):
+            rate = learning_rate(self.config, step, total)
+            numbers.append([*kernels.corrected(rate, step + 1), kl_weight(self.config, step, total), rate])
+        self.numbers_b4.copy_(torch.tensor(numbers))
+        self.starts_b.copy_(torch.from_numpy(np.cumsum([0, *self.sizes[:-1]])))
+        self.elbo_b.zero_()
+        if self.feed is not None:
+            self.feed.begin(minibatches, first)
+        else:
+            order_n = torch.from_numpy(np.concatenate(minibatches))
+            if len(self.order_n) != len(order_n):
+                self.order_n = torch.empty(len(order_n), dtype=torch.int64, device=self.device)
+            self.order_n.copy_(order_n)
+        return self.elbo_b
+
+    def __call__(self, i: int) -> None:
+        """The epoch's step `i`."""
+        size = self.sizes[i]
+        if self.feed is not None:
+            self.feed.fill(i)
+        self.at.fill_(i)
+        if size not in self.recorded:
+            self.recorded[size] = self._record(size)
+        noise, graph = self.recorded[size]
+        noise.generator.manual_seed(self.seed * 1_000_003 + self.state.step)
+        if graph is None:
+            self._run(size, noise)
+        else:
+            graph.replay()
+
+    @torch.no_grad()
+    def _run(self, size: int, noise: Noise) -> None:
+        model, state, config = self.state.model, self.state, self.config
+        rate_and_scale, kl, rate = self.numbers_b4.index_select(0, self.at)[0].split([2, 1, 1])
+        elbo_n = engine.gradients(model, self._cells(size), noise, kl)
+        if config.gradient_clip:
+            self.gradient.mul_((config.gradient_clip / (self.gradient.norm() + 1e-6)).clamp(max=1.0))
+        moments = state.mean, state.square
+        gpu.adam(self.weights, self.gradient, *moments, rate_and_scale, config.adam_eps, config.weight_decay)
+        if model.config.loadings_l1:
+            soft_threshold(model.loadings_gk, rate * model.config.loadings_l1)
+        self.elbo_b.index_copy_(0, self.at, elbo_n.double().sum(0, keepdim=True))
+
+    def _cells(self, size: int) -> Minibatch:
+        """The minibatch, where it lies."""
+        if self.feed is not None:
+            return self.feed.cells(size)
+        place_n = self.starts_b.index_select(0, self.at) + torch.arange(size, device=self.device)
+        rows_n = self.order_n.index_select(0, place_n)
+        counts = self.counts
+        ends = (counts.indptr_n.index_select(0, rows_n + end) for end in (0, 1))
+        return counts.minibatch(rows_n, gpu.Rows(*ends, counts.genes_m, counts.values_m, counts.n_genes))
+
+    def _record(self, size: int) -> tuple[Noise, torch.cuda.CUDAGraph | None]:
+        """Record the step; without a GPU, or where that fails, it is run kernel by kernel. Changes nothing."""
+        if self.device.type != "cuda":
+            return Noise(0, self.device), None
+        changed = [self.weights, self.state.mean, self.state.square, self.elbo_b, *self.state.model.buffers()]
+        before = [t.clone() for t in changed]
+        noise, graph = Noise(0, self.device), torch.cuda.CUDAGraph()
+        try:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP):
+                    self._run(size, noise)
+            torch.cuda.current_stream().wait_stream(side)
+            graph.register_generator_state(noise.generator)
+            # the thread that sends minibatches may go on meanwhile
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                self._run(size, noise)
+            self.pool = graph.pool()  # sizes take turns, so they share their room
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            line = str(error).split("\n")[0]
+            log.warning("steps run kernel by kernel, more slowly: they could not be recorded (%s)", line)
+            noise, graph = Noise(0, self.device), None
+        for t, old in zip(changed, before, strict=True):
+            t.copy_(old)
+        return noise, graph
+
+
+class Feed:
+    """Minibatches of counts that are not on the device: the next is gathered and sent while this one is worked on.
+
+    The one at hand is copied into tensors that stay where they are, as a recorded step wants; with room for the longest
+    cells there are, so that no size depends on which come.
+    """
+
+    def __init__(self, counts: Counts, device: torch.device):
+        self.counts, self.device = counts, device
+        self.worker = ThreadPoolExecutor(1)
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.room: Minibatch | None = None
+
+    def begin(self, minibatches: list[np.ndarray], first: int) -> None:
+        """Get ready for an epoch, from its step `first` on."""
+        self.minibatches = minibatches
+        if self.room is None:
+            self.room = self._room(max(map(len, minibatches)))
+        self.coming: Future[Minibatch] = self.worker.submit(self._send, first)
+
+    def _room(self, size: int) -> Minibatch:
+        lengths_n = self.counts.indptr_n.diff()
+        most = int(lengths_n.topk(size).values.sum())
+        like = self.counts.gather(torch.arange(1))
+        new = lambda t, n: torch.zeros(n, *t.shape[1:], dtype=t.dtype, device=self.device)  # noqa: E731
+        indptr_n, genes_m, x_m = new(like.x.indptr_n, size + 1), new(like.x.genes_m, most), new(like.x.x_m, most)
+        codes = (new(getattr(like, name), size) for name in ("library_n", "batch_n", "covariates_nc"))
+        return Minibatch(Nonzeros(indptr_n, genes_m, x_m, like.x.n_genes), *codes)
+
+    def _send(self, i: int) -> Minibatch:
+        """In the thread: gather, and copy from pinned memory on a stream beside the one that computes."""
+        cells = self.counts.gather(torch.from_numpy(self.minibatches[i]))
+        if self.side is None:
+            return cells
+        with torch.cuda.stream(self.side):
+            return cells.pinned().to(self.device)  # returns when it is there
+
+    def fill(self, i: int) -> None:
+        """Put minibatch `i` where :meth:`cells` finds it, and have the next one sent."""
+        cells = self.coming.result()
+        for old, new in zip(self.room.tensors(), cells.tensors(), strict=True):
+            old[: len(new)].copy_(new)
+            if self.side is not None:  # its memory is not given to the next one before this copy is made
+                new.record_stream(torch.cuda.current_stream())
+        if i + 1 < len(self.minibatches):
+            self.coming = self.worker.submit(self._send, i + 1)
+
+    def cells(self, size: int) -> Minibatch:
+        """The minibatch at hand, of `size` cells."""
+        room = self.room
+        x = gpu.Rows(room.x.indptr_n[:size], room.x.indptr_n[1 : size + 1], room.x.genes_m, room.x.x_m, room.x.n_genes)
+        return Minibatch(x, room.library_n[:size], room.batch_n[:size], room.covariates_nc[:size])
