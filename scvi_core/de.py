@@ -323,9 +323,12 @@ def _shares(n_kb: np.ndarray, config: DeConfig, n_lanes: int) -> np.ndarray:
 
 
 def _mixture(pool: Pool, lane: int, share_k: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(pool.size,) samples of a lane that stand for a mixture of groups."""
+    """(pool.size,) samples of a lane that stand for a mixture of groups.
+
+    In rising order, in which they are read sooner: those that they are paired with come in a random one.
+    """
     group_m = rng.choice(len(share_k), pool.size, p=share_k)
-    return pool.start_kb[group_m, lane] + rng.permutation(pool.size)
+    return np.sort(pool.start_kb[group_m, lane] + rng.permutation(pool.size))
 
 
 @torch.inference_mode()
