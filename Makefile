@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo demo-slurm demo-apptainer demo-slurm-apptainer image bundle test faults parity lint schemas clean
+.PHONY: demo demo-slurm demo-apptainer demo-slurm-apptainer image bundle test faults parity triton lint schemas clean
 
 demo: .venv/installed
 	$(BIN)/python workflow/scripts/fetch_demo.py resources/demo
@@ -62,6 +62,12 @@ parity: .venv/installed
 	    pydantic pyyaml rich pyarrow safetensors pytest
 	OMP_NUM_THREADS=1 PYTHONPATH=. .venv-peer/bin/python -m pytest -q tests/unit/test_parity.py
 
+# the GPU's kernels, run by Triton's interpreter on the CPU; Triton in a folder of its own
+triton: .venv/installed
+	[ -d .venv-triton/triton ] || $(BIN)/pip install --quiet --no-deps --target .venv-triton \
+	    "$$(grep -m1 -oE '^triton==[0-9.]+' envs/cuda.lock)"
+	PYTHONPATH=.venv-triton $(BIN)/python -m pytest -q tests/unit/test_gpu.py
+
 lint: .venv/installed
 	ruff check . && ruff format --check . && snakefmt --check Snakefile workflow && snakemake --lint
 
@@ -73,4 +79,4 @@ schemas: .venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-peer results/* .snakemake
+	rm -rf .venv .venv-peer .venv-triton results/* .snakemake
