@@ -178,7 +178,7 @@ def rerun(folder):
     return {rule: int(n) for rule, n in map(str.split, rows) if rule not in ("all", "atlas", "total")}
 
 
-LATE = ["cluster", "de", "register", "report"]
+LATE = ["cluster", "criticism", "de", "register", "report"]
 FROM_LOOKUP = ["lookup", "train", "embed", *LATE]
 FROM_GENES = ["genes", "store", *FROM_LOOKUP]
 
