@@ -50,14 +50,15 @@ def test_training_killed_at_random_moments(reference, tmp_path):
             process.send_signal(signal.SIGTERM if killed % 2 else signal.SIGKILL)
             process.wait()
             killed += 1
-            assert not (tmp_path / "model").exists() or process.returncode == 0
         said = (tmp_path / "said").read_text()
         assert process.returncode in (0, 75, -signal.SIGKILL, -signal.SIGTERM) and "Traceback" not in said, said
         resumed += "resuming at" in said
-        if process.returncode == 0:
+        whole = (tmp_path / "model").exists()  # also where it was killed after it had written the model
+        assert whole or process.returncode != 0
+        if whole:
             finished += 1
             assert sha256_file(tmp_path / "model/model.safetensors") == expected
-            assert not list((tmp_path / "states").glob("*.safetensors"))
+            assert process.returncode != 0 or not list((tmp_path / "states").glob("*.safetensors"))
             shutil.rmtree(tmp_path / "model")
     process = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
@@ -185,7 +186,9 @@ def test_a_second_workflow_on_the_same_results_is_told(reference, project):
     first = place.start(project, *targets)
     locks = project / ".snakemake" / "locks"
     place.until(lambda: locks.is_dir() and any(locks.iterdir()), what="the first workflow's lock")
+    os.killpg(first.pid, signal.SIGSTOP)  # else it may be done before the second looks
     second = snakemake(project, *targets)
+    os.killpg(first.pid, signal.SIGCONT)
     assert second.returncode == 1 and "cannot be locked" in second.stdout + second.stderr, second.stdout + second.stderr
     assert first.wait(120) == 0
     made, expected = place.artefacts(project), place.artefacts(reference)
