@@ -161,8 +161,7 @@ def replicate_task(data: Path, seed: int, options: argparse.Namespace) -> dict[s
     here = adata.obs["batch"].isin(mine).to_numpy()
     out = options.out / f"{data.stem}.half{seed}.h5ad"
     if not out.exists():
-        part = adata[here].copy()
-        part[:, :].write_h5ad(out)
+        adata[here].copy().write_h5ad(out)
     part, other = ad.read_h5ad(out), adata[~here]
     rows, there = (a.obs.groupby("label", observed=True).indices for a in (part, other))
     share = other.X / np.asarray(other.X.sum(1)).reshape(-1, 1)

@@ -450,24 +450,20 @@ def de(
     """
     import pandas as pd
 
-    from scvi_core import api
+    from scvi_core import api, steps
     from scvi_core.de import differential_expression
-    from scvi_core.preprocess.store import read_store
-    from scvi_core.stream import open_counts
-    from scvi_core.train import resolve_device
 
     settings = load_config(config)
     _use_threads(settings.threads)
-    store_cells, table = read_store(store, counts=False), pd.read_parquet(cells)
+    table = pd.read_parquet(cells)
     groupby = settings.de.groupby
     if groupby not in table:
         raise UserError(f"de.groupby: no column '{groupby}' in {cells} (columns: {', '.join(table.columns)})")
-    if list(table["cell_id"]) != list(store_cells.obs_names):
+    fitted = api.load(model, settings.device)
+    cell_ids, counts = steps.open_store(store, fitted, settings.train.memory_gb)
+    if list(table["cell_id"]) != list(cell_ids):
         raise UserError(f"{cells}: its cells are not those of {store}; run `scvi-core cluster` again")
     made = Decisions("de")
-    fitted = api.load(model, settings.device)
-    counts = open_counts(store, store_cells, fitted.schema, settings.train.memory_gb)
-    counts = counts.to(resolve_device(settings.device))
     names = fitted.gene_ids, fitted.gene_names
     frame = differential_expression(fitted.network, counts, table[groupby], *names, settings.de, settings.seed, made)
     against = "the rest" if settings.de.reference == "rest" else "each other"

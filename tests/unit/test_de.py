@@ -1,3 +1,5 @@
+import sys
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -8,7 +10,7 @@ from _samples import stored
 from scipy.stats import norm
 
 import scvi_core as sv
-from scvi_core import de, stream
+from scvi_core import cli, de, stream
 from scvi_core.config import DeConfig, ModelConfig
 from scvi_core.counts import Schema, pack
 from scvi_core.de import (
@@ -385,7 +387,7 @@ def test_blocks_of_genes_do_not_matter(monkeypatch, compare, batches):
     pd.testing.assert_frame_equal(whole, some, rtol=1e-5, atol=1e-6)
 
 
-def test_covariates_and_a_linear_head_are_carried_along():
+def test_covariates_and_dispersion_by_batch_are_carried_along():
     """A fitted model with covariates and dispersion by batch answers; columns are whole."""
     adata = cells(n=80)
     config = ModelConfig(categorical_covariates=("day",), continuous_covariates=("age",), dispersion="gene-batch")
@@ -434,3 +436,26 @@ def test_streamed_counts_give_the_same(tmp_path, monkeypatch):
         differential_expression(model, c, groups, ids, ids, DeConfig(n_samples=300), 0) for c in (part, whole)
     )
     assert found.equals(same)
+
+
+def test_a_store_whose_genes_come_in_another_order(tmp_path, monkeypatch):
+    """The command goes by the genes' names, as the library does."""
+    store = stored(tmp_path, cells(n=80))
+    adata = read_store(store)
+    order = np.random.default_rng(0).permutation(adata.n_vars)
+    model = sv.fit(adata[:, order].copy(), "batch", train=brief(max_epochs=1), device="cpu", progress=False)
+    model.save(tmp_path / "model")
+    groups = np.random.default_rng(1).choice(["x", "y"], 80)
+    pd.DataFrame({"cell_id": list(adata.obs_names), "cluster": groups}).to_parquet(tmp_path / "cells.parquet")
+    command = ["de", "--store", store, "--model", tmp_path / "model", "--cells", tmp_path / "cells.parquet"]
+    command += ["--out", tmp_path / "de.parquet", "--config", '{"threads": 1, "de": {"n_samples": 200}}']
+    monkeypatch.setattr(sys, "argv", ["scvi-core", *map(str, command)])
+    threads = torch.get_num_threads()
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+    adata.obs["cluster"] = groups
+    expected = sv.load(tmp_path / "model").differential_expression(adata, "cluster", config=DeConfig(n_samples=200))
+    torch.set_num_threads(threads)
+    found = pd.read_parquet(tmp_path / "de.parquet")
+    pd.testing.assert_frame_equal(found, expected, check_dtype=False)

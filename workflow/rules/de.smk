@@ -17,7 +17,7 @@ rule de:
     params:
         store=subpath(input.store, parent=True),
         model=subpath(input.model, parent=True),
-        config=part("seed", "threads", "device", "de", drop=NO_GPU),
+        config=part("seed", "threads", "device", "train.memory_gb", "de", drop=NO_GPU),
     shell:
         "scvi-core de --store {params.store:q} --model {params.model:q} --cells {input.cells:q} --config {params.config:q}"
         " --out {output.de:q} --decisions {output.decisions:q} 2> {log:q}"

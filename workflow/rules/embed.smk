@@ -15,7 +15,7 @@ rule embed:
     params:
         store=subpath(input.store, parent=True),
         model=subpath(input.model, parent=True),
-        config=part("threads", "device", drop=NO_GPU),
+        config=part("threads", "device", "train.memory_gb", drop=NO_GPU),
     shell:
         "scvi-core embed --store {params.store:q} --model {params.model:q} --config {params.config:q} --out {output:q}"
         " 2> {log:q}"
