@@ -702,8 +702,16 @@ def _stop_on_signals() -> list[str]:
 
 def _use_threads(threads: int) -> None:
     """Run torch and numba on this many threads: how sums are split decides their last bits."""
-    os.environ["NUMBA_NUM_THREADS"] = str(threads)  # before numba is imported
     import torch
+
+    # numba reads its number once, and refuses another for as long as the process lives: a command is a process of its
+    # own, but a caller who has numba at work already keeps what it has and is only limited
+    if "numba" in sys.modules:
+        import numba
+
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    else:
+        os.environ["NUMBA_NUM_THREADS"] = str(threads)
 
     torch.set_num_threads(threads)
 
