@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success fsync it and rename it to `path`.
 
     Works for a file or, if the block makes a directory there, for a directory tree, which replaces an
-    earlier tree only once it is complete. On an exception `path` is left as it was.
+    earlier tree only once it is complete. On an exception `path` is left as it was. What a killed process has left
+    beside `path` is removed.
 
     Raises
     ------
@@ -35,10 +38,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
         When the disk is full, or the folder cannot be written.
     """
     path = Path(path)
-    temporary = None
+    temporary = held = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            if _age(left) > 60 and (handle := _hold(left)) is not None:  # one just made may not be held yet
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(handle)
         holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        held = _hold(holder)
         temporary = holder / path.name
         yield temporary
         if temporary.is_dir():
@@ -62,6 +70,29 @@ def replacing(path: str | Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary.parent, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+def _age(path: Path) -> float:
+    """Seconds since something was made in a folder; 0 if it is gone."""
+    with contextlib.suppress(FileNotFoundError):
+        return time.time() - path.stat().st_mtime
+    return 0.0
+
+
+def _hold(folder: Path) -> int | None:
+    """A lock on a folder, by the handle that keeps it; None where another process has it, or nothing can be locked."""
+    import fcntl
+
+    handle = None
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return handle
+    if handle is not None:
+        os.close(handle)
+    return None
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from _samples import stored
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from scvi_core import cli, native
+from scvi_core import api, cli, native
 from scvi_core import train as training
 from scvi_core.config import ModelConfig, TrainConfig
 from scvi_core.files import UserError
@@ -161,6 +161,10 @@ def test_cuda_is_never_silently_the_cpu(monkeypatch):
     with pytest.raises(UserError, match="no CUDA device; use device: cpu or auto"):
         training.resolve_device("cuda")
     assert training.resolve_device("auto").type == training.resolve_device("cpu").type == "cpu"
+    monkeypatch.setenv("SLURM_JOB_GPUS", "3")
+    with pytest.raises(UserError, match="Slurm gave this job GPU 3 but PyTorch sees none"):
+        training.resolve_device("auto")
+    assert training.resolve_device("cpu").type == "cpu"
 
 
 # ---- a loss that is not finite
@@ -470,3 +474,24 @@ def test_sigterm_to_the_command_and_rerun(tmp_path, monkeypatch):
     start("whole").join()
     for name in ("model.safetensors", "model.json", "history.parquet"):
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_a_signal_while_the_model_is_written_comes_too_late(tmp_path, monkeypatch):
+    """The fit is done: an exit that looks like a failure would have Snakemake delete what it has made."""
+    stored(tmp_path, cells(120, 30))
+    config = {"threads": 1, "device": "cpu", "model": {"n_hidden": 8, "n_latent": 2}, "train": {"max_epochs": 2}}
+    monkeypatch.chdir(tmp_path)
+    command = ["train", "--store", "counts.zarr", "--config", json.dumps(config), "--checkpoints", "states"]
+    monkeypatch.setattr(sys, "argv", ["scvi-core", *command, "--out", "model"])
+    save = api.Model.save
+
+    def signalled(model, path):
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        save(model, path)
+
+    monkeypatch.setattr(api.Model, "save", signalled)
+    process = forked(cli.main, tmp_path / "said")
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "said").read_text()
+    assert (tmp_path / "model" / "model.safetensors").exists() and not list((tmp_path / "states").iterdir())

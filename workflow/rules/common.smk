@@ -47,6 +47,8 @@ def part(*names, drop=()):
 
 # Only training asks for a GPU. By `device: cuda` the rules after it take one if there is one, as by `auto`.
 NO_GPU = ["device"] if CONFIG.device == "cuda" else []
+# Jobs on one machine take turns at its card: `card: 1` in the default profile. More by --resources card=2.
+CARD = int(CONFIG.device != "cpu" and os.path.exists("/dev/nvidiactl"))
 
 
 def megabytes(base, per_megabyte):

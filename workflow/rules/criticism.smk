@@ -18,6 +18,7 @@ rule criticism:
     resources:
         mem_mb=megabytes(3000, 20),
         runtime=minutes(20, 0.1),
+        card=CARD,
     params:
         store=subpath(input.store, parent=True),
         model=subpath(input.model, parent=True),

@@ -14,6 +14,7 @@ rule de:
     resources:
         mem_mb=megabytes(3000, 20),
         runtime=minutes(20, 0.2),
+        card=CARD,
     params:
         store=subpath(input.store, parent=True),
         model=subpath(input.model, parent=True),

@@ -12,6 +12,7 @@ rule embed:
     resources:
         mem_mb=megabytes(2500, 20),
         runtime=minutes(10, 0.1),
+        card=CARD,
     params:
         store=subpath(input.store, parent=True),
         model=subpath(input.model, parent=True),

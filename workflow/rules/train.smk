@@ -39,6 +39,7 @@ rule train:
     resources:
         mem_mb=megabytes(3000, 20),
         runtime=minutes(120, 2),
+        card=CARD,
         gpu=0 if CONFIG.device == "cpu" else CONFIG.devices,
         # two minutes before time is up Slurm asks for a checkpoint: SIGTERM, for which the Snakemake around it waits
         slurm_extra="--signal=TERM@120",
