@@ -26,6 +26,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import itertools
+import math
 import platform
 import statistics
 import sys
@@ -96,15 +97,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for name, part in parts:
         if time.perf_counter() - began > 60 * options.minutes:
             found["missing"][name] = "no time was left"
-            continue
-        try:
-            found[name] = part()
-        except Exception as error:  # the other parts still say something
-            found["missing"][name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        else:
+            try:
+                found[name] = part()
+            except Exception as error:  # the other parts still say something
+                found["missing"][name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
         left = found["missing"].get(name, "done")
         print(f"{time.perf_counter() - began:6.1f} s  {name}: {left}", file=sys.stderr, flush=True)
         if options.json:
-            write_json(options.json, found)
+            write_json(options.json, _told(found))
     print(table(found))
     return found
 
@@ -379,6 +380,7 @@ def peer(
     if importlib.util.find_spec("scvi") is None:
         raise ImportError("scvi-tools is not installed")
     import scvi
+    from lightning.pytorch.callbacks import LambdaCallback
 
     n = min(len(counts), 100_000)
     some = counts.subset(np.arange(n))
@@ -389,15 +391,17 @@ def peer(
     adata = ad.AnnData(x, obs)
     scvi.model.SCVI.setup_anndata(adata, batch_key="batch")
     model = scvi.model.SCVI(adata)
-    took = []
-    for _ in range(2):
-        began = time.perf_counter()
-        model.train(
-            max_epochs=1, train_size=1.0, accelerator="gpu" if device.type == "cuda" else "cpu", devices=1,
-            enable_progress_bar=False, logger=False,
-        )  # fmt: skip
+    ends = [time.perf_counter()]
+
+    def ended(*_: Any) -> None:
         _wait(device)
-        took.append(time.perf_counter() - began)
+        ends.append(time.perf_counter())
+
+    model.train(
+        max_epochs=2, train_size=1.0, accelerator="gpu" if device.type == "cuda" else "cpu", devices=1,
+        enable_progress_bar=False, logger=False, callbacks=[LambdaCallback(on_train_epoch_end=ended)],
+    )  # fmt: skip
+    took = np.diff(ends).tolist()  # the first with all that comes before it, the second an epoch and no more
     rate = n / took[1]
     epochs = max(1, min(round(20_000 / len(counts) * 400), 400))
     found = {
@@ -499,6 +503,15 @@ def table(found: dict[str, Any]) -> str:
         if name.split()[0] in ("fit", "de", "stream", "peer"):
             lines.append(f"{name}: " + "; ".join(f"{k} {_brief(v)}" for k, v in part.items()))
     return "\n".join([*lines, *(f"missing: {name} ({why})" for name, why in found["missing"].items())])
+
+
+def _told(value: Any) -> Any:
+    """The same with numbers that are not finite as text: JSON has none, and a fault found is to be told."""
+    if isinstance(value, dict):
+        return {key: _told(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_told(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _brief(value: Any) -> str:

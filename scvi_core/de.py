@@ -219,12 +219,11 @@ def _draw(
         )
     under = np.nonzero(start_kb.ravel() >= 0)[0] % n_lanes
     unique, place_m = np.unique(np.concatenate(drawn), return_inverse=True)  # each cell is read and encoded once
-    parts = [(model.encode(cells), cells) for _, cells in blocks(counts, unique)]
-    mean_uk = torch.cat([q.mean_nk for q, _ in parts])
-    deviation_uk = torch.cat([q.variance_nk for q, _ in parts]).sqrt()
-    batch_u, covariates_uc = (
-        torch.cat([getattr(cells, f) for _, cells in parts]) for f in ("batch_n", "covariates_nc")
-    )
+    parts = []  # all but the counts, which would fill memory
+    for _, cells in blocks(counts, unique):
+        q = model.encode(cells)
+        parts.append((q.mean_nk, q.variance_nk.sqrt(), cells.batch_n, cells.covariates_nc))
+    mean_uk, deviation_uk, batch_u, covariates_uc = (torch.cat(part) for part in zip(*parts, strict=True))
     place_m = torch.from_numpy(place_m).to(mean_uk.device)
     noise = Noise(int(rng.integers(2**31)), mean_uk.device)
     z_mk = mean_uk[place_m] + deviation_uk[place_m] * noise.normal(mean_uk[place_m])

@@ -47,7 +47,10 @@ def serves(tensor: torch.Tensor) -> bool:
 
 def free_bytes(device: torch.device) -> float:
     """GPU memory that nobody uses; boundless where there is no GPU."""
-    return torch.cuda.mem_get_info(device)[0] if torch.device(device).type == "cuda" else math.inf
+    if torch.device(device).type != "cuda":
+        return math.inf
+    torch.cuda.empty_cache()  # what PyTorch keeps for tensors to come looks used otherwise
+    return torch.cuda.mem_get_info(device)[0]
 
 
 @dataclasses.dataclass

@@ -28,7 +28,7 @@ VALIDATION = 1024  # cells of a block when the held-out ELBO is measured (train.
 
 
 def bytes_to_train(model: SCVI, size: int, fused: bool) -> int:
-    """What a fit needs besides the counts, about: weights, gradients, Adam's moments, the best weights, and tiles.
+    """What a fit needs besides the counts, about: weights, gradients, Adam's moments, copies of these, and tiles.
 
     Parameters
     ----------
@@ -36,10 +36,11 @@ def bytes_to_train(model: SCVI, size: int, fused: bool) -> int:
     """
     heads = sum(hasattr(model, name) for name in ("rho", "dropout_logit", "log_theta"))
     wide = (2 if model.half else 4) * 2 * heads + 4 * 3  # logits and gradients; counts, those by theta, one to spare
-    # the held-out ELBO is always in float32
-    tile = max(size * wide, VALIDATION * (4 * heads + 8)) if fused else 4 * 20 * max(size, VALIDATION)
+    # what is recorded keeps its room; beside it come, by turns, runs before the next recording, and the held-out ELBO,
+    # always in float32
+    tile = size * wide + max(size * wide, VALIDATION * (4 * heads + 8)) if fused else 4 * 20 * max(size, VALIDATION)
     weights = sum(p.numel() for p in model.parameters())
-    return round(1.1 * (tile * model.rho.out_features + 6 * 4 * weights)) + 2**28  # and libraries' own room
+    return round(1.1 * (tile * model.rho.out_features + 8 * 4 * weights)) + 2**28  # and libraries' own room
 
 
 def place(counts: Counts, needed: int, size: int, device: torch.device) -> Counts:
@@ -165,14 +166,14 @@ class Step:
             return Noise(0, self.device), None
         changed = [self.weights, self.state.mean, self.state.square, self.elbo_b, *self.state.model.buffers()]
         before = [t.clone() for t in changed]
-        noise, graph = Noise(0, self.device), torch.cuda.CUDAGraph()
+        noise, graph, stream = Noise(0, self.device), torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
+            side.wait_stream(stream)
             with torch.cuda.stream(side):
                 for _ in range(WARM_UP):
                     self._run(size, noise)
-            torch.cuda.current_stream().wait_stream(side)
+            stream.wait_stream(side)
             graph.register_generator_state(noise.generator)
             # the thread that sends minibatches may go on meanwhile
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
@@ -184,6 +185,8 @@ class Step:
             line = str(error).split("\n")[0]
             log.warning("steps run kernel by kernel, more slowly: they could not be recorded (%s)", line)
             noise, graph = Noise(0, self.device), None
+        finally:
+            torch.cuda.set_stream(stream)  # a recording that fails leaves its own behind
         for t, old in zip(changed, before, strict=True):
             t.copy_(old)
         return noise, graph

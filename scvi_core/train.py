@@ -85,7 +85,7 @@ def resolve_precision(precision: str, device: torch.device) -> bool:
     `auto` takes bfloat16 where the processor multiplies in it (AVX512-BF16, AMX, or a GPU that has it).
     """
     if device.type == "cuda":
-        found = torch.cuda.is_bf16_supported()
+        found = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         found = bool(able.get("avx512_bf16") or able.get("amx_bf16"))
@@ -193,6 +193,7 @@ def train(
     if which == "plain":
         log.warning("kernels in plain PyTorch, several times slower: %s", reason)
     model.half = resolve_precision(config.precision, device)
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums within a product are float32
     _set_library_prior(model, counts, train_rows)
     held = counts.subset(validation_rows).to(device) if len(validation_rows) else None
     recording = which == "triton" and parallel.world() == 1

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests on every machine; benchmarks/gpu.py is what needs a GPU
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -9,12 +9,16 @@ import math
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from _data import brief, cells, packed
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 if "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
@@ -22,7 +26,7 @@ if "triton" not in sys.modules:
 import test_engine
 import test_likelihood as reference
 
-from scvi_core import engine, gpu, graph, kernels, native
+from scvi_core import cli, engine, gpu, graph, kernels, native
 from scvi_core import train as training
 from scvi_core.config import ModelConfig
 from scvi_core.counts import Counts, OnHost
@@ -252,6 +256,64 @@ def test_a_loss_that_is_lost_is_seen(interpreted):
         fit(learning_rate=1e30)
 
 
+class OffDevice(TorchDispatchMode):
+    """Operations that touch a tensor which is not on the device `meta`."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+        self.found |= {str(func) for t in tensors if t.device.type != "meta"}
+        return out
+
+
+@pytest.mark.parametrize("fed", [False, True])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"likelihood": "zinb", "n_layers": 2},
+        {"likelihood": "zinb", "dispersion": "gene-cell", "library": "latent"},
+        {"likelihood": "nb", "dispersion": "gene-batch"},
+        {"likelihood": "poisson", "decoder": "linear", "loadings_l1": 0.1},
+    ],
+)
+def test_a_step_can_be_recorded(how, fed, monkeypatch):
+    """On a device that holds no numbers: none is copied to it or asked of it, and no kernel sees a gap in memory."""
+
+    def launch(*arguments, **_):
+        tensors = [t for t in arguments if isinstance(t, torch.Tensor)]
+        assert tensors and all(t.device.type == "meta" and t.is_contiguous() for t in tensors)
+
+    names = ("likelihood", "zeros", "nonzeros", "log1p", "adam")
+    every_grid = defaultdict(lambda: launch)
+    stand_ins = SimpleNamespace(**{f"{name}_kernel": every_grid for name in names})
+    monkeypatch.setattr(gpu, "_triton", lambda: (stand_ins, ""))
+    monkeypatch.setattr(gpu, "serves", lambda tensor: tensor.device.type == "meta")
+    noise = graph.Noise(0)
+    noise.generator = None  # there is none for such a device
+    meta = torch.device("meta")
+    adata = cells(12, 20)
+    adata.obs["side"] = ["left", "right"] * 6
+    schema, counts = packed(adata, categorical=("side",))
+    model = build(ModelConfig(n_hidden=8, n_latent=2, **how), 20, len(schema.batches), 2, 0).to(meta).train()
+    model.half = True
+    weights, gradient = training._flatten(model)
+    state = training.State(model, torch.zeros_like(weights), torch.zeros_like(weights))
+    counts = OnHost(**vars(counts), device=meta) if fed else counts.to(meta)
+    config = brief(gradient_clip=1.0)
+    step = graph.Step(state, weights, gradient, counts, config, 0, 3, 10)
+    step.begin(np.array_split(np.arange(12), 3), 0)
+    if fed:
+        step.feed.fill(0)
+    watch = OffDevice()
+    with watch:
+        step._run(4, noise)
+    assert not watch.found
+
+
 # Without Triton, and without enough memory.
 
 
@@ -292,6 +354,27 @@ def test_running_out_of_memory_names_the_settings():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
 
+def test_a_question_that_fills_the_gpu_ends_in_one_line(monkeypatch, capsys):
+    def fill():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(cli, "app", fill)
+    with pytest.raises(SystemExit):
+        cli.main()
+    message = "error: the GPU ran out of memory (CUDA out of memory); free it, lower genes.n_top"
+    assert capsys.readouterr().err.startswith(message)
+
+
+@pytest.mark.parametrize(("major", "half"), [(7, False), (9, True)])
+def test_bfloat16_is_taken_where_the_gpu_multiplies_in_it(major, half, monkeypatch):
+    """A GPU of before 2020 has it by emulation alone, which is slower than float32."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
+    assert training.resolve_precision("auto", torch.device("cuda")) == half
+
+
 @pytest.fixture
 def benchmark(monkeypatch):
     """benchmarks/gpu.py, whose name is also that of a module here."""
@@ -311,6 +394,18 @@ def test_the_benchmark_runs_on_toy_sizes(benchmark, tmp_path, capsys):
     assert json.loads((tmp_path / "gpu.json").read_text())["fit 12"]["cells"] == 40
     assert found["correct"]["zinb, float32"]["gradient"] < 1e-5
     assert "fit 12: cells 40" in capsys.readouterr().out
+
+
+def test_the_benchmark_tells_what_it_could_not_do(benchmark, monkeypatch, tmp_path):
+    """JSON has no number for a gradient that is lost: it is told all the same, and so is what no time was left for."""
+    monkeypatch.setattr(benchmark, "ceilings", lambda *_: {"copy_gb_s": math.inf})
+    monkeypatch.setattr(benchmark, "correct", lambda *_: {"zinb, bf16": {"elbo": math.nan, "gradient": math.nan}})
+    clock = iter([0.0] * 5 + [1e6] * 99)  # two parts' time
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(clock))
+    benchmark.run(benchmark._options(["--tiny", "--genes", "12", "--json", str(tmp_path / "gpu.json")]))
+    told = json.loads((tmp_path / "gpu.json").read_text())
+    assert told["correct"]["zinb, bf16"]["gradient"] == "nan" and told["ceilings"]["copy_gb_s"] == "inf"
+    assert told["missing"]["peer 12"] == "no time was left"
 
 
 def test_the_benchmark_times_recorded_steps(benchmark, request, monkeypatch):
