@@ -465,6 +465,7 @@ def fit_counts(
         "n_parameters": sum(p.numel() for p in network.parameters()),
         "kl_weight_final": float(last["kl_weight"]),
     }
+    python = ".".join(platform.python_version_tuple()[:2])  # a patch release changes no number
     card = {
         "fingerprint": identity,
         "metrics": metrics,
@@ -472,7 +473,7 @@ def fit_counts(
         "device": device.type,
         "kernels": kernels.kind(network.rho.weight)[0],
         "precision": "bf16" if network.half else "float32",
-        "software": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "software": {"python": python, "torch": torch.__version__, "numpy": np.__version__},
     } | (about or {})
     return Model(network, schema, model, train, seed, history, gene_names, card)
 

@@ -24,8 +24,11 @@ def public_config(config: Config) -> dict[str, Any]:
 
 
 def software_versions() -> dict[str, str]:
-    """Give the versions of Python and of the packages that the numbers depend on, without importing them."""
-    out = {"python": platform.python_version()}
+    """Give the versions of Python and of the packages that the numbers depend on, without importing them.
+
+    Of Python without the patch release, which changes no number: an image may hold another than an environment does.
+    """
+    out = {"python": ".".join(platform.python_version_tuple()[:2])}
     for package in PACKAGES.split():
         try:
             out[package] = version(package)

@@ -12,6 +12,7 @@ from _project import BIN, ROOT, environment, snakemake, tree
 
 ALL = bool(os.environ.get("SCVI_CORE_PLATFORM"))  # as `make faults` sets it
 slow = pytest.mark.skipif(not ALL, reason="takes minutes: `make faults` runs it (SCVI_CORE_PLATFORM=1)")
+IMAGE = Path(os.environ.get("SCVI_CORE_IMAGE", ROOT / "containers" / "scvi-core.sif")).resolve()
 VARIES = ["logs", "benchmarks", "decisions", "model_ref.json", ".checkpoints", "report.html", "figures", "lookup"]
 
 
@@ -73,3 +74,11 @@ def until(condition, seconds=120, what="it"):
             return found
         time.sleep(0.1)
     raise AssertionError(f"{what} did not come about within {seconds} s")
+
+
+def run(*command, **keywords):
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, **keywords)
+
+
+def inside(*command, options=(), **keywords):
+    return run("apptainer", "exec", *options, IMAGE, *command, **keywords)

@@ -6,7 +6,16 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "workflow"))  # the small project
 
-from _project import make, snakemake
+from _place import IMAGE, inside, run
+from _project import environment, make, snakemake
+
+CODE = """
+import hashlib, scvi_core
+from pathlib import Path
+here = Path(scvi_core.__file__).parent
+files = sorted(p for p in here.rglob("*") if p.suffix in (".py", ".c", ".j2"))
+print(hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest())
+"""
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +44,20 @@ def stored(reference, tmp_path):
         if path.name != "genes.parquet":
             path.unlink()
     return folder
+
+
+@pytest.fixture(scope="session")
+def image():
+    if not shutil.which("apptainer"):
+        pytest.skip("Apptainer is not installed here")
+    if not IMAGE.exists():
+        pytest.skip(f"no image {IMAGE}; make image builds it")
+    return IMAGE
+
+
+@pytest.fixture(scope="session")
+def current(image):
+    """The image, if it holds the code of this checkout."""
+    if inside("python", "-c", CODE).stdout != run(sys.executable, "-c", CODE, env=environment()).stdout:
+        pytest.skip(f"{image} holds other code than this checkout; make image builds it anew")
+    return image
