@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo demo-slurm demo-apptainer demo-slurm-apptainer image bundle test faults parity triton lint schemas clean
+.PHONY: demo demo-slurm demo-apptainer demo-slurm-apptainer image bundle test faults parity triton remote lint schemas clean
 
 demo: .venv/installed
 	$(BIN)/python workflow/scripts/fetch_demo.py resources/demo
@@ -68,6 +68,13 @@ triton: .venv/installed
 	    "$$(grep -m1 -oE '^triton==[0-9.]+' envs/cuda.lock)"
 	PYTHONPATH=.venv-triton $(BIN)/python -m pytest -q tests/unit/test_gpu.py
 
+# samples in S3: moto's server on loopback, and the storage plugin, in a folder of their own
+remote: .venv/installed
+	[ -d .venv-remote/moto ] || $(BIN)/pip install --quiet --no-deps --target .venv-remote \
+	    'snakemake-storage-plugin-s3>=0.3,<0.4' boto3 botocore s3transfer jmespath \
+	    'moto>=5,<6' responses xmltodict py-partiql-parser
+	PYTHONPATH="$(CURDIR)/.venv-remote" $(BIN)/python -m pytest -q tests/platform/test_remote.py
+
 lint: .venv/installed
 	ruff check . && ruff format --check . && snakefmt --check Snakefile workflow && snakemake --lint
 
@@ -79,4 +86,4 @@ schemas: .venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-peer .venv-triton results/* .snakemake
+	rm -rf .venv .venv-peer .venv-triton .venv-remote results/* .snakemake

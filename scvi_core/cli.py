@@ -64,7 +64,7 @@ def validate(
     settings = load_config(config)
     samples = load_samples(settings.samples)
     for sample in samples:
-        if not Path(sample.path).exists():
+        if not sample.plugin and not Path(sample.path).exists():
             raise UserError(f"{settings.samples}: sample '{sample.sample}': no file {sample.path}; mend the path")
     check_columns(settings, samples, config if not config.lstrip().startswith("{") else "--config")
     batches = len({s.batch for s in samples})
@@ -78,6 +78,7 @@ def ingest(
     batch: Annotated[str, typer.Option(help="the sample's batch")],
     out: Out,
     metadata: Annotated[str, typer.Option(help="further columns for every cell, as a JSON object")] = "{}",
+    source: Annotated[str | None, typer.Option(help="the URL that PATH was fetched from; messages name it")] = None,
     config: ConfigOption = "{}",
     decisions: DecisionsOption = None,
 ) -> None:
@@ -91,12 +92,18 @@ def ingest(
     from scvi_core.io import write_h5ad
 
     try:
-        row = Sample(sample=sample, path=str(path), batch=batch, metadata=json.loads(metadata))
+        row = Sample(sample=sample, path=source or str(path), batch=batch, metadata=json.loads(metadata))
     except ValidationError as error:
         raise UserError("; ".join(f"--{explain(Sample, e)}" for e in error.errors())) from None
     except ValueError as error:
         raise UserError(f"--metadata {metadata!r}: not a JSON object of texts ({error})") from None
-    adata, made = read(path, row, load_config(config).input)
+    try:
+        adata, made = read(path, row, load_config(config).input)
+    except UserError as error:
+        if source is None or not str(error).startswith(str(path)):
+            raise
+        raise UserError(source + str(error).removeprefix(str(path))) from error  # the fetched copy is gone soon
+    log.info("%s: read %s, content sha256 %s", sample, row.path, adata.uns["content_sha256"])
     write_h5ad(out, adata)
     _write_decisions(made, decisions)
 
@@ -755,6 +762,11 @@ def main() -> None:
         _give_up(str(error))
     except MemoryError:
         _give_up("out of memory; give the step more (resources: mem_mb) or choose fewer genes (genes.n_top)")
+    except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which is not imported here
+            line = str(error).split(". ")[0]
+            _give_up(f"the GPU ran out of memory ({line}); free it, lower genes.n_top or use device: cpu")
+        raise
     except FileNotFoundError as error:
         _give_up(f"{error.filename}: no such file; run the step before, or mend the path")
     except OSError as error:

@@ -28,6 +28,8 @@ REMEDY = {
     NAME: "use letters, digits, '.', '_' and '-' (first a letter or digit, no '..', at most 64)",
     PLAIN: "write a path without braces and control characters that does not start with '-' (./-x is one)",
 }
+# URLs that a sample's path may be, and the storage plugin by which Snakemake fetches them
+PLUGINS = {"s3": "s3", "gs": "gcs", "az": "azure", "http": "http", "https": "http", "ftp": "ftp", "sftp": "sftp"}
 # columns of cells.parquet, latent.parquet and of the inside of the store, which a sample sheet may not redefine
 RESERVED = {
     "_index", "cell_id", "barcode", "n_counts", "n_genes", "pct_mito", "pct_ribo", "pct_hb", "pct_top50",
@@ -370,6 +372,31 @@ class Sample(Section):
     @classmethod
     def _no_dots(cls, value: str) -> str:
         return _checked_name(value)
+
+    @field_validator("path")
+    @classmethod
+    def _whole_url(cls, value: str) -> str:
+        return _checked_url(value) if "://" in value else value
+
+    @property
+    def plugin(self) -> str | None:
+        """The storage plugin of Snakemake that fetches the path; None for a local one."""
+        return PLUGINS[self.path.partition("://")[0]] if "://" in self.path else None
+
+
+def _checked_url(value: str) -> str:
+    # plugins drop what follows '?' or '#' and fold '..' and '//': another file would be read, or the copy lie elsewhere
+    scheme, _, rest = value.partition("://")
+    if scheme not in PLUGINS:
+        raise ValueError(f"a URL starts with {'://, '.join(PLUGINS)}://; a local path has no scheme")
+    host, *parts = rest.split("/")
+    if "@" in host:
+        raise ValueError("take user and password out of the URL; Snakemake's settings have a place for them")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:-]*", host) or not parts or not {"", ".", ".."}.isdisjoint(parts):
+        raise ValueError(f"write a URL as {scheme}://bucket/folder/name, without '..', '//' and a slash at its end")
+    if re.search(r"[?#\\]", rest):
+        raise ValueError("a URL of a plain file is needed, without '?', '#' and backslash")
+    return value
 
 
 def _checked_name(value: str) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from scvi_core.config import RESERVED, InputConfig, Sample
+from scvi_core.config import PLUGINS, RESERVED, InputConfig, Sample
 from scvi_core.files import Decisions, UserError, replacing
 from scvi_core.io import checks, hdf5, identity, text
 from scvi_core.io.checks import Reader, listed, nearest
@@ -118,6 +118,8 @@ def _one_line(path: Path) -> Iterator[None]:
 def _format(path: Path) -> tuple[str, Reader]:
     """What an input is, by its first bytes and its keys, and which function reads it."""
     if not path.exists():
+        if str(path).partition(":/")[0] in PLUGINS:  # one slash, as in a Path
+            raise UserError(f"{path}: a URL, where a file is needed; fetch it, or name it in a workflow's sample sheet")
         raise UserError(f"{path}: no such file or folder; check column 'path' of the sample sheet")
     if path.is_dir():
         if any((path / name).exists() for name in ("zarr.json", ".zgroup", ".zattrs")):

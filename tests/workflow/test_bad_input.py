@@ -118,6 +118,22 @@ NAMES = [
     "a{b}",
     "x" * 65,
 ]
+URLS = [
+    ("gopher://host/a.h5ad", "sftp://"),
+    ("S3://cells/a.h5ad", "s3://"),
+    ("file:///data/a.h5ad", "local path"),
+    ("s3://", "bucket/folder/name"),
+    ("s3://cells", "bucket/folder/name"),
+    ("s3://cells/b/", "bucket/folder/name"),
+    ("s3:///a.h5ad", "bucket/folder/name"),
+    ("s3://cells/../../a.h5ad", "'..'"),
+    ("s3://../a.h5ad", "'..'"),
+    ("s3://cells/b//a.h5ad", "'//'"),
+    ("https://host/?acc=1", "'?'"),
+    ("s3://cells/a.h5ad#1", "'#'"),
+    ("s3://cells/..\\a.h5ad", "backslash"),
+    ("https://me:secret@host/a.h5ad", "user and password"),
+]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +160,8 @@ NAMES = [
         (HEADER + "s1\tdata/none.h5ad\tone\n", ["s1", "data/none.h5ad"]),
         (HEADER + "s1\t-x.h5ad\tone\n", ["line 2", "path", "-x.h5ad"]),
         (HEADER + "s1\tdata/{sample}.h5ad\tone\n", ["line 2", "path", "braces"]),
-    ],
+    ]
+    + [(f"{HEADER}s1\t{url}\tone\n", ["line 2", "path", repr(url), word]) for url, word in URLS],
     ids=lambda value: repr(value)[:40] if isinstance(value, str) else "",
 )
 def test_sample_sheet(project, tmp_path, text, words):
@@ -153,6 +170,36 @@ def test_sample_sheet(project, tmp_path, text, words):
     done = here(project, "validate", "--config", json.dumps({"samples": str(tmp_path / "sheet.tsv")}))
     refused(done, "sheet.tsv", *words)
     assert tree(project) == before
+
+
+def test_urls_in_the_sample_sheet(project, tmp_path):
+    """Taken by the workflow, which fetches them; no command reads one itself."""
+    good = [
+        "s3://cells/a.h5ad",
+        "gs://cells/a b/10x",
+        "https://host:8080/a%20b.csv.gz",
+        "az://account/box/a.h5",
+        "sftp://host/a",
+    ]
+    rows = "".join(f"s{i}\t{url}\tone\n" for i, url in enumerate(good))
+    (tmp_path / "sheet.tsv").write_text(HEADER + rows)
+    done = here(project, "validate", "--config", json.dumps({"samples": str(tmp_path / "sheet.tsv")}))
+    assert done.returncode == 0, done.stderr
+    assert [s.plugin for s in load_samples(tmp_path / "sheet.tsv")] == ["s3", "gcs", "http", "azure", "sftp"]
+    assert {s.plugin for s in load_samples(project / "config" / "samples.tsv")} == {None}
+    for command in (
+        ["ingest", good[0], "--sample", "a", "--batch", "b", "--out", tmp_path / "a.h5ad"],
+        ["map", good[0], "--model", tmp_path, "--out", tmp_path / "a.parquet"],
+    ):
+        refused(here(project, *command), "cells/a.h5ad: a URL", "sample sheet")
+
+
+def test_a_fetched_copy_is_called_by_its_url(project, tmp_path):
+    (tmp_path / "copy.h5ad").write_bytes((project / "data" / "a.h5ad").read_bytes()[:1000])
+    of = ["--sample", "a", "--batch", "b", "--source", "s3://cells/a.h5ad", "--out", tmp_path / "out.h5ad"]
+    done = here(project, "ingest", tmp_path / "copy.h5ad", *of)
+    refused(done, "error: s3://cells/a.h5ad: ")
+    assert str(tmp_path) not in done.stderr
 
 
 def test_sheet_and_config_together(project, tmp_path):
@@ -441,6 +488,7 @@ def test_snakemake_shows_the_line_and_keeps_earlier_results(copy):
         ({"qc__min_count": 5}, {}, "did you mean 'qc.min_counts'"),
         ({}, {"sample": ["a", "../b", "c"]}, "line 3: sample: use letters"),
         ({}, {"path": ["data/a.h5ad", "none", "data/c.csv.gz"]}, "sample 'b': no file none; mend"),
+        ({}, {"path": ["data/a.h5ad", "az://x/y", "data/c.csv.gz"]}, "pip install snakemake-storage-plugin-azure"),
         ({"de__groupby": "clusters"}, {}, "de.groupby"),
     ],
     ids=str,

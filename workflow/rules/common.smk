@@ -2,8 +2,11 @@
 import json
 import os
 import re
+import shutil
+from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake_interface_storage_plugins.registry import StoragePluginRegistry
 
 from scvi_core.config import check_columns, load_config, load_samples
 from scvi_core.files import UserError
@@ -15,7 +18,13 @@ try:
     # a vanished input is an error: Snakemake would go on in silence with what it gave earlier
     for row in SAMPLES.values():
         earlier = CONFIG.folder / "samples" / row.sample / "counts.h5ad"
-        if not os.path.exists(row.path) and earlier.exists():
+        if row.plugin:
+            if not StoragePluginRegistry().is_installed(row.plugin):
+                raise UserError(
+                    f"{CONFIG.samples}: sample '{row.sample}': {row.path} needs a storage plugin; "
+                    f"pip install snakemake-storage-plugin-{row.plugin}"
+                )
+        elif not os.path.exists(row.path) and earlier.exists():
             raise UserError(
                 f"{CONFIG.samples}: sample '{row.sample}': no file {row.path}; mend the path"
             )
@@ -23,6 +32,19 @@ except UserError as error:
     raise WorkflowError(str(error)) from None
 
 ATLAS = CONFIG.folder.as_posix()
+# a sample's input: its local path, or a file that Snakemake fetches from its URL
+SOURCES = {
+    name: getattr(storage, row.plugin)(row.path) if row.plugin else row.path
+    for name, row in SAMPLES.items()
+}
+
+
+onstart:
+    # where a run was killed as it fetched, a part may lie, which Snakemake would take for the whole
+    for name, row in SAMPLES.items():
+        if row.plugin:
+            shutil.rmtree(SOURCES[name], ignore_errors=True)
+            Path(SOURCES[name]).unlink(missing_ok=True)
 
 
 def part(*names, drop=()):
@@ -48,7 +70,7 @@ def part(*names, drop=()):
 # Only training asks for a GPU. By `device: cuda` the rules after it take one if there is one, as by `auto`.
 NO_GPU = ["device"] if CONFIG.device == "cuda" else []
 # Jobs on one machine take turns at its card: `card: 1` in the default profile. More by --resources card=2.
-CARD = int(CONFIG.device != "cpu" and os.path.exists("/dev/nvidiactl"))
+CARD = int(CONFIG.device != "cpu" and shutil.which("nvidia-smi") is not None)
 
 
 def megabytes(base, per_megabyte):

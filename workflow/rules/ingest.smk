@@ -1,6 +1,6 @@
 rule ingest:
     input:
-        lambda wildcards: SAMPLES[wildcards.sample].path,
+        lambda wildcards: SOURCES[wildcards.sample],
     output:
         counts=update(f"{ATLAS}/samples/{{sample}}/counts.h5ad"),
         decisions=update(f"{ATLAS}/decisions/ingest.{{sample}}.jsonl"),
@@ -14,8 +14,10 @@ rule ingest:
         runtime=minutes(10, 0.05),
     params:
         batch=lambda wildcards: SAMPLES[wildcards.sample].batch,
+        source=lambda wildcards: SAMPLES[wildcards.sample].path,
         metadata=lambda wildcards: json.dumps(SAMPLES[wildcards.sample].metadata),
         config=part("input", drop=["input.genes"]),
     shell:
         "scvi-core ingest --sample {wildcards.sample:q} --batch {params.batch:q} --metadata {params.metadata:q}"
-        " --config {params.config:q} --out {output.counts:q} --decisions {output.decisions:q} -- {input:q} 2> {log:q}"
+        " --source {params.source:q} --config {params.config:q} --out {output.counts:q} --decisions {output.decisions:q}"
+        " -- {input:q} 2> {log:q}"
