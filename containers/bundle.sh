@@ -19,6 +19,12 @@ mkdir -p "$staged/$name"/{wheels,demo}
 cp -l "$wheels"/* "$staged/$name/wheels"
 cp "$demo"/*.h5ad "$staged/$name/demo"
 cp containers/install_offline.sh "$staged/$name"
+if [ -f containers/scvi-core.sif ] && command -v apptainer > /dev/null &&
+    ! apptainer inspect containers/scvi-core.sif | grep -qx "scvi-core.variant: $variant"; then
+    echo "error: containers/scvi-core.sif is not of the variant $variant; make image VARIANT=$variant" >&2
+    exit 1
+fi
+git rev-parse --git-dir > /dev/null 2>&1 || { echo "error: a bundle is made in a clone, by git's list of files" >&2; exit 1; }
 for file in containers/scvi-core.sif containers/scvi-core.sbom.json; do
     if [ -f $file ]; then cp -l $file "$staged/$name"; else echo "not in the bundle, as it is not built: $file"; fi
 done

@@ -8,6 +8,7 @@ No date and no serial number: the same packages give the same bytes.
 
 import json
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -45,7 +46,7 @@ def bill() -> dict[str, object]:
 def compare(old: Path, new: Path) -> list[str]:
     """Lines that say which packages went, came or changed."""
     before, after = (
-        {c["purl"].split("@")[0]: c["version"] for c in json.loads(path.read_text())["components"]}
+        {re.sub("@[^?]*", "", c["purl"]): c["version"] for c in json.loads(path.read_text())["components"]}
         for path in (old, new)
     )
     return [

@@ -15,7 +15,7 @@ import typer
 
 from scvi_core._version import __version__
 from scvi_core.config import Config, Sample, check_columns, explain, load_config, load_samples
-from scvi_core.files import Decisions, UserError, alone, replacing, write_json, write_parquet
+from scvi_core.files import Decisions, UserError, alone, code_sha256, replacing, write_json, write_parquet
 from scvi_core.log import log
 
 app = typer.Typer(
@@ -273,6 +273,8 @@ def train(
         if run is not None:
             steps.write_run(run, began, model, reused=True)
         _write_decisions(made, decisions)
+        if checkpoint is not None:
+            checkpoint.unlink(missing_ok=True)
         return
     made.add("library", settings.model.library, _library_reason(settings.model.library))
     stopping = _stop_on_signals()
@@ -322,6 +324,8 @@ def train(
     _write_decisions(made, decisions)
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
+        if others := len(list(checkpoint.parent.glob("*.safetensors"))):
+            log.info("train: %s keeps %d unfinished trainings of other configurations", checkpoint.parent, others)
 
 
 @app.command()
@@ -431,7 +435,7 @@ def cluster(
 
     settings = load_config(config)
     _use_threads(settings.threads)
-    obs, z = read_store(store).obs, pd.read_parquet(latent)
+    obs, z = read_store(store, counts=False).obs, pd.read_parquet(latent)
     if list(z["cell_id"]) != list(obs.index):
         raise UserError(f"{latent}: its cells are not those of {store}; run `scvi-core embed` again")
     made = Decisions("cluster")
@@ -756,6 +760,10 @@ def _give_up(message: str) -> NoReturn:
 
 def main() -> None:
     """Entry point: a :class:`UserError` becomes one line and exit code 1; what is unexpected keeps its traceback."""
+    image = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
+    wanted = os.environ.get("SCVI_CORE_CODE")  # of the workflow's own
+    if image and wanted and wanted != code_sha256():
+        _give_up(f"{image}: holds other code than the workflow; make image, or name another by SCVI_CORE_IMAGE")
     try:
         app()
     except UserError as error:

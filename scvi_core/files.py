@@ -12,6 +12,7 @@ import glob
 import hashlib
 import json
 import os
+import platform
 import shutil
 import tempfile
 import time
@@ -29,8 +30,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success fsync it and rename it to `path`.
 
     Works for a file or, if the block makes a directory there, for a directory tree, which replaces an
-    earlier tree only once it is complete. On an exception `path` is left as it was. What a killed process has left
-    beside `path` is removed.
+    earlier tree only once it is complete. On an exception `path` is left as it was. What a killed process of
+    this machine has left beside `path` is removed.
 
     Raises
     ------
@@ -41,21 +42,21 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary = held = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        # locks on folders are the machine's own, also where the file system is shared
+        prefix = f".{path.name}.{platform.node()}."
+        for left in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
             if _age(left) > 60 and (handle := _hold(left)) is not None:  # one just made may not be held yet
                 shutil.rmtree(left, ignore_errors=True)
                 os.close(handle)
-        holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        holder = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=path.parent))
         held = _hold(holder)
         temporary = holder / path.name
         yield temporary
-        if temporary.is_dir():
-            for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
-                _fsync(file)
-            if path.is_dir() and not path.is_symlink():
-                os.rename(path, holder / "earlier")
-        else:
-            _fsync(temporary)
+        for file in sorted(p for p in [temporary, *temporary.rglob("*")] if p.is_file()):
+            file.chmod(0o666 & ~_umask())  # some libraries keep what they write from others
+            _fsync(file)
+        if temporary.is_dir() and path.is_dir() and not path.is_symlink():
+            os.rename(path, holder / "earlier")
         os.rename(temporary, path)
         _fsync(path.parent)
     except UserError:
@@ -74,6 +75,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
             os.close(held)
 
 
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
 def _age(path: Path) -> float:
     """Seconds since something was made in a folder; 0 if it is gone."""
     with contextlib.suppress(FileNotFoundError):
@@ -87,7 +94,7 @@ def _hold(folder: Path) -> int | None:
 
     handle = None
     with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return handle
     if handle is not None:
@@ -182,6 +189,13 @@ def sha256_file(path: str | Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def code_sha256() -> str:
+    """SHA-256 of this package's own sources, by which a workflow knows that an image holds the same."""
+    here = Path(__file__).parent
+    files = sorted(p for p in here.rglob("*") if p.suffix in (".py", ".c", ".j2"))
+    return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()
 
 
 def sha256_text(text: str) -> str:

@@ -9,13 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "workflow"))  # the
 from _place import IMAGE, inside, run
 from _project import environment, make, snakemake
 
-CODE = """
-import hashlib, scvi_core
-from pathlib import Path
-here = Path(scvi_core.__file__).parent
-files = sorted(p for p in here.rglob("*") if p.suffix in (".py", ".c", ".j2"))
-print(hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest())
-"""
+CODE = "from scvi_core.files import code_sha256; print(code_sha256())"
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,11 @@
 
 import fcntl
 import os
+import platform
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from scvi_core.files import UserError, alone, replacing, write_json
 
@@ -33,20 +36,34 @@ def test_a_folder_replaces_a_folder(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
-    """But not what another process is at, nor what is of another file."""
-    killed, at_work, new, other = (
-        tmp_path / f".{name}.tmp" for name in ("a.json.1", "a.json.2", "a.json.3", "b.json.1")
-    )
-    for folder in (killed, at_work, new, other):
-        folder.mkdir()
-        (folder / "half").write_text("{")
-        if folder != new:
-            os.utime(folder, (0, 0))
-    handle = os.open(at_work, os.O_RDONLY)
+    """But not what another process is at, nor what is new, of another file, of another machine, or no folder."""
+    here = platform.node()
+    old = [f".a.json.{here}.killed.tmp", f".a.json.{here}.at_work.tmp", ".a.json.other.1.tmp", f".b.json.{here}.1.tmp"]
+    for name in [*old, f".a.json.{here}.new.tmp"]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("{")
+        if name in old:
+            os.utime(tmp_path / name, (0, 0))
+    os.mkfifo(tmp_path / f".a.json.{here}.fifo.tmp")
+    os.utime(tmp_path / f".a.json.{here}.fifo.tmp", (0, 0))
+    before = names(tmp_path)
+    handle = os.open(tmp_path / old[1], os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     write_json(tmp_path / "a.json", {})
     os.close(handle)
-    assert names(tmp_path) == [".a.json.2.tmp", ".a.json.3.tmp", ".b.json.1.tmp", "a.json"]
+    assert names(tmp_path) == sorted({*before, "a.json"} - {old[0]})
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    with replacing(tmp_path / "tree") as temporary:
+        temporary.mkdir()
+        save_file({"a": torch.zeros(1)}, temporary / "a.safetensors")  # made for its owner alone
+    with replacing(tmp_path / "b.safetensors") as temporary:
+        save_file({"a": torch.zeros(1)}, temporary)
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in (tmp_path / "tree" / "a.safetensors", tmp_path / "b.safetensors"):
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):

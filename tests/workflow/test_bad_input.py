@@ -18,7 +18,7 @@ from _project import CONFIG, SHEET, changed, cli, frame, here, make, snakemake, 
 from _project import write_h5ad, write_mtx, write_sheet  # isort: skip
 
 from scvi_core.config import Config, load_samples
-from scvi_core.files import UserError
+from scvi_core.files import UserError, code_sha256
 
 
 def refused(done, *words):
@@ -192,6 +192,16 @@ def test_urls_in_the_sample_sheet(project, tmp_path):
         ["map", good[0], "--model", tmp_path, "--out", tmp_path / "a.parquet"],
     ):
         refused(here(project, *command), "cells/a.h5ad: a URL", "sample sheet")
+
+
+def test_an_image_of_other_code(project, monkeypatch):
+    monkeypatch.setenv("APPTAINER_CONTAINER", "old.sif")
+    monkeypatch.setenv("SCVI_CORE_CODE", "0" * 64)
+    refused(
+        here(project, "validate", "--config", "config/config.yaml"), "error: old.sif: holds other code", "make image"
+    )
+    monkeypatch.setenv("SCVI_CORE_CODE", code_sha256())
+    assert here(project, "validate", "--config", "config/config.yaml").returncode == 0
 
 
 def test_a_fetched_copy_is_called_by_its_url(project, tmp_path):

@@ -9,7 +9,9 @@ from snakemake.exceptions import WorkflowError
 from snakemake_interface_storage_plugins.registry import StoragePluginRegistry
 
 from scvi_core.config import check_columns, load_config, load_samples
-from scvi_core.files import UserError
+from scvi_core.files import UserError, code_sha256
+
+os.environ["SCVI_CORE_CODE"] = code_sha256()  # an image that holds other code refuses
 
 try:
     CONFIG = load_config(config)
@@ -73,8 +75,8 @@ NO_GPU = ["device"] if CONFIG.device == "cuda" else []
 CARD = int(CONFIG.device != "cpu" and shutil.which("nvidia-smi") is not None)
 
 
-def megabytes(base, per_megabyte):
-    """Memory by size of input, more at each attempt."""
+def megabytes(base, per_megabyte, most=float("inf")):
+    """Memory by size of input, more at each attempt; `most` is the share that grows."""
 
     def estimate(wildcards, input, attempt):
         # an input that stands for its folder: a sample's 10x or zarr folder, the store by its .zattrs
@@ -89,7 +91,7 @@ def megabytes(base, per_megabyte):
             for name in names
         ]
         size = input.size_mb + sum(map(os.path.getsize, inside)) / 1e6
-        return int(attempt * (base + per_megabyte * size))
+        return int(attempt * (base + min(per_megabyte * size, most)))
 
     return estimate
 
@@ -97,3 +99,7 @@ def megabytes(base, per_megabyte):
 def minutes(base, per_megabyte):
     """Time by size of input, more at each attempt."""
     return megabytes(base, per_megabyte)
+
+
+# beyond which packed counts are streamed, and as much for what is made of them
+MOST = 2000 * CONFIG.train.memory_gb

@@ -16,7 +16,7 @@ rule criticism:
         f"{ATLAS}/benchmarks/criticism.tsv"
     threads: CONFIG.threads
     resources:
-        mem_mb=megabytes(3000, 20),
+        mem_mb=megabytes(3000, 8, MOST),
         runtime=minutes(20, 0.1),
         card=CARD,
     params:

@@ -12,7 +12,7 @@ rule de:
         f"{ATLAS}/benchmarks/de.tsv"
     threads: CONFIG.threads
     resources:
-        mem_mb=megabytes(3000, 20),
+        mem_mb=megabytes(3000, 8, MOST),
         runtime=minutes(20, 0.2),
         card=CARD,
     params:

@@ -10,7 +10,7 @@ rule embed:
         f"{ATLAS}/benchmarks/embed.tsv"
     threads: CONFIG.threads
     resources:
-        mem_mb=megabytes(2500, 20),
+        mem_mb=megabytes(2500, 8, MOST),
         runtime=minutes(10, 0.1),
         card=CARD,
     params:

@@ -37,8 +37,8 @@ rule train:
         f"{ATLAS}/benchmarks/train.tsv"
     threads: CONFIG.threads
     resources:
-        mem_mb=megabytes(3000, 20),
-        runtime=minutes(120, 2),
+        mem_mb=megabytes(4000 * CONFIG.devices, 8 * CONFIG.devices, MOST * CONFIG.devices),
+        runtime=minutes(120, 0.2),  # four times what two cores took
         card=CARD,
         gpu=0 if CONFIG.device == "cpu" else CONFIG.devices,
         # two minutes before time is up Slurm asks for a checkpoint: SIGTERM, for which the Snakemake around it waits
