@@ -11,7 +11,9 @@ from snakemake_interface_storage_plugins.registry import StoragePluginRegistry
 from scvi_core.config import check_columns, load_config, load_samples
 from scvi_core.files import UserError, code_sha256
 
-os.environ["SCVI_CORE_CODE"] = code_sha256()  # an image that holds other code refuses
+os.environ.update(
+    SCVI_CORE_CODE=code_sha256()
+)  # an image that holds other code refuses
 
 try:
     CONFIG = load_config(config)

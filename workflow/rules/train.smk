@@ -37,7 +37,9 @@ rule train:
         f"{ATLAS}/benchmarks/train.tsv"
     threads: CONFIG.threads
     resources:
-        mem_mb=megabytes(4000 * CONFIG.devices, 8 * CONFIG.devices, MOST * CONFIG.devices),
+        mem_mb=megabytes(
+            4000 * CONFIG.devices, 8 * CONFIG.devices, MOST * CONFIG.devices
+        ),
         runtime=minutes(120, 0.2),  # four times what two cores took
         card=CARD,
         gpu=0 if CONFIG.device == "cpu" else CONFIG.devices,
