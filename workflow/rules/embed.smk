@@ -34,8 +34,8 @@ rule loadings:
         f"{ATLAS}/benchmarks/loadings.tsv"
     threads: 1
     resources:
-        mem_mb=2000,
-        runtime=10,
+        mem_mb=megabytes(2000, 1),
+        runtime=minutes(10, 0.01),
     params:
         model=subpath(input[0], parent=True),
     shell:
