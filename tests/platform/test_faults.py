@@ -198,17 +198,26 @@ def test_a_second_workflow_on_the_same_results_is_told(reference, project):
 @linux
 def test_the_same_training_twice_at_once_is_done_once(reference, tmp_path):
     """As when Snakemake is killed and started again while its job still runs."""
-    common = ["train", "--store", reference / "results/small/counts.zarr", "--config", json.dumps(CONFIG)]
+    config = changed(CONFIG, train__max_epochs=400)
+    common = ["train", "--store", reference / "results/small/counts.zarr", "--config", json.dumps(config)]
     command = [str(part) for part in (BIN / "scvi-core", *common, "--out", "model", "--checkpoints", "states")]
-    both = []
-    for name in ("one", "two"):
-        with open(tmp_path / name, "w") as said:
-            both.append(subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=said))
-    assert [process.wait(120) for process in both] == [0, 0]
-    said = (tmp_path / "one").read_text() + (tmp_path / "two").read_text()
-    assert said.count("epoch 5/5") == 1 and said.count("waiting for it") == 1 and said.count("is kept") == 1, said
-    expected = sha256_file(reference / "results/small/model/model.safetensors")
-    assert sha256_file(tmp_path / "model/model.safetensors") == expected
+    said = {name: tmp_path / name for name in ("one", "two")}
+
+    def begin(name):
+        with open(said[name], "w") as file:
+            return subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=file)
+
+    one = begin("one")
+    place.until(lambda: "/400" in said["one"].read_text(), what="training")
+    one.send_signal(signal.SIGSTOP)  # else it may be done before the second comes
+    two = begin("two")
+    place.until(lambda: "waiting for it" in said["two"].read_text(), what="the second's waiting")
+    one.send_signal(signal.SIGCONT)
+    assert (one.wait(120), two.wait(120)) == (0, 0)
+    assert "epoch 400/400" in said["one"].read_text()
+    assert "is kept" in said["two"].read_text() and "epoch" not in said["two"].read_text()
+    assert cli(tmp_path, *common, "--out", "whole").returncode == 0
+    assert sha256_file(tmp_path / "model/model.safetensors") == sha256_file(tmp_path / "whole/model.safetensors")
     assert not list((tmp_path / "states").iterdir())
 
 
