@@ -45,6 +45,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
         # locks on folders are the machine's own, also where the file system is shared
         prefix = f".{path.name}.{platform.node()}."
         for left in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
+            if (left / "earlier").exists():  # killed between the two renames: the only copy of what was there
+                continue
             if _age(left) > 60 and (handle := _hold(left)) is not None:  # one just made may not be held yet
                 shutil.rmtree(left, ignore_errors=True)
                 os.close(handle)

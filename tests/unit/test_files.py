@@ -46,6 +46,8 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
             os.utime(tmp_path / name, (0, 0))
     os.mkfifo(tmp_path / f".a.json.{here}.fifo.tmp")
     os.utime(tmp_path / f".a.json.{here}.fifo.tmp", (0, 0))
+    (tmp_path / f".a.json.{here}.renaming.tmp" / "earlier").mkdir(parents=True)  # killed between two renames
+    os.utime(tmp_path / f".a.json.{here}.renaming.tmp", (0, 0))
     before = names(tmp_path)
     handle = os.open(tmp_path / old[1], os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
