@@ -48,7 +48,7 @@ import scvi_core as sv
 from scvi_core import de, engine, gpu, graph, kernels, posterior
 from scvi_core import train as training
 from scvi_core.api import fit_counts
-from scvi_core.counts import Counts, OnHost, Schema, small_types
+from scvi_core.counts import Counts, OnHost, Schema, small_types, tensor_of, unsigned
 from scvi_core.files import write_json
 from scvi_core.model import SCVI, build
 
@@ -399,7 +399,7 @@ def peer(
     n = min(len(counts), 100_000)
     some = counts.subset(np.arange(n))
     x = sp.csr_matrix(
-        (some.values_m.float().numpy(), some.genes_m.int().numpy(), some.indptr_n.numpy()), (n, some.n_genes)
+        (some.values_m.float().numpy(), unsigned(some.genes_m).int().numpy(), some.indptr_n.numpy()), (n, some.n_genes)
     )
     obs = pd.DataFrame({"batch": np.array(schema.batches)[some.batch_n.numpy()]}, index=[str(i) for i in range(n)])
     adata = ad.AnnData(x, obs)
@@ -443,7 +443,7 @@ def simulated(n: int, genes: int, device: torch.device) -> tuple[Counts, Schema,
     generator = torch.Generator(device).manual_seed(n)
     mean_nk = torch.from_numpy(posterior.latent(model, counts)).to(device)
     beside_k = 0.1 * mean_nk.std(0)
-    gene_type = torch.from_numpy(np.empty(0, small_types(genes, 255)[0])).dtype
+    gene_type = tensor_of(np.empty(0), small_types(genes, 255)[0]).dtype
     parts, like = [], np.random.default_rng(n).integers(len(mean_nk), size=n)
     for rows in np.array_split(like, -(-n * genes // 2**26)):
         rows_n = torch.from_numpy(rows).to(device)

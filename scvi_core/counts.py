@@ -98,20 +98,9 @@ class Minibatch:
 
     def to(self, device: torch.device) -> Minibatch:
         """The same cells on another device."""
-        return self._changed(lambda t: t.to(device))
+        x = changed(self.x, lambda t: t.to(device))
+        return changed(dataclasses.replace(self, x=x), lambda t: t.to(device))
 
-    def pinned(self) -> Minibatch:
-        """The same cells in memory that a GPU copies from by itself."""
-        return self._changed(torch.Tensor.pin_memory)
-
-    def tensors(self) -> list[torch.Tensor]:
-        """All that it is made of."""
-        found: list[torch.Tensor] = []
-        self._changed(lambda t: found.append(t) or t)
-        return found
-
-    def _changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Minibatch:
-        return _changed(dataclasses.replace(self, x=_changed(self.x, change)), change)
 
 
 @dataclasses.dataclass
@@ -122,7 +111,8 @@ class Counts:
     ----------
     indptr_n : (cells + 1,) int64.
     genes_m : (non-zeros,) int16 or int32 column of each non-zero.
-    values_m : (non-zeros,) uint8, int16 or int32 counts.
+    values_m : (non-zeros,) uint8, int16 or int32 counts. 16-bit numbers, here and in `genes_m`, have no sign
+        (:func:`unsigned`).
     library_n : (cells,) float64 total counts of each cell.
     batch_n : (cells,) int64. categories_nc : (cells, covariates) int64. continuous_nc : (cells, covariates) float32.
     n_genes : columns. levels : number of categories of each categorical covariate.
@@ -155,28 +145,13 @@ class Counts:
                 "%.2f GB of GPU memory that are free", self.nbytes / 1e9, beside / 1e9, free / 1e9,
             )  # fmt: skip
             return OnHost(**vars(self), device=device)
-        return _changed(self, lambda t: t.to(device))
+        return changed(self, lambda t: t.to(device))
 
     def subset(self, rows: np.ndarray) -> Counts:
         """Some of the cells, packed and in memory."""
-        parts = []
-        for part in self._parts(rows):
-            rows_n = torch.from_numpy(part).to(self.indptr_n.device)
-            starts_n = self.starts(rows_n)
-            lengths_n = self.indptr_n[rows_n + 1] - self.indptr_n[rows_n]
-            place_m = torch.repeat_interleave(starts_n - lengths_n.cumsum(0) + lengths_n, lengths_n)
-            place_m += torch.arange(len(place_m), device=place_m.device)
-            parts.append((lengths_n, self.genes_m[place_m], self.values_m[place_m]))
-        lengths_n, genes_m, values_m = (torch.cat(part) for part in zip(*parts, strict=True))
         taken = {name: getattr(self, name)[rows] for name in ("library_n", "batch_n", "categories_nc", "continuous_nc")}
-        indptr_n = torch.cat([lengths_n.new_zeros(1), lengths_n.cumsum(0)])
-        return Counts(
-            indptr_n=indptr_n, genes_m=genes_m, values_m=values_m, n_genes=self.n_genes, levels=self.levels, **taken
-        )
-
-    def _parts(self, rows: np.ndarray) -> list[np.ndarray]:
-        """Rows to take at a time."""
-        return np.split(rows, range(1024, len(rows), 1024))
+        rows_n = torch.from_numpy(np.asarray(rows, dtype=np.int64)).to(self.indptr_n.device)
+        return Counts(*self.nonzeros(rows_n, packed=True), **taken, n_genes=self.n_genes, levels=self.levels)
 
     def order(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """In which order an epoch goes through some cells: any, as all are in memory."""
@@ -186,18 +161,14 @@ class Counts:
         """Where some cells begin in `genes_m` and `values_m`, (cells,) int64."""
         return self.indptr_n[rows_n]
 
+    def nonzeros(self, rows_n: torch.Tensor, packed: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of the cells at positions `rows_n`: where each begins, genes (int32) and counts (float32), or as `packed`."""
+        lengths_n = self.indptr_n[rows_n + 1] - self.indptr_n[rows_n]
+        return gathered(self.starts(rows_n), lengths_n, self.genes_m, self.values_m, packed)
+
     def gather(self, rows_n: torch.Tensor) -> Minibatch:
         """The cells at positions `rows_n` (int64, on the same device), in that order, without Python per cell."""
-        starts_n = self.starts(rows_n)
-        lengths_n = self.indptr_n[rows_n + 1] - self.indptr_n[rows_n]
-        indptr_n = torch.cat([lengths_n.new_zeros(1), lengths_n.cumsum(0)])
-        if native.serves(self.continuous_nc):
-            genes_m, x_m = native.gather(starts_n, self.genes_m, self.values_m, indptr_n)
-        else:
-            shift_m = torch.repeat_interleave(starts_n - indptr_n[:-1], lengths_n)
-            place_m = torch.arange(len(shift_m), device=rows_n.device) + shift_m
-            genes_m, x_m = self.genes_m[place_m].int(), self.values_m[place_m].float()
-        return self.minibatch(rows_n, Nonzeros(indptr_n, genes_m, x_m, self.n_genes))
+        return self.minibatch(rows_n, Nonzeros(*self.nonzeros(rows_n), self.n_genes))
 
     def minibatch(self, rows_n: torch.Tensor, x: Nonzeros | Rows) -> Minibatch:
         """Some cells' counts, and what else the model wants to know of them."""
@@ -228,7 +199,25 @@ class OnHost(Counts):
         return super().gather(rows_n.cpu()).to(self.device)
 
 
-def _changed(of: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def gathered(
+    starts_n: torch.Tensor, lengths_n: torch.Tensor, genes_m: torch.Tensor, values_m: torch.Tensor, packed: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cells of packed counts, by where each begins and its number of non-zeros; see :meth:`Counts.nonzeros`."""
+    indptr_n = torch.cat([lengths_n.new_zeros(1), lengths_n.cumsum(0)])
+    if native.library is not None and genes_m.device.type == "cpu":
+        return indptr_n, *native.gather(starts_n, genes_m, values_m, indptr_n, packed)
+    place_m = torch.repeat_interleave(starts_n - indptr_n[:-1], lengths_n)
+    place_m += torch.arange(len(place_m), device=place_m.device)
+    genes_m, values_m = genes_m[place_m], values_m[place_m]
+    return (indptr_n, genes_m, values_m) if packed else (indptr_n, unsigned(genes_m).int(), unsigned(values_m).float())
+
+
+def unsigned(of: torch.Tensor) -> torch.Tensor:
+    """16-bit numbers, which have no sign in packed counts but in most of PyTorch, as int32; others as they are."""
+    return of.int() & 0xFFFF if of.dtype == torch.int16 else of
+
+
+def changed(of: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """A dataclass with something done to its tensors."""
     fields = {f.name: getattr(of, f.name) for f in dataclasses.fields(of)}
     return dataclasses.replace(of, **{k: change(v) for k, v in fields.items() if isinstance(v, torch.Tensor)})
@@ -282,8 +271,8 @@ def pack(adata: AnnData, schema: Schema, layer: str | None = None, design: bool 
     gene_type, value_type = small_types(len(schema.gene_ids), int(values.max(initial=0)))
     return Counts(
         indptr_n=torch.from_numpy(x.indptr.astype(np.int64)),
-        genes_m=torch.from_numpy(x.indices.astype(gene_type)),
-        values_m=torch.from_numpy(values.astype(value_type)),
+        genes_m=tensor_of(x.indices, gene_type),
+        values_m=tensor_of(values, value_type),
         library_n=torch.from_numpy(np.asarray(x.sum(1, dtype=np.float64)).ravel()),
         n_genes=len(schema.gene_ids),
         **codes(adata, schema, design),
@@ -291,9 +280,15 @@ def pack(adata: AnnData, schema: Schema, layer: str | None = None, design: bool 
 
 
 def small_types(n_genes: int, largest: int) -> tuple[type, type]:
-    """The smallest types, among those that PyTorch indexes by, of gene numbers and of counts."""
-    value_type = np.uint8 if largest < 2**8 else np.int16 if largest < 2**15 else np.int32
-    return np.int16 if n_genes <= 2**15 else np.int32, value_type
+    """The smallest types of gene numbers and of counts; :func:`tensor_of` makes tensors of them."""
+    value_type = np.uint8 if largest < 2**8 else np.uint16 if largest < 2**16 else np.int32
+    return np.uint16 if n_genes <= 2**16 else np.int32, value_type
+
+
+def tensor_of(array: np.ndarray, kind: type) -> torch.Tensor:
+    """Whole numbers in one of the :func:`small_types`; uint16, which PyTorch cannot index, as int16 of the same bits."""
+    array = array.astype(kind)
+    return torch.from_numpy(array.view(np.int16) if kind is np.uint16 else array)
 
 
 def codes(adata: AnnData, schema: Schema, design: bool = True) -> dict[str, Any]:
@@ -344,10 +339,10 @@ def check_counts(values: np.ndarray, where: str) -> np.ndarray:
 def content_digest(adata: AnnData, counts: Counts) -> str:
     """SHA-256 of the cells' names, counts and codes: which data a model was fitted to."""
     digest = hashlib.sha256(sha256_text("\n".join(map(str, adata.obs_names))).encode())
-    for tensor in (counts.indptr_n, counts.genes_m.long(), counts.values_m.long(), counts.batch_n):
-        digest.update(tensor.numpy().tobytes())
-    digest.update(counts.categories_nc.numpy().tobytes())
-    digest.update(counts.continuous_nc.numpy().tobytes())
+    columns = (counts.batch_n, counts.categories_nc, counts.continuous_nc)
+    for tensor in (counts.indptr_n, counts.genes_m, counts.values_m, *columns):
+        for part in tensor.split(1 << 22):  # as numbers of 64 bits, whatever they are packed in
+            digest.update((unsigned(part).long() if tensor.dtype != torch.float32 else part).numpy())
     return digest.hexdigest()
 
 

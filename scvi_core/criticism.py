@@ -21,7 +21,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from scvi_core.config import CriticismConfig
-from scvi_core.counts import Counts
+from scvi_core.counts import Counts, unsigned
 from scvi_core.files import Decisions, UserError, replacing, write_json, write_parquet
 from scvi_core.log import log
 from scvi_core.model import SCVI
@@ -255,7 +255,7 @@ def criticise(
 
 
 def _matrix(counts: Counts) -> sp.csr_matrix:
-    parts = (counts.values_m, counts.genes_m.int(), counts.indptr_n)
+    parts = (unsigned(counts.values_m), unsigned(counts.genes_m).int(), counts.indptr_n)
     return sp.csr_matrix(tuple(part.cpu().numpy() for part in parts), shape=(len(counts), counts.n_genes))
 
 

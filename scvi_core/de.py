@@ -386,7 +386,8 @@ def _of_pairs(log_gm: torch.Tensor, one: Comparison, delta: float) -> tuple[np.n
     else:
         lfc_gm = log_gm.index_select(1, one.a_m) - log_gm.index_select(1, one.b_m)
         beyond = ((lfc_gm > delta).double().mean(1), (lfc_gm < -delta).double().mean(1))
-        ordered = lfc_gm.sort(1).values[:, list(ranks)].double().unbind(1)
+        ordered_gm = lfc_gm.sort(1).values
+        ordered = (ordered_gm[:, rank].double() for rank in ranks)
         summary_g7 = torch.stack([lfc_gm.double().mean(1), lfc_gm.double().std(1), *beyond, *ordered], 1)
     mean_g, deviation_g, above_g, below_g, low_g, median_g, high_g = summary_g7.cpu().numpy().T
     return mean_g, median_g, deviation_g, low_g, high_g, np.maximum(above_g, below_g)

@@ -6,6 +6,7 @@ here waits for the device, and no size depends on what a tensor holds: a step of
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -49,7 +50,8 @@ def free_bytes(device: torch.device) -> float:
     """GPU memory that nobody uses; boundless where there is no GPU."""
     if torch.device(device).type != "cuda":
         return math.inf
-    torch.cuda.empty_cache()  # what PyTorch keeps for tensors to come looks used otherwise
+    with contextlib.suppress(RuntimeError):  # of a recording that failed (graph.py), after which PyTorch may refuse
+        torch.cuda.empty_cache()  # what PyTorch keeps for tensors to come looks used otherwise
     return torch.cuda.mem_get_info(device)[0]
 
 
@@ -60,7 +62,7 @@ class Rows:
     Attributes
     ----------
     begin_n, end_n : (cells,) int64, of each cell's non-zeros.
-    genes_m : (non-zeros of all cells,) int16 or int32. values_m : their counts, of any type.
+    genes_m : (non-zeros of all cells,) int16, without a sign, or int32. values_m : their counts, likewise, or float32.
     n_genes : columns.
     """
 

@@ -9,6 +9,7 @@ recorded. So a fit that is interrupted goes on bit for bit, on the same device.
 
 from __future__ import annotations
 
+import functools
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -16,9 +17,8 @@ import torch
 
 from scvi_core import engine, gpu, kernels
 from scvi_core.config import TrainConfig
-from scvi_core.counts import Counts, Minibatch
+from scvi_core.counts import Counts, Minibatch, changed
 from scvi_core.files import UserError
-from scvi_core.kernels import Nonzeros
 from scvi_core.log import log
 from scvi_core.model import SCVI, Noise
 from scvi_core.train import State, kl_weight, learning_rate, soft_threshold
@@ -36,6 +36,8 @@ def bytes_to_train(model: SCVI, size: int, fused: bool) -> int:
     """
     heads = sum(hasattr(model, name) for name in ("rho", "dropout_logit", "log_theta"))
     wide = (2 if model.half else 4) * 2 * heads + 4 * 3  # logits and gradients; counts, those by theta, one to spare
+    if model.config.dispersion == "gene-batch":
+        wide += 4 * 2  # each cell's theta and its gradient, always in float32
     # what is recorded keeps its room; beside it come, by turns, runs before the next recording, and the held-out ELBO,
     # always in float32
     tile = size * wide + max(size * wide, VALIDATION * (4 * heads + 8)) if fused else 4 * 20 * max(size, VALIDATION)
@@ -87,9 +89,9 @@ class Step:
     ):
         self.state, self.weights, self.gradient, self.counts = state, weights, gradient, counts
         self.config, self.seed, self.steps, self.epochs, self.device = config, seed, steps, epochs, weights.device
-        self.feed = None if type(counts) is Counts else Feed(counts.to(torch.device("cpu")), self.device)
+        self.feed = None if type(counts) is Counts else Feed(counts, self.device)
         self.recorded: dict[int, tuple[Noise, torch.cuda.CUDAGraph | None]] = {}  # by size
-        self.pool = None
+        self.pool, self.failed = None, False
         # what a replay reads and writes
         self.at = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.numbers_b4 = torch.zeros(steps, 4, device=self.device)
@@ -152,23 +154,23 @@ class Step:
 
     def _cells(self, size: int) -> Minibatch:
         """The minibatch, where it lies."""
+        counts, rows_n = self.counts, torch.arange(size, device=self.device)
         if self.feed is not None:
-            return self.feed.cells(size)
-        place_n = self.starts_b.index_select(0, self.at) + torch.arange(size, device=self.device)
-        rows_n = self.order_n.index_select(0, place_n)
-        counts = self.counts
+            counts = self.feed.room
+        else:
+            rows_n = self.order_n.index_select(0, self.starts_b.index_select(0, self.at) + rows_n)
         ends = (counts.indptr_n.index_select(0, rows_n + end) for end in (0, 1))
         return counts.minibatch(rows_n, gpu.Rows(*ends, counts.genes_m, counts.values_m, counts.n_genes))
 
     def _record(self, size: int) -> tuple[Noise, torch.cuda.CUDAGraph | None]:
         """Record the step; without a GPU, or where that fails, it is run kernel by kernel. Changes nothing."""
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" or self.failed:
             return Noise(0, self.device), None
         changed = [self.weights, self.state.mean, self.state.square, self.elbo_b, *self.state.model.buffers()]
         before = [t.clone() for t in changed]
         noise, graph, stream = Noise(0, self.device), torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        side = _side(self.device)
         try:
-            side = torch.cuda.Stream()
             side.wait_stream(stream)
             with torch.cuda.stream(side):
                 for _ in range(WARM_UP):
@@ -176,7 +178,7 @@ class Step:
             stream.wait_stream(side)
             graph.register_generator_state(noise.generator)
             # the thread that sends minibatches may go on meanwhile
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self.pool, stream=side, capture_error_mode="thread_local"):
                 self._run(size, noise)
             self.pool = graph.pool()  # sizes take turns, so they share their room
         except torch.OutOfMemoryError:
@@ -184,6 +186,7 @@ class Step:
         except RuntimeError as error:
             line = str(error).split("\n")[0]
             log.warning("steps run kernel by kernel, more slowly: they could not be recorded (%s)", line)
+            self.failed = True  # the allocator may believe that the recording goes on: no second is tried
             noise, graph = Noise(0, self.device), None
         finally:
             torch.cuda.set_stream(stream)  # a recording that fails leaves its own behind
@@ -192,8 +195,16 @@ class Step:
         return noise, graph
 
 
+@functools.cache
+def _side(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which steps are run before they are recorded, and recorded: one for all, as libraries keep memory
+    for every stream that they have met.
+    """
+    return torch.cuda.Stream(device)
+
+
 class Feed:
-    """Minibatches of counts that are not on the device: the next is gathered and sent while this one is worked on.
+    """Minibatches of counts that are not on the device, packed: the next is gathered and sent while one is worked on.
 
     The one at hand is copied into tensors that stay where they are, as a recorded step wants; with room for the longest
     cells there are, so that no size depends on which come.
@@ -202,45 +213,39 @@ class Feed:
     def __init__(self, counts: Counts, device: torch.device):
         self.counts, self.device = counts, device
         self.worker = ThreadPoolExecutor(1)
-        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.room: Minibatch | None = None
+        # of the streams of high priority, none of which can be the one that a step is recorded on (_side)
+        self.side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self.room: Counts | None = None
 
     def begin(self, minibatches: list[np.ndarray], first: int) -> None:
         """Get ready for an epoch, from its step `first` on."""
         self.minibatches = minibatches
         if self.room is None:
             self.room = self._room(max(map(len, minibatches)))
-        self.coming: Future[Minibatch] = self.worker.submit(self._send, first)
+        self.coming: Future[Counts] = self.worker.submit(self._send, first)
 
-    def _room(self, size: int) -> Minibatch:
-        lengths_n = self.counts.indptr_n.diff()
-        most = int(lengths_n.topk(size).values.sum())
-        like = self.counts.gather(torch.arange(1))
-        new = lambda t, n: torch.zeros(n, *t.shape[1:], dtype=t.dtype, device=self.device)  # noqa: E731
-        indptr_n, genes_m, x_m = new(like.x.indptr_n, size + 1), new(like.x.genes_m, most), new(like.x.x_m, most)
-        codes = (new(getattr(like, name), size) for name in ("library_n", "batch_n", "covariates_nc"))
-        return Minibatch(Nonzeros(indptr_n, genes_m, x_m, like.x.n_genes), *codes)
+    def _room(self, size: int) -> Counts:
+        most = int(self.counts.indptr_n.diff().topk(size).values.sum())
+        one = self.counts.subset(np.arange(1))
+        long = {id(one.indptr_n): size + 1, id(one.genes_m): most, id(one.values_m): most}
+        new = lambda t: t.new_zeros(long.get(id(t), size), *t.shape[1:], device=self.device)  # noqa: E731
+        return changed(one, new)
 
-    def _send(self, i: int) -> Minibatch:
+    def _send(self, i: int) -> Counts:
         """In the thread: gather, and copy from pinned memory on a stream beside the one that computes."""
-        cells = self.counts.gather(torch.from_numpy(self.minibatches[i]))
+        cells = self.counts.subset(self.minibatches[i])
         if self.side is None:
             return cells
         with torch.cuda.stream(self.side):
-            return cells.pinned().to(self.device)  # returns when it is there
+            return changed(cells, lambda t: t.pin_memory().to(self.device))  # returns when it is there
 
     def fill(self, i: int) -> None:
-        """Put minibatch `i` where :meth:`cells` finds it, and have the next one sent."""
+        """Put minibatch `i` into the room, and have the next one sent."""
         cells = self.coming.result()
-        for old, new in zip(self.room.tensors(), cells.tensors(), strict=True):
-            old[: len(new)].copy_(new)
-            if self.side is not None:  # its memory is not given to the next one before this copy is made
-                new.record_stream(torch.cuda.current_stream())
+        for old, new in zip(vars(self.room).values(), vars(cells).values(), strict=True):
+            if isinstance(new, torch.Tensor):
+                old[: len(new)].copy_(new)
+                if self.side is not None:  # its memory is not given to the next one before this copy is made
+                    new.record_stream(torch.cuda.current_stream())
         if i + 1 < len(self.minibatches):
             self.coming = self.worker.submit(self._send, i + 1)
-
-    def cells(self, size: int) -> Minibatch:
-        """The minibatch at hand, of `size` cells."""
-        room = self.room
-        x = gpu.Rows(room.x.indptr_n[:size], room.x.indptr_n[1 : size + 1], room.x.genes_m, room.x.x_m, room.x.n_genes)
-        return Minibatch(x, room.library_n[:size], room.batch_n[:size], room.covariates_nc[:size])

@@ -527,7 +527,7 @@ void scvi_sparse_linear_gradient(
 #define WIDEN(to, from, type) \
     for (int64_t m = 0; m < length; m++) (to)[m] = ((const type *)(from))[start + m]
 
-/* Cells of packed counts, which begin at starts_n: genes of 2 or 4 bytes, values of 1 (unsigned), 2 or 4. */
+/* Cells of packed counts, which begin at starts_n: genes of 2 or 4 bytes, values of 1, 2 or 4; those of 1 and 2 have no sign. */
 void scvi_gather(
     int64_t n_cells, const int64_t *starts_n, const void *genes, int gene_bytes, const void *values, int value_bytes,
     const int64_t *out_indptr_n, int32_t *out_gene_m, float *out_x_m) {
@@ -535,12 +535,19 @@ void scvi_gather(
         int64_t start = starts_n[n], length = out_indptr_n[n + 1] - out_indptr_n[n];
         int32_t *gene_m = out_gene_m + out_indptr_n[n];
         float *x_m = out_x_m + out_indptr_n[n];
-        if (gene_bytes == 2) WIDEN(gene_m, genes, int16_t);
+        if (gene_bytes == 2) WIDEN(gene_m, genes, uint16_t);
         else WIDEN(gene_m, genes, int32_t);
         if (value_bytes == 1) WIDEN(x_m, values, uint8_t);
-        else if (value_bytes == 2) WIDEN(x_m, values, int16_t);
+        else if (value_bytes == 2) WIDEN(x_m, values, uint16_t);
         else WIDEN(x_m, values, int32_t);
     }
+}
+
+/* The same cells as they are packed: `bytes` each. */
+void scvi_gather_packed(
+    int64_t n_cells, const int64_t *starts_n, const char *from, int64_t bytes, const int64_t *out_indptr_n, char *to) {
+    for (int64_t n = 0; n < n_cells; n++)
+        memcpy(to + bytes * out_indptr_n[n], from + bytes * starts_n[n], bytes * (out_indptr_n[n + 1] - out_indptr_n[n]));
 }
 
 /* ---- the optimiser ----------------------------------------------------------------------------------------------- */
@@ -675,4 +682,4 @@ int scvi_fold_changes(
 }
 
 /* Of the signatures above; native.py refuses a library built from others. */
-int scvi_interface(void) { return 2; }
+int scvi_interface(void) { return 3; }

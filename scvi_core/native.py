@@ -16,7 +16,7 @@ import torch  # before the library is opened: it takes OpenMP from PyTorch, so t
 if TYPE_CHECKING:
     from scvi_core.kernels import Nonzeros
 
-INTERFACE = 2
+INTERFACE = 3
 POINTER, INT64, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 SIGNATURES = {
     "scvi_log_likelihood": [INT, INT, *[INT64] * 2, *[POINTER] * 7, INT64, *[POINTER] * 2, FLOAT, *[POINTER] * 8],
@@ -27,6 +27,7 @@ SIGNATURES = {
     "scvi_adam": [INT64, *[POINTER] * 4, *[FLOAT] * 6],
     "scvi_fold_changes": [*[INT64] * 3, *[POINTER] * 3, FLOAT, *[POINTER] * 2],
     "scvi_gather": [INT64, *[POINTER] * 2, INT, POINTER, INT, *[POINTER] * 3],
+    "scvi_gather_packed": [INT64, *[POINTER] * 2, INT64, *[POINTER] * 2],
 }
 
 
@@ -188,18 +189,24 @@ def sparse_linear_gradient(
 
 
 def gather(
-    starts_n: torch.Tensor, genes_m: torch.Tensor, values_m: torch.Tensor, indptr_n: torch.Tensor
+    starts_n: torch.Tensor, genes_m: torch.Tensor, values_m: torch.Tensor, indptr_n: torch.Tensor, packed: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The genes (int32) and counts (float32) of cells of packed counts, which begin at `starts_n`.
+    """The genes and counts of cells of packed counts, which begin at `starts_n`: int32 and float32, or as `packed`.
 
     `indptr_n` says where each begins in the answer, and so how many non-zeros it has.
     """
     length = int(indptr_n[-1])
-    out_genes_m, out_x_m = torch.empty(length, dtype=torch.int32), torch.empty(length)
-    library.scvi_gather(
-        len(starts_n), _at(starts_n), _at(genes_m), genes_m.element_size(), _at(values_m), values_m.element_size(),
-        _at(indptr_n), _at(out_genes_m), _at(out_x_m),
-    )  # fmt: skip
+    if packed:
+        out_genes_m, out_x_m = genes_m.new_empty(length), values_m.new_empty(length)
+        for from_m, to_m in ((genes_m, out_genes_m), (values_m, out_x_m)):
+            given = _at(starts_n), _at(from_m), from_m.element_size(), _at(indptr_n), _at(to_m)
+            library.scvi_gather_packed(len(starts_n), *given)
+    else:
+        out_genes_m, out_x_m = torch.empty(length, dtype=torch.int32), torch.empty(length)
+        library.scvi_gather(
+            len(starts_n), _at(starts_n), _at(genes_m), genes_m.element_size(), _at(values_m), values_m.element_size(),
+            _at(indptr_n), _at(out_genes_m), _at(out_x_m),
+        )  # fmt: skip
     return out_genes_m, out_x_m
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from scvi_core.counts import Counts, Minibatch, Schema, codes, small_types
+from scvi_core.counts import Counts, OnHost, Schema, codes, gathered, small_types, tensor_of
 from scvi_core.files import UserError
 from scvi_core.log import log
 
@@ -25,7 +25,7 @@ BLOCK = 1 << 20  # non-zeros a block, about: as many as a chunk of the store hol
 
 
 @dataclasses.dataclass
-class Stream(Counts):
+class Stream(OnHost):
     """Cells x genes counts of which `genes_m` and `values_m` hold some blocks, each in a slot of its own.
 
     Attributes
@@ -55,17 +55,20 @@ class Stream(Counts):
         window_n = place_b[self._block(rows)] // max(1, n_slots // 2)
         return rows[np.argsort(window_n, kind="stable")]
 
-    def gather(self, rows_n: torch.Tensor) -> Minibatch:
-        """As :meth:`Counts.gather`; blocks that are not in memory are read, in turns where they do not fit together."""
-        rows_n, n_slots = rows_n.cpu(), len(self.genes_m) // self.slot_size
-        block_n = self._block(rows_n.numpy())
+    def nonzeros(self, rows_n: torch.Tensor, packed: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As :meth:`Counts.nonzeros`; blocks not in memory are read, in turns where they do not fit together."""
+        block_n, n_slots = self._block(rows_n.numpy()), len(self.genes_m) // self.slot_size
         if len(np.unique(block_n)) <= n_slots:
-            return super().gather(rows_n).to(self.device)
+            return super().nonzeros(rows_n, packed)
         order = np.argsort(block_n, kind="stable")
         turn_n = np.unique(block_n[order], return_inverse=True)[1] // n_slots
         turns = np.split(order, np.flatnonzero(np.diff(turn_n)) + 1)
-        parts = [super(Stream, self).gather(rows_n[torch.from_numpy(turn)]) for turn in turns]
-        return _rejoined(parts, np.concatenate(turns)).to(self.device)
+        parts = [super(Stream, self).nonzeros(rows_n[torch.from_numpy(turn)], packed=True) for turn in turns]
+        back_n = torch.from_numpy(np.argsort(order))
+        lengths_n = torch.cat([indptr_n.diff() for indptr_n, _, _ in parts])
+        starts_n = lengths_n.cumsum(0) - lengths_n
+        genes_m, values_m = (torch.cat(arrays) for arrays in list(zip(*parts, strict=True))[1:])
+        return gathered(starts_n[back_n], lengths_n[back_n], genes_m, values_m, packed)
 
     def starts(self, rows_n: torch.Tensor) -> torch.Tensor:
         """Where some cells begin in the slots, once their blocks are there."""
@@ -81,9 +84,6 @@ class Stream(Counts):
         within_n = self.indptr_n[rows_n] - self.indptr_n[torch.from_numpy(self.first_b[block_n])]
         return torch.from_numpy(slot_n * self.slot_size) + within_n
 
-    def _parts(self, rows: np.ndarray) -> list[np.ndarray]:
-        return np.split(rows, np.flatnonzero(np.diff(self._block(rows))) + 1)  # of one block each
-
     def _block(self, rows: np.ndarray) -> np.ndarray:
         return np.searchsorted(self.first_b, rows, side="right") - 1
 
@@ -95,20 +95,6 @@ class Stream(Counts):
         self.genes_m[at] = torch.from_numpy(self.X["indices"][start:stop].astype(self.genes_m.numpy().dtype))
         self.values_m[at] = torch.from_numpy(self.X["data"][start:stop].astype(self.values_m.numpy().dtype))
         self.slot_b[block] = slot
-
-
-def _rejoined(parts: list[Minibatch], place_n: np.ndarray) -> Minibatch:
-    """One minibatch of several, cell i of which goes to position ``place_n[i]``."""
-    back_n = torch.from_numpy(np.argsort(place_n))
-    lengths_n = torch.cat([part.x.indptr_n.diff() for part in parts])
-    starts_n = (lengths_n.cumsum(0) - lengths_n)[back_n]
-    lengths_n = lengths_n[back_n]
-    indptr_n = torch.cat([lengths_n.new_zeros(1), lengths_n.cumsum(0)])
-    place_m = torch.repeat_interleave(starts_n - indptr_n[:-1], lengths_n) + torch.arange(int(indptr_n[-1]))
-    genes_m, x_m = (torch.cat([getattr(part.x, name) for part in parts])[place_m] for name in ("genes_m", "x_m"))
-    x = dataclasses.replace(parts[0].x, indptr_n=indptr_n, genes_m=genes_m, x_m=x_m)
-    codes = ("library_n", "batch_n", "covariates_nc")
-    return Minibatch(x, *(torch.cat([getattr(part, name) for part in parts])[back_n] for name in codes))
 
 
 def open_counts(path: Path, adata: AnnData, schema: Schema, memory_gb: float) -> Counts:
@@ -161,8 +147,7 @@ def _open_counts(path: Path, adata: AnnData, schema: Schema, memory_gb: float) -
         least = 2 * slot_size * bytes_each / 1e9
         raise UserError(f"train.memory_gb: {memory_gb:g} is less than two blocks of {path}; allow {least:.3f} or more")
     length = size if whole else n_slots * slot_size
-    genes_m = torch.empty(length, dtype=torch.from_numpy(np.empty(0, gene_type)).dtype)
-    values_m = torch.empty(length, dtype=torch.from_numpy(np.empty(0, value_type)).dtype)
+    genes_m, values_m = (tensor_of(np.empty(0), kind).new_empty(length) for kind in (gene_type, value_type))
     library_n = np.empty(n_cells)
     for b in range(len(first_b) - 1):
         cells = slice(first_b[b], first_b[b + 1])
@@ -175,10 +160,7 @@ def _open_counts(path: Path, adata: AnnData, schema: Schema, memory_gb: float) -
             raise damaged
         library_n[cells] = np.add.reduceat(values, starts, dtype=np.float64)
         if whole:
-            genes_m[at], values_m[at] = (
-                torch.from_numpy(genes.astype(gene_type)),
-                torch.from_numpy(values.astype(value_type)),
-            )
+            genes_m[at], values_m[at] = tensor_of(genes, gene_type), tensor_of(values, value_type)
     fields = {
         "indptr_n": torch.from_numpy(indptr),
         "genes_m": genes_m,

@@ -161,6 +161,15 @@ def _some(KIND: tl.constexpr, x, log_mu, log_theta, logit_pi):
 
 
 @triton.jit
+def _packed(of, at, mask):
+    """Some gene numbers or counts; those of 16 bits have no sign."""
+    value = tl.load(of + at, mask=mask, other=0)
+    if of.dtype.element_ty == tl.int16:
+        value = value.to(tl.int32) & 0xFFFF
+    return value
+
+
+@triton.jit
 def _logits(BIASED: tl.constexpr, row, bias, gene, mask):
     """Some genes' logits of one cell, float32; a bias is added to those that come in bfloat16."""
     logit = tl.load(row + gene, mask=mask, other=0.0).to(tl.float32)
@@ -233,8 +242,8 @@ def likelihood_kernel(
     for start in range(0, length, SOME):
         m = start + tl.arange(0, SOME)
         mask = m < length
-        gene = tl.load(genes_m + begin + m, mask=mask, other=0).to(tl.int32)
-        x = tl.load(values_m + begin + m, mask=mask, other=0).to(tl.float64)
+        gene = _packed(genes_m, begin + m, mask).to(tl.int32)
+        x = _packed(values_m, begin + m, mask).to(tl.float64)
         theta, logit_pi = _parameters(KIND, BIASED, log_theta, pi, bias_pi, gene, mask)
         logit = _logits(BIASED, rho, bias_rho, gene, mask)
         v, s, _, _ = _some(KIND, x, logit.to(tl.float64) + log_scale, _double(theta, x), _double(logit_pi, x))
@@ -307,8 +316,8 @@ def nonzeros_kernel(
     for start in range(0, length, SOME):
         m = start + tl.arange(0, SOME)
         mask = m < length
-        gene = tl.load(genes_m + begin + m, mask=mask, other=0).to(tl.int32)
-        x = tl.load(values_m + begin + m, mask=mask, other=0).to(tl.float64)
+        gene = _packed(genes_m, begin + m, mask).to(tl.int32)
+        x = _packed(values_m, begin + m, mask).to(tl.float64)
         theta, logit_pi = _parameters(KIND, BIASED, log_theta + n * theta_stride, pi + at, bias_pi, gene, mask)
         log_mu = _logits(BIASED, rho + at, bias_rho, gene, mask).to(tl.float64) + log_scale
         _, slope, slope_theta, slope_pi = _some(KIND, x, log_mu, _double(theta, x), _double(logit_pi, x))
@@ -331,8 +340,8 @@ def log1p_kernel(n_genes, begin_n, end_n, genes_m, values_m, out_ng, SOME: tl.co
     for start in range(0, length, SOME):
         m = start + tl.arange(0, SOME)
         mask = m < length
-        gene = tl.load(genes_m + begin + m, mask=mask, other=0).to(tl.int32)
-        x = tl.load(values_m + begin + m, mask=mask, other=0).to(tl.float32)
+        gene = _packed(genes_m, begin + m, mask).to(tl.int32)
+        x = _packed(values_m, begin + m, mask).to(tl.float32)
         tl.store(out_ng + n * n_genes + gene, _log(x + 1.0), mask=mask)
 
 

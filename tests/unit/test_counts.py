@@ -62,12 +62,13 @@ def test_gather_of_every_type(genes, values, monkeypatch):
     """Compiled and plain alike, to the ends of the types; rows repeated, cells empty, nothing selected."""
     choose("compiled", monkeypatch)
     rng = np.random.default_rng(0)
-    n_genes = 2**15 if genes == torch.int16 else 70_001
+    n_genes = 2**16 if genes == torch.int16 else 70_001  # 16-bit numbers have no sign
     lengths = np.array([0, 3, 1, 0, 0, 257, 40, 0])
     column = np.concatenate([np.sort(rng.choice(n_genes, k, replace=False)) for k in lengths])
     column[2], column[3] = n_genes - 1, 0
-    value = rng.integers(1, torch.iinfo(values).max, len(column), endpoint=True)
-    value[[0, 3, -1]] = torch.iinfo(values).max
+    most = 2**16 - 1 if values == torch.int16 else torch.iinfo(values).max
+    value = rng.integers(1, most, len(column), endpoint=True)
+    value[[0, 3, -1]] = most
     n = len(lengths)
     counts = Counts(
         indptr_n=torch.from_numpy(np.concatenate([[0], lengths.cumsum()])),
@@ -87,16 +88,21 @@ def test_gather_of_every_type(genes, values, monkeypatch):
         with monkeypatch.context() as without:
             without.setattr(native, "library", None)
             plain = counts.gather(rows_n)
+            some = counts.subset(rows)
         for name in ("indptr_n", "genes_m", "x_m"):
             ours, theirs = getattr(compiled.x, name), getattr(plain.x, name)
             assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), name
+        ours = counts.subset(rows)
+        assert ours.genes_m.dtype == genes and ours.values_m.dtype == values
+        assert all(torch.equal(t, getattr(some, name)) for name, t in vars(ours).items() if isinstance(t, torch.Tensor))
+        assert torch.equal(ours.gather(torch.arange(len(rows))).x.x_m, compiled.x.x_m)
         assert torch.equal(compiled.library_n, rows_n.float()) and torch.equal(compiled.batch_n, rows_n)
         small = counts.n_genes * len(rows_n) < 10**6
         assert not small or np.array_equal(compiled.x.dense().numpy(), expected[rows_n.numpy()].toarray())
 
 
 @pytest.mark.parametrize(
-    ("top", "dtype"), [(255, torch.uint8), (256, torch.int16), (32767, torch.int16), (70000, torch.int32)]
+    ("top", "dtype"), [(255, torch.uint8), (256, torch.int16), (65_535, torch.int16), (65_536, torch.int32)]
 )
 def test_smallest_integers_that_hold_the_counts(top, dtype, how):
     x = np.array([[1, 0, top], [0, 2, 0]])
@@ -106,7 +112,7 @@ def test_smallest_integers_that_hold_the_counts(top, dtype, how):
         assert np.array_equal(counts.gather(torch.arange(2)).x.dense().numpy(), x)
 
 
-@pytest.mark.parametrize(("n_genes", "dtype"), [(2**15, torch.int16), (2**15 + 1, torch.int32)])
+@pytest.mark.parametrize(("n_genes", "dtype"), [(2**16, torch.int16), (2**16 + 1, torch.int32)])
 def test_smallest_integers_that_hold_the_genes(n_genes, dtype, how):
     """The last gene is found again, at the last number that two bytes hold and one beyond."""
     x = sp.csr_matrix(([5, 1, 2], ([0, 0, 1], [n_genes - 1, 0, n_genes - 1])), shape=(2, n_genes))

@@ -341,7 +341,7 @@ def test_the_budget_is_known_before_training(monkeypatch, caplog):
         placed = graph.place(counts, needed, 128, meta)
         assert (placed.indptr_n.device == meta) == fits
         assert ("on the device" if fits else "stay in the computer's memory") in caplog.text
-    assert all(t.device == meta for t in placed.gather(torch.arange(3)).tensors())
+    assert placed.gather(torch.arange(3)).x.x_m.device == meta
     assert type(placed.to(CPU)) is Counts and placed.to(CPU).genes_m is counts.genes_m
     monkeypatch.setattr(gpu, "free_bytes", lambda device: needed - 1)
     with pytest.raises(UserError, match=r"^train\.batch_size: a step on 128 cells x 25 genes needs .* lower train\."):

@@ -1,0 +1,206 @@
+"""The whole path of a GPU, on a card that is not there (``_card.py``): fits, recorded steps, questions, the benchmark.
+
+In Triton's interpreter, so everything is small.
+"""
+
+import importlib.util
+import math
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+from _data import brief, cells, packed
+
+if "triton" not in sys.modules:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+
+import _card
+from test_gpu import benchmark  # noqa: F401 (a fixture)
+
+import scvi_core as sv
+from scvi_core import criticism, gpu, graph, posterior
+from scvi_core import train as training
+from scvi_core.config import CriticismConfig, DeConfig, ModelConfig
+from scvi_core.model import build
+from scvi_core.train import Interrupted, train
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def card(monkeypatch):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed; it comes with PyTorch's builds for CUDA")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton was imported before its interpreter could be chosen")
+    there = _card.insert(monkeypatch)
+    with there:
+        yield there
+
+
+def fit(device, adata=None, seed=0, model=None, **how):
+    config = brief(**{"max_epochs": 2, "batch_size": 4, "precision": "float32", "early_stopping": False, **how})
+    sizes = ModelConfig(n_hidden=8, n_latent=2, **(model or {}))
+    given = {"categorical_covariates": ["day"], "continuous_covariates": ["age"], "holdout": [3, 8]}
+    adata = cells(14, 20) if adata is None else adata
+    return sv.fit(adata, "batch", model=sizes, train=config, seed=seed, device=device, progress=False, **given)
+
+
+def weights(model):
+    return {name: value.cpu() for name, value in model.network.state_dict().items()}
+
+
+def test_an_impossible_step_is_refused(card):
+    """The card itself: what a GPU or a recording would not bear."""
+    here, there = torch.arange(3.0), torch.arange(3.0, device=CUDA)
+    assert there.is_cuda and (there + 1).is_cuda and torch.equal((there * here[2]).cpu(), here * 2)
+    with pytest.raises(RuntimeError, match="same device"):
+        there + here
+    with pytest.raises(TypeError, match="numpy"):
+        there.numpy()
+    recorded = _card.Graph()
+    with pytest.raises(AssertionError, match="the same at every replay"), recorded.record():
+        pass
+    recorded.register_generator_state(None)
+    for wait in (there.sum().item, there.cpu, there.nonzero, lambda: here.to(CUDA), lambda: there[there > 1]):
+        with pytest.raises(AssertionError, match="not within a recorded step"), recorded.record():
+            wait()
+    recorded.tape.clear()
+    with recorded.record():
+        total = (there[1:] * 2).sum()
+        there[:1] = total
+    assert total.isnan()
+    there.copy_(here)
+    recorded.replay()
+    assert total.item() == 6 and there.tolist() == [6.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {},
+        {"likelihood": "nb", "dispersion": "gene-batch", "library": "latent"},
+        {"dispersion": "gene-cell", "n_layers": 2},
+        {"likelihood": "poisson", "decoder": "linear", "loadings_l1": 0.1},
+    ],
+)
+def test_a_fit_is_that_of_the_cpu(model, card):
+    """Recorded steps of two sizes, with noise of their own each; the device is waited for by epochs, not by steps."""
+    ours = fit("cuda", model=model, gradient_clip=1.0)
+    assert card.replays == 2 * 3 and ours.card["device"] == "cuda" and ours.card["kernels"] == "triton"
+    theirs = fit("cpu", model=model, gradient_clip=1.0)
+    columns = ["train_elbo", "validation_elbo"]
+    np.testing.assert_allclose(ours.history[columns], theirs.history[columns], rtol=1e-4)
+    others = weights(theirs)
+    for name, value in weights(ours).items():
+        if not name.endswith("linear.bias"):  # before a batch norm: moved by rounding alone
+            torch.testing.assert_close(value, others[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_no_step_waits_for_the_device(card):
+    waited = []
+    for batch_size in (6, 2):
+        card.waits = 0
+        fit("cuda", model={"likelihood": "poisson"}, batch_size=batch_size)
+        waited.append(card.waits)
+    assert card.replays == 2 * (2 + 6) and waited[0] == waited[1]
+
+
+def test_the_same_bits_wherever_the_counts_are_and_however_steps_run(card, monkeypatch):
+    """On the device; in the computer's memory, sent while the device works; kernel by kernel; in bfloat16."""
+    model = {"likelihood": "poisson"}
+    on_card = weights(fit("cuda", model=model, seed=3))
+    with monkeypatch.context() as on_host:
+        stay = lambda counts, needed, size, device: sv.counts.OnHost(**vars(counts), device=device)  # noqa: E731
+        on_host.setattr(graph, "place", stay)
+        fed = weights(fit("cuda", model=model, seed=3))
+    replays = card.replays
+    with monkeypatch.context() as failing:
+        failing.setattr(_card.Graph, "register_generator_state", lambda *_: exec("raise RuntimeError('no')"))
+        by_kernel = weights(fit("cuda", model=model, seed=3))
+    assert card.replays == replays
+    for name, value in on_card.items():
+        assert torch.equal(value, fed[name]) and torch.equal(value, by_kernel[name]), name
+    half = fit("cuda", model=model, seed=3, precision="bf16")
+    assert math.isfinite(half.history["validation_elbo"].iloc[-1]) and half.card["precision"] == "bf16"
+
+
+def test_an_interrupted_fit_goes_on_bit_for_bit(card, tmp_path):
+    def go(stop=lambda: False, checkpoint=None):
+        schema, counts = packed(cells(9, 20), batch_key=None)
+        network = build(ModelConfig(n_hidden=8, n_latent=2, likelihood="poisson"), 20, len(schema.batches), 0, 0)
+        config, rows = brief(max_epochs=2, batch_size=3, precision="float32"), np.arange(7)
+        args = config, 0, CUDA, checkpoint, "x", False, stop
+        train(network, counts, rows, np.arange(7, 9), *args, every=math.inf)
+        return {name: value.cpu() for name, value in network.state_dict().items()}
+
+    whole, asked = go(), iter([False] * 4 + [True] + [False] * 9)
+    with pytest.raises(Interrupted):
+        go(lambda: next(asked), tmp_path / "state")
+    again = go(checkpoint=tmp_path / "state")
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+
+
+def test_questions_have_the_answers_of_the_cpu(card, tmp_path):
+    adata = cells(24, 20)
+    theirs = fit("cpu", adata)
+    theirs.save(tmp_path / "model")
+    ours = sv.load(tmp_path / "model", device="cuda")
+    near = {"rtol": 1e-4, "atol": 1e-5}
+    for name in ("latent", "latent_std", "latent_library_size", "elbo"):
+        np.testing.assert_allclose(getattr(ours, name)(adata), getattr(theirs, name)(adata), **near)
+    answers = [
+        (
+            model.marginal_log_likelihood(adata[:5], n_samples=3),
+            model.normalized_expression(adata, transform_batch=["b0", "b1"]).to_numpy(),
+            model.expression_samples(adata, ["G3", "G1"], n_samples=2),
+            model.gene_correlation(adata, ["G0", "G1", "G2"]).to_numpy(),
+        )
+        for model in (ours, theirs)
+    ]
+    for one, other in zip(*answers, strict=True):
+        np.testing.assert_allclose(one, other, **near)
+    assert ours.posterior_predictive(adata).shape == (24, 20)
+    for how in ({}, {"compare": "means"}, {"reference": "pairs", "delta": "auto"}, {"mode": "vanilla"}):
+        config = DeConfig(groupby="kind", min_cells=2, n_samples=50, **how)
+        tables = [model.differential_expression(adata, "kind", config=config) for model in (ours, theirs)]
+        one, other = (table.sort_values(["group", "reference", "gene_id"]) for table in tables)
+        columns = ["lfc_mean", "lfc_median", "lfc_ci_low", "proba_de", "scale_group", "raw_mean_group"]
+        np.testing.assert_allclose(one[columns], other[columns], rtol=1e-3, atol=1e-3)
+    counts = ours._counts(adata)
+    names = adata.obs_names, ours.gene_ids, ours.gene_names, adata.obs["kind"].to_numpy()
+    found = criticism.criticise(ours.network, counts, *names, CriticismConfig(n_replicates=2), 0)
+    assert len(found.summary["checks"])
+
+
+def test_counts_that_do_not_fit_stay_in_the_computers_memory(card, caplog):
+    """For questions, too."""
+    adata = cells(24, 20)
+    model = fit("cuda", adata, model={"likelihood": "poisson"}, max_epochs=1)
+    resident = model.latent(adata)
+    card.free = 10**6
+    caplog.clear()
+    counts = model._counts(adata)
+    assert type(counts) is sv.counts.OnHost and "stay in the computer's memory" in caplog.text
+    np.testing.assert_array_equal(posterior.latent(model.network, counts), resident)
+    with pytest.raises(sv.UserError, match=r"train\.batch_size: a step on \d+ cells .* needs .* lower train\.batch_size"):
+        fit("cuda", adata)
+
+
+def test_the_benchmark_runs_on_the_card(card, benchmark, monkeypatch):  # noqa: F811
+    """Its parts that are not timings, which have no `--tiny` of their own on a GPU."""
+    model, counts, group_n = benchmark._source(12, torch.device("cpu"))
+    benchmark._sources[12, "cuda"] = model.to(CUDA), counts.to(CUDA), group_n
+    options = benchmark._options(["--tiny", "--cells", "12", "--genes", "12"])
+    monkeypatch.setattr(benchmark, "ceilings", lambda *_: {"copy_gb_s": 1.0, "bf16_tflop_s": 1.0})
+    monkeypatch.setattr(sv.TrainConfig.model_fields["max_epochs"], "default", 1)
+    counts, schema, group_n = benchmark.simulated(12, 12, CUDA)
+    assert counts.indptr_n.device.type == "cpu"
+    told, fitted = benchmark.fitted(counts, schema, CUDA)
+    assert told["kernels"] == "triton" and math.isfinite(told["validation_elbo"])
+    assert benchmark.asked(fitted, counts, schema, group_n, CUDA)["groups"] > 1
+    parts = benchmark.step_parts(12, CUDA, options, {"ceilings": benchmark.ceilings()})["parts"]
+    assert {"likelihood and gradients, Triton", "a step, recorded", "a step, kernel by kernel"} <= set(parts)
+    assert training.resolve_device("auto").type == "cuda" and gpu.reason() == ""
