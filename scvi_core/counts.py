@@ -102,7 +102,6 @@ class Minibatch:
         return changed(dataclasses.replace(self, x=x), lambda t: t.to(device))
 
 
-
 @dataclasses.dataclass
 class Counts:
     """Cells × genes counts, packed, with the cells' codes. All tensors live on one device.
@@ -286,7 +285,7 @@ def small_types(n_genes: int, largest: int) -> tuple[type, type]:
 
 
 def tensor_of(array: np.ndarray, kind: type) -> torch.Tensor:
-    """Whole numbers in one of the :func:`small_types`; uint16, which PyTorch cannot index, as int16 of the same bits."""
+    """Whole numbers in one of the :func:`small_types`; uint16, which PyTorch cannot index, as int16, bit by bit."""
     array = array.astype(kind)
     return torch.from_numpy(array.view(np.int16) if kind is np.uint16 else array)
 

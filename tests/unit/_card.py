@@ -1,10 +1,10 @@
 """A GPU that is not there: tensors that say they are on one, computed on the CPU, held to a GPU's rules.
 
 Placement: an operation on tensors of both devices fails, and so does what reads a tensor of the card as the computer's.
-Recording: what a CUDA graph cannot hold fails (a number asked of the device, a copy from or to the computer, a size that
-depends on what a tensor holds); a replay does what was recorded and nothing else, on the tensors it was recorded with,
-which hold no numbers before. Triton's kernels run in its interpreter. Not shown: time, memory, what streams do side by
-side, autograd, and the last bits of a GPU's arithmetic.
+Recording: what a CUDA graph cannot hold fails (a number asked of the device, a copy from or to the computer, a size
+that depends on what a tensor holds); a replay does what was recorded and nothing else, on the tensors it was recorded
+with, which hold no numbers before. Triton's kernels run in its interpreter. Not shown: time, memory, what streams do
+side by side, autograd, and the last bits of a GPU's arithmetic.
 """
 
 import contextlib
@@ -48,6 +48,9 @@ class OnCard(torch.Tensor):
 
     def __init__(self, held):
         self.held = held
+
+    def record_stream(self, stream):  # as streams take turns here
+        pass
 
     data = property(lambda self: self.detach(), lambda self, other: setattr(self, "held", other.held))
 
@@ -101,8 +104,8 @@ class Card(TorchDispatchMode):
             to_card = isinstance(args[0], OnCard)
         if wanted and to_card:
             kwargs["device"] = torch.device("cpu")
-        if func is aten.record_stream.default:
-            return None
+        if func is aten._pin_memory.default:
+            return args[0]
         if func in MOVES:
             if to_card != bool(ours) or (ours and others):
                 self.wait(func)
@@ -253,8 +256,14 @@ def insert(monkeypatch):
             return super().__new__(cls, "cpu")
 
     monkeypatch.setattr(torch, "Generator", Generator)
-    # a module's weights cannot become of another class in place
-    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    move = torch.nn.Module._apply
+
+    def swapping(*args, **kwargs):  # a module's weights cannot become of another class in place
+        with monkeypatch.context() as within:
+            within.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+            return move(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "_apply", swapping)
     monkeypatch.setattr(graph, "ThreadPoolExecutor", Worker)
     graph._side.cache_clear()
     names = [f"{name}_kernel" for name in ("likelihood", "zeros", "nonzeros", "log1p", "adam")]
