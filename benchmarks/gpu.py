@@ -80,6 +80,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     def fit(genes: int) -> dict[str, Any]:
         told, models[genes] = fitted(*cells(genes)[:2], device)
+        if "ceilings" in found:  # of the median epoch, its validation, the shuffling and all else within
+            told["share_of_floor"] = floor_ms(told["n_train"], genes, found) / 1e3 / told["epoch_seconds"]
         return told
 
     parts: list[tuple[str, Callable[[], Any]]] = [
@@ -122,16 +124,17 @@ def about(device: torch.device) -> dict[str, Any]:
 # Rates of the machine.
 
 
-def milliseconds(run: Callable[[], Any], device: torch.device, repeats: int = REPEATS) -> float:
-    """Median, after two runs that do not count."""
+def milliseconds(run: Callable[[], Any], device: torch.device, repeats: int = REPEATS, calls: int = 1) -> float:
+    """Median, after two that do not count, of so many `calls` in a row: one alone is shorter than to wait for it."""
     taken = []
     for i in range(repeats + 2):
         _wait(device)
         began = time.perf_counter()
-        run()
+        for _ in range(calls):
+            run()
         _wait(device)
         if i > 1:
-            taken.append(1e3 * (time.perf_counter() - began))
+            taken.append(1e3 * (time.perf_counter() - began) / calls)
     return statistics.median(taken)
 
 
@@ -208,7 +211,8 @@ def correct(device: torch.device, options: argparse.Namespace) -> dict[str, Any]
             if exact:
                 cells.library_n, cells.covariates_nc = cells.library_n.double(), cells.covariates_nc.double()
             by_hand = not exact and engine.serves(model)
-            elbo_n = (engine.gradients if by_hand else training.autograd_gradients)(model, cells, Given(), 0.5)
+            with gpu.tf32(model.half):  # as graph.Step has it
+                elbo_n = (engine.gradients if by_hand else training.autograd_gradients)(model, cells, Given(), 0.5)
             answers.append((elbo_n.double().cpu(), {k: p.grad.double().cpu() for k, p in model.named_parameters()}))
         (elbo_n, exact_of), (got_n, got_of) = answers
         # the bias before a batch norm has no gradient but rounding's
@@ -251,8 +255,8 @@ def step_parts(genes: int, device: torch.device, options: argparse.Namespace, fo
     biases = [torch.zeros(genes, device=device) for _ in range(2)]
     theta_1g, library_n = torch.zeros(1, genes, device=device), cells.library_n.log()
     sums, sum_theta_g = [torch.empty(genes, device=device) for _ in range(2)], torch.empty(1, genes, device=device)
-    repeats = 2 if options.tiny else REPEATS
-    time_of = lambda run: milliseconds(run, device, repeats)  # noqa: E731
+    repeats, calls = (2, 1) if options.tiny else (REPEATS, 10)
+    time_of = lambda run: milliseconds(run, device, repeats, calls)  # noqa: E731
 
     def by_autograd() -> None:
         leaves = [t.detach().float().requires_grad_() for t in (logits[0], theta_1g, logits[1])]
@@ -278,12 +282,18 @@ def step_parts(genes: int, device: torch.device, options: argparse.Namespace, fo
     told = {name: {"ms": time_of(run), "at_best_ms": floor} for name, (run, floor) in parts.items()}
     told["likelihood and gradients, plain PyTorch"] = {"ms": plain, "at_best_ms": tile * 5 * wide / copy}
 
-    floor = max(size * 40 * genes / copy, size * 2560 * genes / matrix)
+    floor = floor_ms(size, genes, found)
     for way in ("recorded", "kernel by kernel", "autograd, plain PyTorch"):
         step = _stepper(counts, schema, size, way, device, half)
         if step is not None:
             told[f"a step, {way}"] = {"ms": time_of(step), "at_best_ms": floor}
     return {"cells": size, "precision": "bf16" if half else "float32", "parts": told}
+
+
+def floor_ms(n: int, genes: int, found: dict[str, Any]) -> float:
+    """What a step's `n` cells take at best: 40 bytes and 2,560 operations a cell and gene, whichever takes longer."""
+    ceilings = found["ceilings"]
+    return n * genes * max(40 / ceilings["copy_gb_s"] / 1e6, 2560 / ceilings["bf16_tflop_s"] / 1e9)
 
 
 def _stepper(
@@ -332,8 +342,8 @@ def fitted(counts: Counts, schema: Schema, device: torch.device) -> tuple[dict[s
     history = model.history
     n_train = model.card["metrics"]["n_train"]
     return {
-        "cells": len(counts), "genes": counts.n_genes, "density": len(counts.genes_m) / len(counts) / counts.n_genes,
-        "packed_gb": counts.nbytes / 1e9, "seconds": seconds, "training_seconds": trained,
+        "cells": len(counts), "n_train": n_train, "genes": counts.n_genes,
+        "density": len(counts.genes_m) / len(counts) / counts.n_genes, "packed_gb": counts.nbytes / 1e9, "seconds": seconds, "training_seconds": trained,
         "epochs": len(history), "epoch_seconds": float(history["seconds"].median()),
         "cells_per_second": n_train / float(history["seconds"].median()),
         "validation_elbo": model.card["metrics"]["validation_elbo"], "kernels": model.card["kernels"],

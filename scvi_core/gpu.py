@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,17 @@ def free_bytes(device: torch.device) -> float:
     with contextlib.suppress(RuntimeError):  # of a recording that failed (graph.py), after which PyTorch may refuse
         torch.cuda.empty_cache()  # what PyTorch keeps for tensors to come looks used otherwise
     return torch.cuda.mem_get_info(device)[0]
+
+
+@contextlib.contextmanager
+def tf32(wanted: bool) -> Iterator[None]:
+    """Have products of float32 numbers made of their first 11 bits, summed in float32, where a GPU can."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if wanted else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @dataclasses.dataclass
@@ -100,11 +112,11 @@ def log_likelihood(
 ) -> tuple[torch.Tensor | None, ...]:
     """As :func:`scvi_core.kernels.log_likelihood`: the value, then its gradients by the four inputs, or None."""
     logits = [t.contiguous() for t in (logit_rho_ng, logit_pi_ng) if t is not None]
-    rows, inputs = Rows.of(x), _inputs(logits, None, log_theta_ng)
-    value_n, slope_n, state_n4 = _value(rows, inputs, log_library_n)
+    tile = _Tile(Rows.of(x), logits, None, log_library_n.contiguous(), log_theta_ng)
+    value_n, slope_n = tile.values()
     if not gradient:
         return value_n, None, None, None, None
-    tiles, theta_ng = _gradients(rows, logits, inputs, state_n4, torch.ones_like(slope_n), torch.float32)
+    tiles, theta_ng = tile.gradients(torch.ones_like(slope_n), torch.float32)
     return value_n, tiles[0], slope_n, theta_ng, tiles[1] if len(tiles) > 1 else None
 
 
@@ -119,12 +131,12 @@ def log_likelihood_gradients(
     sum_theta_g: torch.Tensor | None,
 ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None, torch.Tensor]:
     """As :func:`scvi_core.native.log_likelihood_gradients`; the sums over cells are those of the tiles, in float32."""
-    rows = Rows.of(x)
-    inputs = _inputs(logits, biases if logits[0].dtype == torch.bfloat16 else None, log_theta_ng)
-    value_n, slope_n, state_n4 = _value(rows, inputs, log_library_n)
+    added = biases if logits[0].dtype == torch.bfloat16 else None
+    tile = _Tile(Rows.of(x), logits, added, log_library_n.contiguous(), log_theta_ng)
+    value_n, slope_n = tile.values()
     # gradients of a theta of each cell go on into further products, in float32
     kind = torch.float32 if sum_theta_g is None else logits[0].dtype
-    tiles, theta_ng = _gradients(rows, logits, inputs, state_n4, torch.full_like(slope_n, scale), kind)
+    tiles, theta_ng = tile.gradients(torch.full_like(slope_n, scale), kind)
     for tile_ng, sum_g in zip(tiles, sums, strict=True):
         torch.sum(tile_ng, 0, dtype=torch.float32, out=sum_g)
     if sum_theta_g is not None:
@@ -133,42 +145,55 @@ def log_likelihood_gradients(
     return value_n, tiles, theta_ng, slope_n * scale
 
 
-def _inputs(logits: list[torch.Tensor], biases: list[torch.Tensor] | None, log_theta_ng: torch.Tensor | None) -> tuple:
-    """What all kernels of the likelihood begin with. What it has not is not read, so any tensor stands there."""
-    rho_ng, pi_ng = logits[0], logits[-1]
-    bias_rho_g, bias_pi_g = (rho_ng, rho_ng) if biases is None else (biases[0], biases[-1])
-    theta_ng, stride = rho_ng, 0
-    if log_theta_ng is not None:
-        theta_ng, stride = log_theta_ng.contiguous(), rho_ng.shape[1] * (len(log_theta_ng) > 1)
-    kind = 0 if log_theta_ng is None else len(logits)
-    return kind, biases is not None, rho_ng.shape[1], rho_ng, bias_rho_g, pi_ng, bias_pi_g, theta_ng, stride
+class _Tile:
+    """The likelihood of one minibatch: what its kernels are given. Any tensor stands where there is nothing to read."""
 
-
-def _value(rows: Rows, inputs: tuple, log_library_n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log p(x) and its slope by log library, (cells,), and the kernels' state, (cells, 4) float64."""
-    log_library_n = log_library_n.contiguous()
-    value_n, slope_n = (torch.empty_like(log_library_n) for _ in range(2))
-    state_n4 = torch.empty(len(rows), 4, dtype=torch.float64, device=value_n.device)
-    if len(rows):
+    def __init__(
+        self,
+        rows: Rows,
+        logits: list[torch.Tensor],
+        biases: list[torch.Tensor] | None,
+        log_library_n: torch.Tensor,
+        log_theta_ng: torch.Tensor | None,
+    ):
+        rho_ng, pi_ng = logits[0], logits[-1]
+        bias_rho_g, bias_pi_g = (rho_ng, rho_ng) if biases is None else (biases[0], biases[-1])
+        kind = 0 if log_theta_ng is None else len(logits)
+        log_theta_ng = rho_ng if log_theta_ng is None else log_theta_ng.contiguous()
+        theta_ng = inverse_ng = log_theta_ng
+        if kind:
+            theta_ng, inverse_ng = (torch.empty_like(log_theta_ng) for _ in range(2))
+            n = theta_ng.numel()
+            _triton()[0].theta_kernel[(-(-n // BLOCK),)](n, log_theta_ng, theta_ng, inverse_ng, BLOCK=BLOCK)
+        stride = rows.n_genes * (len(log_theta_ng) > 1)
+        head = kind, biases is not None, rows.n_genes, rho_ng, bias_rho_g, pi_ng, bias_pi_g, stride
         cells = rows.begin_n, rows.end_n, rows.genes_m, rows.values_m
-        kernel = _triton()[0].likelihood_kernel[(len(rows),)]
-        kernel(*inputs, *cells, log_library_n, value_n, slope_n, state_n4, BLOCK=BLOCK, SOME=SOME)
-    return value_n, slope_n, state_n4
+        self.state_n5 = torch.empty(len(rows), 5, dtype=torch.float64, device=rho_ng.device)
+        self.zeros = *head, theta_ng, inverse_ng, log_library_n, self.state_n5
+        self.nonzeros = *head, log_theta_ng, *cells, log_library_n, self.state_n5
+        self.logits, self.log_library_n, self.theta, self.shape = logits, log_library_n, bool(kind), rho_ng.shape
 
+    def values(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log p(x) and its slope by log library, (cells,)."""
+        value_n, slope_n = (torch.empty_like(self.log_library_n) for _ in range(2))
+        if self.shape[0]:
+            _triton()[0].zeros_kernel[(self.shape[0],)](*self.zeros, BLOCK=BLOCK)
+            _triton()[0].nonzeros_kernel[(self.shape[0],)](*self.nonzeros, value_n, slope_n, SOME=SOME)
+        return value_n, slope_n
 
-def _gradients(
-    rows: Rows, logits: list[torch.Tensor], inputs: tuple, state_n4: torch.Tensor, outer_n: torch.Tensor, kind: Any
-) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """Tiles of gradients by the logits, in their type, and by log theta, in `kind`; times `outer_n`."""
-    tiles = [torch.empty_like(logit) for logit in logits]
-    theta_ng = torch.empty_like(logits[0], dtype=kind) if inputs[0] else None
-    if len(rows):
-        given = state_n4, outer_n, tiles[0], tiles[-1], tiles[0] if theta_ng is None else theta_ng
-        cells = rows.begin_n, rows.end_n, rows.genes_m, rows.values_m
-        grid = len(rows), -(-rows.n_genes // BLOCK)
-        _triton()[0].zeros_kernel[grid](*inputs, *given, BLOCK=BLOCK)
-        _triton()[0].nonzeros_kernel[grid[:1]](*inputs, *cells, *given, SOME=SOME)
-    return tiles, theta_ng
+    def gradients(self, outer_n: torch.Tensor, kind: Any) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """After :meth:`values`: tiles of gradients by the logits, in their type, and by log theta, in `kind`.
+
+        Times `outer_n`.
+        """
+        tiles = [torch.empty_like(logit) for logit in self.logits]
+        theta_ng = torch.empty_like(self.logits[0], dtype=kind) if self.theta else None
+        if self.shape[0]:
+            given = outer_n, tiles[0], tiles[-1], tiles[0] if theta_ng is None else theta_ng
+            grid = self.shape[0], -(-self.shape[1] // BLOCK)
+            _triton()[0].zeros_gradient_kernel[grid](*self.zeros, *given, BLOCK=BLOCK)
+            _triton()[0].nonzeros_gradient_kernel[grid[:1]](*self.nonzeros, *given, SOME=SOME)
+        return tiles, theta_ng
 
 
 def hidden(

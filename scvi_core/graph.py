@@ -143,7 +143,8 @@ class Step:
     def _run(self, size: int, noise: Noise) -> None:
         model, state, config = self.state.model, self.state, self.config
         rate_and_scale, kl, rate = self.numbers_b4.index_select(0, self.at)[0].split([2, 1, 1])
-        elbo_n = engine.gradients(model, self._cells(size), noise, kl)
+        with gpu.tf32(model.half and self.device.type == "cuda"):  # the products that are not bfloat16's
+            elbo_n = engine.gradients(model, self._cells(size), noise, kl)
         if config.gradient_clip:
             self.gradient.mul_((config.gradient_clip / (self.gradient.norm() + 1e-6)).clamp(max=1.0))
         moments = state.mean, state.square

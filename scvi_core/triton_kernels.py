@@ -1,11 +1,15 @@
 """``kernels.c`` for GPUs, in Triton: the same equations (see :mod:`scvi_core.kernels`), called through ``gpu.py``.
 
-A program takes one cell, in two passes over genes: :func:`likelihood_kernel` finds the softmax's denominator, the
-value and the sum of its slopes; :func:`zeros_kernel` then writes every gradient as if the count were zero, and
-:func:`nonzeros_kernel` those of the non-zeros over them. Genes are float32; the non-zeros, whose terms cancel to far
+A program takes one cell. Values come first: :func:`zeros_kernel` finds the softmax's denominator, and the value as if
+every count were zero; :func:`nonzeros_kernel` what the non-zeros change. Gradients need the value's slopes summed over
+all genes, and come after: :func:`zeros_gradient_kernel` writes a tile as if every count were zero, and
+:func:`nonzeros_gradient_kernel` the non-zeros over it. Genes are float32; the non-zeros, whose terms cancel to far
 below their own size, and all sums over genes are float64. There are no atomic sums, so results are the same at every
-run. Elementary functions in float32 are written out, as in ``kernels.c``: the hardware's are good to fewer digits than
-``theta log(1 + mu / theta)`` needs.
+run.
+
+Elementary functions in float32 are written out, as in ``kernels.c``, where terms cancel: the hardware's are good to
+fewer digits than ``theta log(1 + mu / theta)`` needs. Its exponential, whose relative error is 2e-7 and 6e-8 times the
+argument, serves where an error stays as small as it is: for the softmax and the odds of dropout.
 
 Cells are rows of packed counts, left where they lie: cell n has the non-zeros from ``begin_n[n]`` to ``end_n[n]``.
 """
@@ -100,17 +104,23 @@ def _rising_far(x, theta):
 
 
 @triton.jit
-def _zero(KIND: tl.constexpr, mu, log_theta, logit_pi):
+def _theta(log_theta):
+    """Theta and its inverse, float32."""
+    log_theta = tl.where(log_theta < -LIMIT, -LIMIT, log_theta)
+    log_theta = tl.where(log_theta > LIMIT, LIMIT, log_theta)
+    _, theta = _expm1(log_theta)
+    _, inverse_theta = _expm1(-log_theta)
+    return theta, inverse_theta
+
+
+@triton.jit
+def _zero(KIND: tl.constexpr, mu, theta, inverse_theta, logit_pi):
     """Log p(0), and its slopes by log mu, log theta and the logit of pi; float32. What a likelihood lacks is mu."""
     value = -mu
     slope = -mu
     slope_theta = mu
     slope_pi = mu
     if KIND != POISSON:
-        log_theta = tl.where(log_theta < -LIMIT, -LIMIT, log_theta)
-        log_theta = tl.where(log_theta > LIMIT, LIMIT, log_theta)
-        _, theta = _expm1(log_theta)
-        _, inverse_theta = _expm1(-log_theta)
         odds = mu * inverse_theta
         u = odds + 1.0
         inverse = 1.0 / u
@@ -120,7 +130,7 @@ def _zero(KIND: tl.constexpr, mu, log_theta, logit_pi):
     if KIND == ZINB:
         h = tl.where(logit_pi < -80.0, -80.0, logit_pi)
         h = tl.where(h > 80.0, 80.0, h)
-        _, odds_pi = _expm1(h)
+        odds_pi = tl.exp(h)
         nb_less_1, nb = _expm1(value)
         keep = 1.0 / (odds_pi + 1.0)
         share = 1.0 / (odds_pi + nb)
@@ -179,30 +189,47 @@ def _logits(BIASED: tl.constexpr, row, bias, gene, mask):
 
 
 @triton.jit
-def _parameters(KIND: tl.constexpr, BIASED: tl.constexpr, log_theta, pi, bias_pi, gene, mask):
-    """Log theta and the logit of pi of some genes of one cell, as far as the likelihood has them."""
-    theta = 0.0
+def _parameters(KIND: tl.constexpr, BIASED: tl.constexpr, theta, pi, bias_pi, gene, mask):
+    """Theta, or what else is there of each gene, and the logit of pi, as far as the likelihood has them."""
+    of_theta = 0.0
     logit_pi = 0.0
     if KIND != POISSON:
-        theta = tl.load(log_theta + gene, mask=mask, other=0.0)
+        of_theta = tl.load(theta + gene, mask=mask, other=0.0)
     if KIND == ZINB:
         logit_pi = _logits(BIASED, pi, bias_pi, gene, mask)
-    return theta, logit_pi
+    return of_theta, logit_pi
 
 
 @triton.jit
-def likelihood_kernel(
-    KIND: tl.constexpr, BIASED: tl.constexpr, n_genes, rho, bias_rho, pi, bias_pi, log_theta, theta_stride,
-    begin_n, end_n, genes_m, values_m, log_library_n, value_n, slope_n, state_n4, BLOCK: tl.constexpr,
-    SOME: tl.constexpr,
+def _zeros(KIND: tl.constexpr, BIASED: tl.constexpr, mu, theta, inverse_theta, pi, bias_pi, gene, mask):
+    """:func:`_zero` of some genes of one cell, whose theta and its inverse are in memory."""
+    of_theta, logit_pi = _parameters(KIND, BIASED, theta, pi, bias_pi, gene, mask)
+    of_inverse = 0.0
+    if KIND != POISSON:
+        of_inverse = tl.load(inverse_theta + gene, mask=mask, other=0.0)
+    return _zero(KIND, mu, of_theta, of_inverse, logit_pi)
+
+
+@triton.jit
+def theta_kernel(n, log_theta, theta, inverse_theta, BLOCK: tl.constexpr):
+    """Theta and its inverse: once a gene where cells share them, and not for each of the cells."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value, inverse = _theta(tl.load(log_theta + at, mask=at < n, other=0.0))
+    tl.store(theta + at, value, mask=at < n)
+    tl.store(inverse_theta + at, inverse, mask=at < n)
+
+
+@triton.jit
+def zeros_kernel(
+    KIND: tl.constexpr, BIASED: tl.constexpr, n_genes, rho, bias_rho, pi, bias_pi, theta_stride, theta, inverse_theta,
+    log_library_n, state_n5, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Log p(x), a program a cell; `state_n4` gets what the gradients need: the largest logit, log of library over the
-    softmax's denominator beneath it, that ratio, and the sum of slopes by log mu over the library.
+    """Log p(0), all genes summed, a program a cell. `state_n5` gets what the other kernels need: the largest logit, log
+    of library over the softmax's denominator beneath it, that ratio, and the sums of slopes by log mu and of values.
     """
     n = tl.program_id(0).to(tl.int64)
     rho += n * n_genes
     pi += n * n_genes
-    log_theta += n * theta_stride
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     for start in range(0, n_genes, BLOCK):
         gene = start + tl.arange(0, BLOCK)
@@ -212,31 +239,51 @@ def likelihood_kernel(
     total = tl.zeros([1], tl.float64)
     for start in range(0, n_genes, BLOCK):
         gene = start + tl.arange(0, BLOCK)
-        _, share = _expm1(_logits(BIASED, rho, bias_rho, gene, gene < n_genes) - top)
+        share = tl.exp(_logits(BIASED, rho, bias_rho, gene, gene < n_genes) - top)
         total += tl.sum(tl.where(gene < n_genes, share, 0.0), 0).to(tl.float64)
     total = tl.sum(total, 0)
     log_library = tl.load(log_library_n + n).to(tl.float64)
     library = tl.exp(log_library)
-    log_scale = log_library - top.to(tl.float64) - tl.log(total)
     scale = (library / total).to(tl.float32)
-
-    # every gene as if its count were zero
     value = tl.zeros([1], tl.float64)
     slope = tl.zeros([1], tl.float64)
     if KIND == POISSON:  # what the means of all genes add up to
         value -= library
         slope -= library
     else:
+        theta += n * theta_stride
+        inverse_theta += n * theta_stride
         for start in range(0, n_genes, BLOCK):
             gene = start + tl.arange(0, BLOCK)
             mask = gene < n_genes
-            theta, logit_pi = _parameters(KIND, BIASED, log_theta, pi, bias_pi, gene, mask)
-            _, share = _expm1(_logits(BIASED, rho, bias_rho, gene, mask) - top)
-            v, s, _, _ = _zero(KIND, share * scale, theta, logit_pi)
+            share = tl.exp(_logits(BIASED, rho, bias_rho, gene, mask) - top)
+            v, s, _, _ = _zeros(KIND, BIASED, share * scale, theta, inverse_theta, pi, bias_pi, gene, mask)
             value += tl.sum(tl.where(mask, v, 0.0), 0).to(tl.float64)
             slope += tl.sum(tl.where(mask, s, 0.0), 0).to(tl.float64)
+    state = state_n5 + 5 * n
+    tl.store(state, top.to(tl.float64))
+    tl.store(state + 1, log_library - top.to(tl.float64) - tl.log(total))
+    tl.store(state + 2, library / total)
+    tl.store(state + 3, tl.sum(slope, 0))
+    tl.store(state + 4, tl.sum(value, 0))
 
-    # and what the non-zeros change
+
+@triton.jit
+def nonzeros_kernel(
+    KIND: tl.constexpr, BIASED: tl.constexpr, n_genes, rho, bias_rho, pi, bias_pi, theta_stride, log_theta,
+    begin_n, end_n, genes_m, values_m, log_library_n, state_n5, value_n, slope_n, SOME: tl.constexpr,
+):  # fmt: skip
+    """Log p(x) and its slope by log library: what the non-zeros change in the sums of :func:`zeros_kernel`."""
+    n = tl.program_id(0).to(tl.int64)
+    rho += n * n_genes
+    pi += n * n_genes
+    log_theta += n * theta_stride
+    state = state_n5 + 5 * n
+    top = tl.load(state).to(tl.float32)
+    log_scale = tl.load(state + 1)
+    scale = tl.load(state + 2).to(tl.float32)
+    slope = tl.zeros([1], tl.float64) + tl.load(state + 3)
+    value = tl.zeros([1], tl.float64) + tl.load(state + 4)
     begin = tl.load(begin_n + n)
     length = (tl.load(end_n + n) - begin).to(tl.int32)
     for start in range(0, length, SOME):
@@ -250,21 +297,18 @@ def likelihood_kernel(
         if KIND == POISSON:
             s = x
         else:
-            _, share = _expm1(logit - top)
-            v_zero, s_zero, _, _ = _zero(KIND, share * scale, theta, logit_pi)
+            share = tl.exp(logit - top)
+            of_theta, of_inverse = _theta(theta)
+            v_zero, s_zero, _, _ = _zero(KIND, share * scale, of_theta, of_inverse, logit_pi)
             v -= v_zero.to(tl.float64)
             s -= s_zero.to(tl.float64)
         value += tl.sum(tl.where(mask, v, 0.0), 0)
         slope += tl.sum(tl.where(mask, s, 0.0), 0)
-
     value = tl.sum(value, 0)
     slope = tl.sum(slope, 0)
     tl.store(value_n + n, value.to(tl.float32))
     tl.store(slope_n + n, slope.to(tl.float32))
-    tl.store(state_n4 + 4 * n, top.to(tl.float64))
-    tl.store(state_n4 + 4 * n + 1, log_scale)
-    tl.store(state_n4 + 4 * n + 2, library / total)
-    tl.store(state_n4 + 4 * n + 3, slope / library)
+    tl.store(state + 3, slope)
 
 
 @triton.jit
@@ -274,23 +318,24 @@ def _double(value, like):
 
 
 @triton.jit
-def zeros_kernel(
-    KIND: tl.constexpr, BIASED: tl.constexpr, n_genes, rho, bias_rho, pi, bias_pi, log_theta, theta_stride,
-    state_n4, outer_n, grad_rho, grad_pi, grad_theta, BLOCK: tl.constexpr,
+def zeros_gradient_kernel(
+    KIND: tl.constexpr, BIASED: tl.constexpr, n_genes, rho, bias_rho, pi, bias_pi, theta_stride, theta, inverse_theta,
+    log_library_n, state_n5, outer_n, grad_rho, grad_pi, grad_theta, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of every gene as if its count were zero, times `outer_n`; a program a cell and block of genes."""
     n = tl.program_id(0).to(tl.int64)
     gene = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = gene < n_genes
     at = n * n_genes
-    top = tl.load(state_n4 + 4 * n).to(tl.float32)
-    scale = tl.load(state_n4 + 4 * n + 2).to(tl.float32)
-    share = tl.load(state_n4 + 4 * n + 3).to(tl.float32)
+    top = tl.load(state_n5 + 5 * n).to(tl.float32)
+    scale = tl.load(state_n5 + 5 * n + 2).to(tl.float32)
+    share = (tl.load(state_n5 + 5 * n + 3) / tl.exp(tl.load(log_library_n + n).to(tl.float64))).to(tl.float32)
     outer = tl.load(outer_n + n)
-    theta, logit_pi = _parameters(KIND, BIASED, log_theta + n * theta_stride, pi + at, bias_pi, gene, mask)
-    _, mu = _expm1(_logits(BIASED, rho + at, bias_rho, gene, mask) - top)
-    mu *= scale
-    _, slope, slope_theta, slope_pi = _zero(KIND, mu, theta, logit_pi)
+    mu = tl.exp(_logits(BIASED, rho + at, bias_rho, gene, mask) - top) * scale
+    by_theta = n * theta_stride
+    _, slope, slope_theta, slope_pi = _zeros(
+        KIND, BIASED, mu, theta + by_theta, inverse_theta + by_theta, pi + at, bias_pi, gene, mask
+    )
     kind = grad_rho.dtype.element_ty
     tl.store(grad_rho + at + gene, ((slope - mu * share) * outer).to(kind), mask=mask)
     if KIND != POISSON:
@@ -300,15 +345,16 @@ def zeros_kernel(
 
 
 @triton.jit
-def nonzeros_kernel(
-    KIND: tl.constexpr, BIASED: tl.constexpr, n_genes, rho, bias_rho, pi, bias_pi, log_theta, theta_stride,
-    begin_n, end_n, genes_m, values_m, state_n4, outer_n, grad_rho, grad_pi, grad_theta, SOME: tl.constexpr,
+def nonzeros_gradient_kernel(
+    KIND: tl.constexpr, BIASED: tl.constexpr, n_genes, rho, bias_rho, pi, bias_pi, theta_stride, log_theta,
+    begin_n, end_n, genes_m, values_m, log_library_n, state_n5, outer_n, grad_rho, grad_pi, grad_theta,
+    SOME: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the non-zeros, over those of :func:`zeros_kernel`; a program a cell."""
+    """Gradients of the non-zeros, over those of :func:`zeros_gradient_kernel`; a program a cell."""
     n = tl.program_id(0).to(tl.int64)
     at = n * n_genes
-    log_scale = tl.load(state_n4 + 4 * n + 1)
-    share = tl.load(state_n4 + 4 * n + 3)
+    log_scale = tl.load(state_n5 + 5 * n + 1)
+    share = tl.load(state_n5 + 5 * n + 3) / tl.exp(tl.load(log_library_n + n).to(tl.float64))
     outer = tl.load(outer_n + n).to(tl.float64)
     kind = grad_rho.dtype.element_ty
     begin = tl.load(begin_n + n)

@@ -266,7 +266,7 @@ def insert(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "_apply", swapping)
     monkeypatch.setattr(graph, "ThreadPoolExecutor", Worker)
     graph._side.cache_clear()
-    names = [f"{name}_kernel" for name in ("likelihood", "zeros", "nonzeros", "log1p", "adam")]
+    names = [name for name in vars(triton_kernels) if name.endswith("_kernel")]
     launchers = {name: card.launcher(getattr(triton_kernels, name)) for name in names}
     monkeypatch.setattr(gpu, "_triton", lambda: (SimpleNamespace(**launchers), ""))
     monkeypatch.setattr(gpu, "BLOCK", 32)

@@ -23,6 +23,7 @@ import scvi_core as sv
 from scvi_core import criticism, gpu, graph, posterior
 from scvi_core import train as training
 from scvi_core.config import CriticismConfig, DeConfig, ModelConfig
+from scvi_core.files import Decisions
 from scvi_core.model import build
 from scvi_core.train import Interrupted, train
 
@@ -171,7 +172,9 @@ def test_questions_have_the_answers_of_the_cpu(card, tmp_path):
         np.testing.assert_allclose(one[columns], other[columns], rtol=1e-3, atol=1e-3)
     counts = ours._counts(adata)
     names = adata.obs_names, ours.gene_ids, ours.gene_names, adata.obs["kind"].to_numpy()
-    found = criticism.criticise(ours.network, counts, *names, CriticismConfig(n_replicates=19), 0)
+    found = criticism.criticise(
+        ours.network, counts, *names, CriticismConfig(n_replicates=19), 0, Decisions("criticism")
+    )
     assert len(found.summary["checks"])
 
 
