@@ -343,7 +343,8 @@ def fitted(counts: Counts, schema: Schema, device: torch.device) -> tuple[dict[s
     n_train = model.card["metrics"]["n_train"]
     return {
         "cells": len(counts), "n_train": n_train, "genes": counts.n_genes,
-        "density": len(counts.genes_m) / len(counts) / counts.n_genes, "packed_gb": counts.nbytes / 1e9, "seconds": seconds, "training_seconds": trained,
+        "density": len(counts.genes_m) / len(counts) / counts.n_genes,
+        "packed_gb": counts.nbytes / 1e9, "seconds": seconds, "training_seconds": trained,
         "epochs": len(history), "epoch_seconds": float(history["seconds"].median()),
         "cells_per_second": n_train / float(history["seconds"].median()),
         "validation_elbo": model.card["metrics"]["validation_elbo"], "kernels": model.card["kernels"],
