@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -466,3 +467,17 @@ for kind, biased, genes, counts in ((2, True, "*i16", "*u8"), (1, False, "*i32",
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_a_step_is_counted(tmp_path):
+    """Instructions for an H100 and bytes of a step, by benchmarks/gpu_count.py, on no GPU."""
+    script = Path(__file__).parents[2] / "benchmarks" / "gpu_count.py"
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, str(script), "--cells", "64", "--genes", "500"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = dict(re.findall(r"^\| (\w+) \| (.+) \|$", done.stdout, re.MULTILINE))
+    registers, spilled, what, instructions, _ = rows["nonzeros"].split(" | ")
+    assert 16 < int(registers) < 255 and spilled == "0" and what == "non-zero" and int(instructions) > 100
+    assert float(rows["zeros_gradient_kernel"]) >= 10 and float(rows["all"]) > 40  # two tiles read, three written

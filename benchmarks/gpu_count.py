@@ -1,0 +1,161 @@
+"""What a step on a GPU has to do, counted without one: machine instructions, registers and bytes.
+
+    pip install --no-deps --target .venv-triton triton     # where PyTorch did not bring it
+    PYTHONPATH=.venv-triton python benchmarks/gpu_count.py
+
+Instructions are those of Triton's code for an H100 (sm_90) in each kernel's innermost loop, for a gene of a cell or for
+one of its non-zeros, as the commonest likelihood has them: ZINB, theta by gene, logits in bfloat16. Bytes are what the
+operations of a step are given and give, each tensor once an operation, over cells x genes: what goes through the
+device's memory if no cache helps. Neither is a time; `gpu.py` measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import scvi_core as sv
+from scvi_core import gpu, graph, triton_kernels
+from scvi_core import train as training
+from scvi_core.counts import Counts
+from scvi_core.model import build
+
+WARPS, META = 4, torch.device("meta")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cells", type=int, default=1032, help="of a minibatch; default: as of 1.3 million cells")
+    parser.add_argument("--genes", type=int, default=10_000)
+    parser.add_argument("--density", type=float, default=0.1, help="share of counts that are not zero")
+    options = parser.parse_args()
+    print("| kernel | registers | spilled bytes | for each | instructions | of which float64 |")
+    print("|---|---:|---:|---|---:|---:|")
+    for name in ("zeros", "nonzeros", "zeros_gradient", "nonzeros_gradient", "log1p", "adam"):
+        print("| {} | {} | {} | {} | {:.0f} | {:.0f} |".format(name, *instructions(f"{name}_kernel")))
+    print(f"\n| {options.cells:,} cells x {options.genes:,} genes | bytes a cell and gene |\n|---|---:|")
+    moved, operations = traffic(options.cells, options.genes, options.density)
+    rows = moved.most_common(12)
+    for what, size in [*rows, ("others", moved.total() - sum(size for _, size in rows)), ("all", moved.total())]:
+        print(f"| {what} | {size / options.cells / options.genes:.1f} |")
+    print(f"\n{operations} operations a step")
+
+
+def instructions(name: str) -> tuple[int, int, str, float, float]:
+    """Registers, bytes spilled, what is gone through, and instructions, all and float64, for each of it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, blocks = getattr(triton_kernels, name), {"BLOCK": gpu.BLOCK, "SOME": gpu.SOME}
+    constants = blocks | {"KIND": 2, "BIASED": True}
+    types = dict.fromkeys(("n_genes", "theta_stride", "n"), "i32") | dict.fromkeys(("begin_n", "end_n"), "*i64")
+    types |= dict.fromkeys(("rho", "pi", "grad_rho", "grad_pi", "grad_theta"), "*bf16")
+    types |= dict.fromkeys(("mean_rate", "square_rate", "eps", "decay"), "fp32")
+    types |= {"genes_m": "*i16", "values_m": "*u8", "state_n5": "*fp64"}
+    signature = {a: "constexpr" if a in constants else types.get(a, "*fp32") for a in kernel.arg_names}
+    given = {(i,): constants[a] for i, a in enumerate(kernel.arg_names) if a in constants}
+    aligned = lambda kind: kind.startswith("*") or kind == "i32"  # noqa: E731
+    hints = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if aligned(kind)}
+    built = triton.compile(ASTSource(kernel, signature, given, hints), target=GPUTarget("cuda", 90, 32))
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        told = [
+            subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
+            for what in ("-sass", "-res-usage")
+        ]
+    found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*(\w+)(\S*)\s*(.*)", told[0], re.MULTILINE)
+    at = [int(address, 16) for address, *_ in found]
+    body = found
+    for address, (_, operation, _, rest) in zip(at, found, strict=True):  # the longest loop: a jump back
+        target = re.search(r"0x([0-9a-f]+)", rest)
+        if operation == "BRA" and target and int(target[1], 16) < address:
+            loop = [line for line, a in zip(found, at, strict=True) if int(target[1], 16) <= a <= address]
+            body = loop if body is found or len(loop) > len(body) else body
+    per = blocks["SOME" if "SOME" in kernel.arg_names else "BLOCK"] / (32 * WARPS)
+    doubles = sum(operation in ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX") for _, operation, *_ in body)
+    each = "non-zero" if "SOME" in kernel.arg_names else "weight" if "weights" in kernel.arg_names else "gene"
+    usage = {key: int(re.search(rf"{key}:(\d+)", told[1])[1]) for key in ("REG", "STACK")}
+    return usage["REG"], usage["STACK"], each, len(body) / per, doubles / per
+
+
+class Bytes(TorchDispatchMode):
+    """Counts what operations read and write, on a device that holds no numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.moved: collections.Counter[str] = collections.Counter()
+        self.operations = 0
+
+    def add(self, name: str, tensors: Any, share: float = 1.0) -> None:
+        sizes = {id(t): t.nbytes for t in tree_leaves(tensors) if isinstance(t, torch.Tensor)}
+        self.moved[name] += round(share * sum(sizes.values()))
+        self.operations += 1
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if not (func.is_view or name in ("empty", "empty_like", "new_empty", "detach")):
+            self.add(name, (args, kwargs, out))
+        return out
+
+
+def traffic(n: int, genes: int, density: float) -> tuple[collections.Counter[str], int]:
+    """Bytes that a recorded step moves, by operation, and how many operations it has; validation cells left out."""
+    length = round(density * genes)
+    counts = Counts(
+        indptr_n=torch.arange(n + 1) * length,
+        genes_m=torch.zeros(n * length, dtype=torch.int16), values_m=torch.ones(n * length, dtype=torch.uint8),
+        library_n=torch.ones(n, dtype=torch.float64), batch_n=torch.zeros(n, dtype=torch.int64),
+        categories_nc=torch.zeros(n, 0, dtype=torch.int64), continuous_nc=torch.zeros(n, 0), n_genes=genes, levels=(),
+    ).to(META)  # fmt: skip
+    watch = Bytes()
+
+    def launcher(name: str) -> Any:
+        def launch(*args: Any, **_: Any) -> None:
+            # of a dense tile, the non-zeros' kernels touch what they are there for
+            whole = [t for t in args if isinstance(t, torch.Tensor) and t.numel() != n * genes]
+            tiles = {id(t): t for t in args if isinstance(t, torch.Tensor) and t.numel() == n * genes}
+            watch.add(name, whole)
+            watch.add(name, list(tiles.values()), density if "nonzeros" in name or "log1p" in name else 1.0)
+            watch.operations -= 1
+
+        return collections.defaultdict(lambda: launch)
+
+    kernels = SimpleNamespace(**{name: launcher(name) for name in vars(triton_kernels) if name.endswith("_kernel")})
+    model = build(sv.ModelConfig(), genes, 2, 0, 0).to(META).train()
+    model.half = True
+    with (
+        mock.patch.object(gpu, "_triton", lambda: (kernels, "")),
+        mock.patch.object(gpu, "serves", lambda t: t.is_meta),
+    ):
+        weights, gradient = training._flatten(model)
+        state = training.State(model, torch.zeros_like(weights), torch.zeros_like(weights))
+        step = graph.Step(state, weights, gradient, counts, sv.TrainConfig(), 0, 1, 10)
+        step.begin([np.arange(n)], 0)
+        noise = graph.Noise(0)
+        noise.generator = None  # there is none for such a device
+        with watch:
+            step._run(n, noise)
+    return watch.moved, watch.operations
+
+
+if __name__ == "__main__":
+    main()
