@@ -36,8 +36,9 @@ def bytes_to_train(model: SCVI, size: int, fused: bool) -> int:
     """
     heads = sum(hasattr(model, name) for name in ("rho", "dropout_logit", "log_theta"))
     wide = (2 if model.half else 4) * 2 * heads + 4 * 3  # logits and gradients; counts, those by theta, one to spare
-    if model.config.dispersion == "gene-batch":
-        wide += 4 * 2  # each cell's theta and its gradient, always in float32
+    if model.config.likelihood != "poisson" and model.config.dispersion != "gene":  # always in float32
+        wide += 4 * 2  # theta of each cell, and its inverse
+        wide += 4 * 2 * (model.config.dispersion == "gene-batch")  # its logarithm, taken by batch, and the gradient
     # what is recorded keeps its room; beside it come, by turns, runs before the next recording, and the held-out ELBO,
     # always in float32
     tile = size * wide + max(size * wide, VALIDATION * (4 * heads + 8)) if fused else 4 * 20 * max(size, VALIDATION)
