@@ -17,10 +17,12 @@ if "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
 import _card
+from _samples import stored
 from test_gpu import benchmark  # noqa: F401 (a fixture)
+from test_stream import both, fresh
 
 import scvi_core as sv
-from scvi_core import criticism, gpu, graph, posterior
+from scvi_core import criticism, gpu, graph, posterior, stream
 from scvi_core import train as training
 from scvi_core.config import CriticismConfig, DeConfig, ModelConfig
 from scvi_core.files import Decisions
@@ -142,6 +144,20 @@ def test_an_interrupted_fit_goes_on_bit_for_bit(card, tmp_path):
         go(lambda: next(asked), tmp_path / "state")
     again = go(checkpoint=tmp_path / "state")
     assert all(torch.equal(value, again[name]) for name, value in whole.items())
+
+
+def test_a_stream_from_disk_feeds_the_card(card, tmp_path, monkeypatch):
+    """Blocks are read, their cells sent as they are packed, in the order in which the CPU would take them."""
+    monkeypatch.setattr(stream, "BLOCK", 30)
+    _, streamed = both(stored(tmp_path, cells(16, 20)), slots=3)
+    assert type(streamed) is stream.Stream
+    rows, held, found = np.arange(1, 16), np.arange(1), []
+    for device in (CUDA, torch.device("cpu")):
+        network = build(ModelConfig(n_hidden=8, n_latent=2, likelihood="poisson"), 20, 2, 0, 0)
+        config = brief(max_epochs=2, batch_size=5, precision="float32")
+        found.append(train(network, fresh(streamed), rows, held, config, 0, device, progress=False)["train_elbo"])
+    assert card.replays == 6
+    np.testing.assert_allclose(*found, rtol=1e-4)
 
 
 def test_questions_have_the_answers_of_the_cpu(card, tmp_path):
