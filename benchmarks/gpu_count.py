@@ -26,6 +26,7 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 import numpy as np
 import torch
+import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -35,7 +36,7 @@ from scvi_core import train as training
 from scvi_core.counts import Counts
 from scvi_core.model import build
 
-WARPS, META = 4, torch.device("meta")
+META = torch.device("meta")
 
 
 def main() -> None:
@@ -56,23 +57,28 @@ def main() -> None:
     print(f"\n{operations} operations a step")
 
 
-def instructions(name: str) -> tuple[int, int, str, float, float]:
-    """Registers, bytes spilled, what is gone through, and instructions, all and float64, for each of it."""
-    import triton
+def compiled(name: str, kind: int = 2, biased: bool = True, genes: str = "*i16", values: str = "*u8") -> Any:
+    """A kernel for an H100; `kind` and `biased` as the kernels have them, the others Triton's names of types."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, blocks = getattr(triton_kernels, name), {"BLOCK": gpu.BLOCK, "SOME": gpu.SOME}
-    constants = blocks | {"KIND": 2, "BIASED": True}
+    kernel = getattr(triton_kernels, name)
+    constants = {"BLOCK": gpu.BLOCK, "SOME": gpu.SOME, "KIND": kind, "BIASED": biased}
     types = dict.fromkeys(("n_genes", "theta_stride", "n"), "i32") | dict.fromkeys(("begin_n", "end_n"), "*i64")
-    types |= dict.fromkeys(("rho", "pi", "grad_rho", "grad_pi", "grad_theta"), "*bf16")
+    logits = "*bf16" if biased else "*fp32"
+    types |= dict.fromkeys(("rho", "pi", "grad_rho", "grad_pi", "grad_theta"), logits)
     types |= dict.fromkeys(("mean_rate", "square_rate", "eps", "decay"), "fp32")
-    types |= {"genes_m": "*i16", "values_m": "*u8", "state_n5": "*fp64"}
+    types |= {"genes_m": genes, "values_m": values, "state_n5": "*fp64"}
     signature = {a: "constexpr" if a in constants else types.get(a, "*fp32") for a in kernel.arg_names}
     given = {(i,): constants[a] for i, a in enumerate(kernel.arg_names) if a in constants}
     aligned = lambda kind: kind.startswith("*") or kind == "i32"  # noqa: E731
     hints = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if aligned(kind)}
-    built = triton.compile(ASTSource(kernel, signature, given, hints), target=GPUTarget("cuda", 90, 32))
+    return triton.compile(ASTSource(kernel, signature, given, hints), target=GPUTarget("cuda", 90, 32))
+
+
+def instructions(name: str) -> tuple[int, int, str, float, float]:
+    """Registers, bytes spilled, what is gone through, and instructions, all and float64, for each of it."""
+    names, built = getattr(triton_kernels, name).arg_names, compiled(name)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
@@ -89,9 +95,9 @@ def instructions(name: str) -> tuple[int, int, str, float, float]:
         if operation == "BRA" and target and int(target[1], 16) < address:
             loop = [line for line, a in zip(found, at, strict=True) if int(target[1], 16) <= a <= address]
             body = loop if body is found or len(loop) > len(body) else body
-    per = blocks["SOME" if "SOME" in kernel.arg_names else "BLOCK"] / (32 * WARPS)
+    per = (gpu.SOME if "SOME" in names else gpu.BLOCK) / (32 * built.metadata.num_warps)
     doubles = sum(operation in ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX") for _, operation, *_ in body)
-    each = "non-zero" if "SOME" in kernel.arg_names else "weight" if "weights" in kernel.arg_names else "gene"
+    each = "non-zero" if "SOME" in names else "weight" if "weights" in names else "gene"
     usage = {key: int(re.search(rf"{key}:(\d+)", told[1])[1]) for key in ("REG", "STACK")}
     return usage["REG"], usage["STACK"], each, len(body) / per, doubles / per
 

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from scvi_core.kernels import Nonzeros
 
 BLOCK, SOME = 1024, 256  # genes, and non-zeros, that a program takes at a time
-INTERPRETED = False  # tests: also take tensors of the CPU, through Triton's interpreter
 
 
 @functools.cache
@@ -44,7 +43,7 @@ def reason() -> str:
 
 def serves(tensor: torch.Tensor) -> bool:
     """Whether these kernels take it: they are for float32 on a GPU."""
-    return tensor.dtype == torch.float32 and (tensor.is_cuda or INTERPRETED) and _triton()[0] is not None
+    return tensor.dtype == torch.float32 and tensor.is_cuda and _triton()[0] is not None
 
 
 def free_bytes(device: torch.device) -> float:

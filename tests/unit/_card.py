@@ -10,6 +10,8 @@ side by side, autograd, and the last bits of a GPU's arithmetic.
 import contextlib
 import ctypes
 import functools
+import importlib.util
+import os
 import shutil
 import subprocess
 import tempfile
@@ -135,6 +137,7 @@ class Card(TorchDispatchMode):
 
         def launch(grid, *args, **kwargs):
             assert all(isinstance(t, OnCard) for t in tensors(args)), "a pointer into the computer's memory"
+            assert all(t.is_contiguous() for t in tensors(args)), "a kernel goes through memory without gaps"
             self.launches += 1
             run = lambda *args, **kwargs: kernel[grid](*args, **kwargs) and None  # noqa: E731
             run(*held(args), **kwargs)
@@ -231,8 +234,19 @@ def _guard():
         ctypes.CDLL(str(built))
 
 
+def interpret(monkeypatch):
+    """Triton's interpreter for a test, which is skipped where there is none; TRITON_INTERPRET has to be set before."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed; it comes with PyTorch's builds for CUDA")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton was imported before its interpreter could be chosen")
+    monkeypatch.setattr(gpu, "BLOCK", 32)  # so that small tiles have several blocks
+    monkeypatch.setattr(gpu, "SOME", 32)
+
+
 def insert(monkeypatch):
-    """Put the card in, for a test, which enters it. Triton's interpreter has to be chosen already."""
+    """Put the card in, for a test, which enters it."""
+    interpret(monkeypatch)
     from scvi_core import triton_kernels
 
     _guard()
@@ -269,6 +283,4 @@ def insert(monkeypatch):
     names = [name for name in vars(triton_kernels) if name.endswith("_kernel")]
     launchers = {name: card.launcher(getattr(triton_kernels, name)) for name in names}
     monkeypatch.setattr(gpu, "_triton", lambda: (SimpleNamespace(**launchers), ""))
-    monkeypatch.setattr(gpu, "BLOCK", 32)
-    monkeypatch.setattr(gpu, "SOME", 32)
     return card
