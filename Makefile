@@ -62,12 +62,12 @@ parity: .venv/installed
 	    pydantic pyyaml rich pyarrow safetensors pytest
 	OMP_NUM_THREADS=1 PYTHONPATH=. .venv-peer/bin/python -m pytest -q tests/unit/test_parity.py
 
-# the GPU's kernels, run by Triton's interpreter on the CPU, and the whole path of a GPU on a card that is not there;
+# the GPU's kernels, run by Triton's interpreter on the CPU, and the whole path of a GPU on a fake one;
 # Triton in a folder of its own
 triton: .venv/installed
 	[ -d .venv-triton/triton ] || $(BIN)/pip install --quiet --no-deps --target .venv-triton \
 	    "$$(grep -m1 -oE '^triton==[0-9.]+' envs/cuda.lock)"
-	PYTHONPATH=.venv-triton $(BIN)/python -m pytest -q tests/unit/test_gpu.py tests/unit/test_card.py
+	PYTHONPATH=.venv-triton $(BIN)/python -m pytest -q tests/unit/test_gpu.py tests/unit/test_fake_gpu.py
 
 # samples in S3: moto's server on loopback, and the storage plugin, in a folder of their own
 remote: .venv/installed

@@ -5,8 +5,8 @@
 
 Instructions are those of Triton's code for an H100 (sm_90) in each kernel's innermost loop, for a gene of a cell or for
 one of its non-zeros, as the commonest likelihood has them: ZINB, theta by gene, logits in bfloat16. Bytes are what the
-operations of a step are given and give, each tensor once an operation, over cells x genes: what goes through the
-device's memory if no cache helps. Neither is a time; `gpu.py` measures.
+operations of a step are given and give, each tensor once an operation, over cells x genes. A cache saves some of what
+one operation gives and the next takes. Neither is a time; `gpu.py` measures.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from scvi_core.counts import Counts
 from scvi_core.model import build
 
 META = torch.device("meta")
+SECTOR = 32  # bytes that a GPU's memory moves at least
 
 
 def main() -> None:
@@ -110,16 +111,13 @@ class Bytes(TorchDispatchMode):
         self.moved: collections.Counter[str] = collections.Counter()
         self.operations = 0
 
-    def add(self, name: str, tensors: Any, share: float = 1.0) -> None:
-        sizes = {id(t): t.nbytes for t in tree_leaves(tensors) if isinstance(t, torch.Tensor)}
-        self.moved[name] += round(share * sum(sizes.values()))
-        self.operations += 1
-
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if not (func.is_view or name in ("empty", "empty_like", "new_empty", "detach")):
-            self.add(name, (args, kwargs, out))
+            sizes = {id(t): t.nbytes for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)}
+            self.moved[name] += sum(sizes.values())
+            self.operations += 1
         return out
 
 
@@ -136,12 +134,12 @@ def traffic(n: int, genes: int, density: float) -> tuple[collections.Counter[str
 
     def launcher(name: str) -> Any:
         def launch(*args: Any, **_: Any) -> None:
-            # of a dense tile, the non-zeros' kernels touch what they are there for
-            whole = [t for t in args if isinstance(t, torch.Tensor) and t.numel() != n * genes]
-            tiles = {id(t): t for t in args if isinstance(t, torch.Tensor) and t.numel() == n * genes}
-            watch.add(name, whole)
-            watch.add(name, list(tiles.values()), density if "nonzeros" in name or "log1p" in name else 1.0)
-            watch.operations -= 1
+            watch.operations += 1
+            for tensor in {id(t): t for t in args if isinstance(t, torch.Tensor)}.values():
+                share = 1.0
+                if tensor.numel() == n * genes and ("nonzeros" in name or "log1p" in name):
+                    share = 1 - (1 - density) ** (SECTOR / tensor.element_size())  # of a tile, what its non-zeros touch
+                watch.moved[name] += round(share * tensor.nbytes)
 
         return collections.defaultdict(lambda: launch)
 

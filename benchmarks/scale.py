@@ -164,7 +164,7 @@ def _packed_gb(store: Path) -> float:
     """What the counts take in memory: a byte or more a count, two or four a gene number."""
     genes = json.loads((store / "X" / ".zattrs").read_text())["shape"][1]
     count = int(_array(store, "data")["dtype"][-1])
-    return _array(store, "data")["shape"][0] * (count + (2 if genes <= 2**15 else 4)) / 1e9
+    return _array(store, "data")["shape"][0] * (count + (2 if genes <= 2**16 else 4)) / 1e9
 
 
 def _density(store: Path) -> float:

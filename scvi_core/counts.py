@@ -98,8 +98,8 @@ class Minibatch:
 
     def to(self, device: torch.device) -> Minibatch:
         """The same cells on another device."""
-        x = changed(self.x, lambda t: t.to(device))
-        return changed(dataclasses.replace(self, x=x), lambda t: t.to(device))
+        x = map_tensors(self.x, lambda t: t.to(device))
+        return map_tensors(dataclasses.replace(self, x=x), lambda t: t.to(device))
 
 
 @dataclasses.dataclass
@@ -144,12 +144,13 @@ class Counts:
                 "%.2f GB of GPU memory that are free", self.nbytes / 1e9, beside / 1e9, free / 1e9,
             )  # fmt: skip
             return OnHost(**vars(self), device=device)
-        return changed(self, lambda t: t.to(device))
+        return map_tensors(self, lambda t: t.to(device))
 
     def subset(self, rows: np.ndarray) -> Counts:
-        """Some of the cells, packed and in memory."""
-        taken = {name: getattr(self, name)[rows] for name in ("library_n", "batch_n", "categories_nc", "continuous_nc")}
-        rows_n = torch.from_numpy(np.asarray(rows, dtype=np.int64)).to(self.indptr_n.device)
+        """Some of the cells, by position or by a mask, packed and in memory."""
+        rows_n = torch.from_numpy(np.arange(len(self))[rows]).to(self.indptr_n.device)
+        columns = ("library_n", "batch_n", "categories_nc", "continuous_nc")
+        taken = {name: getattr(self, name)[rows_n] for name in columns}
         return Counts(*self.nonzeros(rows_n, packed=True), **taken, n_genes=self.n_genes, levels=self.levels)
 
     def order(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -163,7 +164,7 @@ class Counts:
     def nonzeros(self, rows_n: torch.Tensor, packed: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of the cells at positions `rows_n`: where each begins, genes (int32) and counts (float32), or as `packed`."""
         lengths_n = self.indptr_n[rows_n + 1] - self.indptr_n[rows_n]
-        return gathered(self.starts(rows_n), lengths_n, self.genes_m, self.values_m, packed)
+        return gather_nonzeros(self.starts(rows_n), lengths_n, self.genes_m, self.values_m, packed)
 
     def gather(self, rows_n: torch.Tensor) -> Minibatch:
         """The cells at positions `rows_n` (int64, on the same device), in that order, without Python per cell."""
@@ -198,7 +199,7 @@ class OnHost(Counts):
         return super().gather(rows_n.cpu()).to(self.device)
 
 
-def gathered(
+def gather_nonzeros(
     starts_n: torch.Tensor, lengths_n: torch.Tensor, genes_m: torch.Tensor, values_m: torch.Tensor, packed: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Cells of packed counts, by where each begins and its number of non-zeros; see :meth:`Counts.nonzeros`."""
@@ -216,7 +217,7 @@ def unsigned(of: torch.Tensor) -> torch.Tensor:
     return of.int() & 0xFFFF if of.dtype == torch.int16 else of
 
 
-def changed(of: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def map_tensors(of: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """A dataclass with something done to its tensors."""
     fields = {f.name: getattr(of, f.name) for f in dataclasses.fields(of)}
     return dataclasses.replace(of, **{k: change(v) for k, v in fields.items() if isinstance(v, torch.Tensor)})
@@ -285,7 +286,7 @@ def small_types(n_genes: int, largest: int) -> tuple[type, type]:
 
 
 def tensor_of(array: np.ndarray, kind: type) -> torch.Tensor:
-    """Whole numbers in one of the :func:`small_types`; uint16, which PyTorch cannot index, as int16, bit by bit."""
+    """Whole numbers in one of the :func:`small_types`; uint16, which PyTorch cannot index on a GPU, as int16."""
     array = array.astype(kind)
     return torch.from_numpy(array.view(np.int16) if kind is np.uint16 else array)
 

@@ -57,13 +57,19 @@ def free_bytes(device: torch.device) -> float:
 
 @contextlib.contextmanager
 def tf32(wanted: bool) -> Iterator[None]:
-    """Have products of float32 numbers made of their first 11 bits, summed in float32, where a GPU can."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if wanted else before)
+    """Have a GPU multiply float32 matrices as TF32: by their first 11 bits, and the sums in float32."""
+    if not wanted:
+        yield
+        return
+    settings = torch.backends.cuda.matmul
+    # the one that PyTorch goes by; from 2.9 on it refuses to tell the other where a caller has set this one
+    name, on = ("fp32_precision", "tf32") if hasattr(settings, "fp32_precision") else ("allow_tf32", True)
+    before = getattr(settings, name)
+    setattr(settings, name, on)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        setattr(settings, name, before)
 
 
 @dataclasses.dataclass
@@ -73,7 +79,8 @@ class Rows:
     Attributes
     ----------
     begin_n, end_n : (cells,) int64, of each cell's non-zeros.
-    genes_m : (non-zeros of all cells,) int16, without a sign, or int32. values_m : their counts, likewise, or float32.
+    genes_m : (non-zeros of all cells,) int16 without a sign, or int32.
+    values_m : their counts, likewise, or uint8, or float32 where they were gathered.
     n_genes : columns.
     """
 

@@ -17,7 +17,7 @@ import torch
 
 from scvi_core import engine, gpu, kernels
 from scvi_core.config import TrainConfig
-from scvi_core.counts import Counts, Minibatch, changed
+from scvi_core.counts import Counts, Minibatch, map_tensors
 from scvi_core.files import UserError
 from scvi_core.log import log
 from scvi_core.model import SCVI, Noise
@@ -41,7 +41,7 @@ def bytes_to_train(model: SCVI, size: int, fused: bool) -> int:
         wide += 4 * 2 * (model.config.dispersion == "gene-batch")  # its logarithm, taken by batch, and the gradient
     # what is recorded keeps its room; beside it come, by turns, runs before the next recording, and the held-out ELBO,
     # always in float32
-    tile = size * wide + max(size * wide, VALIDATION * (4 * heads + 8)) if fused else 4 * 20 * max(size, VALIDATION)
+    tile = size * wide + max(size * wide, VALIDATION * (4 * heads + 12)) if fused else 4 * 20 * max(size, VALIDATION)
     weights = sum(p.numel() for p in model.parameters())
     return round(1.1 * (tile * model.rho.out_features + 8 * 4 * weights)) + 2**28  # and libraries' own room
 
@@ -174,10 +174,12 @@ class Step:
         side = _side(self.device)
         try:
             side.wait_stream(stream)
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UP):
-                    self._run(size, noise)
-            stream.wait_stream(side)
+            try:
+                with torch.cuda.stream(side):
+                    for _ in range(WARM_UP):
+                        self._run(size, noise)
+            finally:  # what it has begun ends before its changes are undone
+                stream.wait_stream(side)
             graph.register_generator_state(noise.generator)
             # the thread that sends minibatches may go on meanwhile
             with torch.cuda.graph(graph, pool=self.pool, stream=side, capture_error_mode="thread_local"):
@@ -231,7 +233,7 @@ class Feed:
         one = self.counts.subset(np.arange(1))
         long = {id(one.indptr_n): size + 1, id(one.genes_m): most, id(one.values_m): most}
         new = lambda t: t.new_zeros(long.get(id(t), size), *t.shape[1:], device=self.device)  # noqa: E731
-        return changed(one, new)
+        return map_tensors(one, new)
 
     def _send(self, i: int) -> Counts:
         """In the thread: gather, and copy from pinned memory on a stream beside the one that computes."""
@@ -239,7 +241,7 @@ class Feed:
         if self.side is None:
             return cells
         with torch.cuda.stream(self.side):
-            return changed(cells, lambda t: t.pin_memory().to(self.device))  # returns when it is there
+            return map_tensors(cells, lambda t: t.pin_memory().to(self.device))  # returns when it is there
 
     def fill(self, i: int) -> None:
         """Put minibatch `i` into the room, and have the next one sent."""

@@ -527,7 +527,8 @@ void scvi_sparse_linear_gradient(
 #define WIDEN(to, from, type) \
     for (int64_t m = 0; m < length; m++) (to)[m] = ((const type *)(from))[start + m]
 
-/* Cells of packed counts, which begin at starts_n: genes of 2 or 4 bytes, values of 1, 2 or 4; those of 1 and 2 have no sign. */
+/* Cells of packed counts, which begin at starts_n: genes of 2 or 4 bytes, values of 1, 2 or 4. Those of 1 and 2 bytes
+   have no sign. */
 void scvi_gather(
     int64_t n_cells, const int64_t *starts_n, const void *genes, int gene_bytes, const void *values, int value_bytes,
     const int64_t *out_indptr_n, int32_t *out_gene_m, float *out_x_m) {

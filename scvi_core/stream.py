@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from scvi_core.counts import Counts, OnHost, Schema, codes, gathered, small_types, tensor_of
+from scvi_core.counts import Counts, OnHost, Schema, codes, gather_nonzeros, small_types, tensor_of
 from scvi_core.files import UserError
 from scvi_core.log import log
 
@@ -41,7 +41,6 @@ class Stream(OnHost):
     first_b: np.ndarray
     slot_size: int
     slot_b: dict[int, int]
-    device: torch.device
 
     def to(self, device: torch.device, beside: int = 0) -> Stream:
         """The same, with minibatches made on another device; the blocks stay in the computer's memory."""
@@ -68,7 +67,7 @@ class Stream(OnHost):
         lengths_n = torch.cat([indptr_n.diff() for indptr_n, _, _ in parts])
         starts_n = lengths_n.cumsum(0) - lengths_n
         genes_m, values_m = (torch.cat(arrays) for arrays in list(zip(*parts, strict=True))[1:])
-        return gathered(starts_n[back_n], lengths_n[back_n], genes_m, values_m, packed)
+        return gather_nonzeros(starts_n[back_n], lengths_n[back_n], genes_m, values_m, packed)
 
     def starts(self, rows_n: torch.Tensor) -> torch.Tensor:
         """Where some cells begin in the slots, once their blocks are there."""
@@ -80,7 +79,7 @@ class Stream(OnHost):
         for block in needed:
             if block not in self.slot_b:
                 self._read(block)
-        slot_n = np.array([self.slot_b[block] for block in needed])[np.searchsorted(needed, block_n)]
+        slot_n = np.array([self.slot_b[block] for block in needed], dtype=np.int64)[np.searchsorted(needed, block_n)]
         within_n = self.indptr_n[rows_n] - self.indptr_n[torch.from_numpy(self.first_b[block_n])]
         return torch.from_numpy(slot_n * self.slot_size) + within_n
 
@@ -134,11 +133,7 @@ def _open_counts(path: Path, adata: AnnData, schema: Schema, memory_gb: float) -
         raise damaged
     n_blocks = -(-size // BLOCK)  # of nearly equal size
     first_b = np.unique(np.append(np.searchsorted(indptr, np.arange(n_blocks) * size // n_blocks), n_cells))
-    stored = X["data"].dtype
-    gene_type, value_type = small_types(n_genes, 2**8 - 1 if stored == np.uint8 else 2**31 - 1)
-    if stored == np.uint16:
-        largest = max(int(X["data"][i : i + BLOCK].max()) for i in range(0, size, BLOCK))
-        gene_type, value_type = small_types(n_genes, largest)
+    gene_type, value_type = small_types(n_genes, min(np.iinfo(X["data"].dtype).max, 2**31 - 1))
     bytes_each = np.dtype(gene_type).itemsize + np.dtype(value_type).itemsize
     slot_size = int(np.diff(indptr[first_b]).max())
     whole = size * bytes_each <= memory_gb * 1e9

@@ -451,14 +451,13 @@ def _save(state: State, elbo_b: torch.Tensor, path: Path | None, identity: str) 
     } | {"elbo_sum": elbo_sum}
     scalars["best_elbo"] = None if state.best_elbo == -math.inf else state.best_elbo
     history = [[None if math.isnan(v) else v for v in row] for row in state.history]
-    about = {"identity": identity, "scalars": scalars, "history": history}
-    about["sha256"] = _digest(tensors, about)
+    about = canonical_json({"identity": identity, "scalars": scalars, "history": history})
     with replacing(path) as temporary:
-        save_file(tensors, temporary, {"state": canonical_json(about)})
+        save_file(tensors, temporary, {"state": about, "sha256": _digest(tensors, about)})
 
 
-def _digest(tensors: dict[str, torch.Tensor], about: dict) -> str:
-    digest = hashlib.sha256(canonical_json(about).encode())
+def _digest(tensors: dict[str, torch.Tensor], about: str) -> str:
+    digest = hashlib.sha256(about.encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
         digest.update(tensors[name].numpy().tobytes())
@@ -469,12 +468,13 @@ def _resume(state: State, path: Path, identity: str) -> None:
     """Load a state in place; one that is torn or belongs to another fit is left alone, and said so."""
     try:
         with safe_open(path, "pt") as file:
-            saved = json.loads((file.metadata() or {}).get("state", "{}"))
+            told = {"state": "{}", "sha256": ""} | (file.metadata() or {})
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        saved = json.loads(told["state"])
         if saved.get("identity") != identity:
             log.warning("%s: a checkpoint of another fit; starting from the beginning", path)
             return
-        if saved.pop("sha256", None) != _digest(tensors, saved):
+        if told["sha256"] != _digest(tensors, told["state"]):
             raise ValueError("its content is not what was written")
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         log.warning("%s: not a whole checkpoint (%s); starting from the beginning", path, error)

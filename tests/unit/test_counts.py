@@ -8,8 +8,8 @@ import scipy.sparse as sp
 import torch
 from _data import cells, choose, packed
 
-from scvi_core import native
-from scvi_core.counts import Counts, Schema, content_digest, fingerprint, pack
+from scvi_core import criticism, native
+from scvi_core.counts import Counts, Schema, content_digest, fingerprint, pack, unsigned
 from scvi_core.files import UserError
 
 
@@ -119,6 +119,25 @@ def test_smallest_integers_that_hold_the_genes(n_genes, dtype, how):
     counts = bare(adata_of(x))
     assert counts.genes_m.dtype == dtype
     assert np.array_equal(counts.gather(torch.tensor([1, 0])).x.dense().numpy(), x.toarray()[[1, 0]])
+
+
+def test_numbers_of_16_bits_have_no_sign_for_any_reader():
+    x = sp.csr_matrix(([40_000, 1, 65_535], ([0, 0, 1], [39_999, 3, 39_998])), shape=(2, 40_000))
+    adata = adata_of(x)
+    counts = bare(adata)
+    wide = dataclasses.replace(counts, genes_m=unsigned(counts.genes_m), values_m=unsigned(counts.values_m))
+    assert counts.values_m.dtype == counts.genes_m.dtype == torch.int16 and wide.values_m.dtype == torch.int32
+    assert content_digest(adata, counts) == content_digest(adata, wide)
+    assert (criticism._matrix(counts) != x).nnz == 0 and counts.subset([1]).gather(torch.arange(1)).x.x_m == 65_535
+
+
+def test_masks_and_positions_from_the_end():
+    counts = bare(adata_of(sp.csr_matrix(np.arange(1, 13).reshape(4, 3))))
+    for rows in (np.array([True, False, False, True]), [0, -1], np.array([0, 3], dtype=np.int32)):
+        taken = counts.subset(rows)
+        assert taken.library_n.tolist() == [6.0, 33.0] and taken.values_m.tolist() == [1, 2, 3, 10, 11, 12]
+    with pytest.raises(IndexError):
+        counts.subset([4])
 
 
 def test_untidy_sparse_input(how):

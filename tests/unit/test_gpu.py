@@ -21,14 +21,14 @@ from _data import brief, cells, packed
 if "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
-import _card
+import _fake_gpu
 import test_engine
 import test_likelihood as reference
 
 from scvi_core import cli, engine, gpu, graph, kernels, native
 from scvi_core import train as training
 from scvi_core.config import ModelConfig
-from scvi_core.counts import Counts
+from scvi_core.counts import Counts, tensor_of
 from scvi_core.files import UserError
 from scvi_core.kernels import Nonzeros
 from scvi_core.model import build
@@ -40,7 +40,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    _card.interpret(monkeypatch)
+    _fake_gpu.interpret(monkeypatch)
     monkeypatch.setattr(native, "library", None)
     monkeypatch.setattr(gpu, "serves", lambda tensor: tensor.dtype == torch.float32)  # of the CPU, too
 
@@ -131,6 +131,21 @@ def test_counts_are_read_where_they_lie_and_bfloat16_is_rounded_once(kind, inter
     assert torch.equal(value_n, again[0])
     assert all(torch.equal(a, b) for a, b in zip(tiles, again[1], strict=True))
     torch.testing.assert_close(x.log1p(), gathered.dense().log1p(), rtol=3e-7, atol=0)
+
+
+def test_numbers_of_16_bits_have_no_sign(interpreted, monkeypatch):
+    """65,536 genes and counts to 65,535, as they are packed: what the same numbers of 32 bits give."""
+    monkeypatch.setattr(gpu, "BLOCK", 2**16)
+    genes, values = torch.tensor([3, 40_000, 2**16 - 1]), torch.tensor([40_000, 1, 2**16 - 1])
+    narrow = [tensor_of(t.numpy(), np.uint16) for t in (genes, values)]
+    assert all(t.dtype == torch.int16 for t in narrow)
+    ends = torch.tensor([0]), torch.tensor([3])
+    packed_x, x = gpu.Rows(*ends, *narrow, 2**16), gpu.Rows(*ends, genes.int(), values.int(), 2**16)
+    assert torch.equal(packed_x.log1p(), x.log1p()) and x.log1p()[0, genes].equal(values.float().log1p())
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(1, 2**16, generator=generator) for _ in range(3)]
+    answers = [gpu.log_likelihood(of, given[0], torch.tensor([11.5]), given[1], given[2], True) for of in (packed_x, x)]
+    assert all(torch.equal(one, other) for one, other in zip(*answers, strict=True))
 
 
 @pytest.mark.parametrize("logit", [None, -200.0, -4.0, 30.0, 200.0])

@@ -3,8 +3,8 @@
 Placement: an operation on tensors of both devices fails, and so does what reads a tensor of the card as the computer's.
 Recording: what a CUDA graph cannot hold fails (a number asked of the device, a copy from or to the computer, a size
 that depends on what a tensor holds); a replay does what was recorded and nothing else, on the tensors it was recorded
-with, which hold no numbers before. Triton's kernels run in its interpreter. Not shown: time, memory, what streams do
-side by side, autograd, and the last bits of a GPU's arithmetic.
+with, which hold no numbers before. Triton's kernels run in its interpreter. Not shown: time, memory, what streams and
+threads do side by side, how failed recordings are left, autograd, and a GPU's own random numbers and last bits.
 """
 
 import contextlib
@@ -31,8 +31,10 @@ aten = torch.ops.aten
 MOVES = {aten._to_copy.default, aten.copy_.default}  # between devices
 WAITS = {  # for the device, to know a number or a size
     aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.bincount.default,
-    aten.repeat_interleave.Tensor, aten.equal.default, aten._unique2.default,
+    aten.repeat_interleave.Tensor, aten.equal.default, aten._unique2.default, aten.unique_dim.default,
+    aten.unique_consecutive.default, aten.masked_scatter.default, aten.multinomial.default, aten.histc.default,
 }  # fmt: skip
+INDEXED = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default}
 GUARD = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 static c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> guard;
@@ -65,6 +67,12 @@ def held(tree):
     return tree_map(lambda leaf: leaf.held if isinstance(leaf, OnCard) else leaf, tree)
 
 
+def in_tf32():
+    """Whether a GPU would multiply float32 matrices as TF32."""
+    settings = torch.backends.cuda.matmul
+    return settings.fp32_precision == "tf32" if hasattr(settings, "fp32_precision") else settings.allow_tf32
+
+
 def tensors(tree, kind=torch.Tensor):
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, kind)]
 
@@ -75,12 +83,13 @@ class Card(TorchDispatchMode):
     Attributes
     ----------
     free : bytes that it says it has. waits, replays, launches : of the device, of graphs, of Triton's kernels.
-    tape : what is being recorded, if anything.
+    tape : what is being recorded, if anything. precisions : of float32 products, at each recording's matrix products.
     """
 
     def __init__(self):
         super().__init__()
         self.free, self.tape, self.waits, self.replays, self.launches = 2**34, None, 0, 0, 0
+        self.precisions = set()
 
     def __enter__(self):
         self.named = Named()
@@ -111,7 +120,7 @@ class Card(TorchDispatchMode):
         if func in MOVES:
             if to_card != bool(ours) or (ours and others):
                 self.wait(func)
-        elif func is aten.index.Tensor and ours:  # by positions of the computer, which are copied; or by a mask
+        elif func in INDEXED and ours:  # by positions of the computer, which are copied; or by a mask
             if others or any(t.dtype == torch.bool for t in ours[1:]):
                 self.wait(func)
         elif ours and any(t.dim() for t in others):
@@ -125,6 +134,9 @@ class Card(TorchDispatchMode):
         wrap = lambda t: known[id(t)] if id(t) in known else OnCard(t)  # noqa: E731
         out = tree_map(lambda leaf: wrap(leaf) if isinstance(leaf, torch.Tensor) else leaf, out)
         if self.tape is not None:
+            assert not others, f"{func}: a number of the computer's would stay as it is at every replay"
+            if func in (aten.mm.default, aten.addmm.default, aten.mm.out):
+                self.precisions.add((ours[-1].dtype, in_tf32()))
             self.tape.append((func, args, kwargs, out))
         return out
 
@@ -254,10 +266,11 @@ def insert(monkeypatch):
     monkeypatch.setattr(Graph, "card", card, raising=False)
     stream = SimpleNamespace(wait_stream=lambda other: None)
     no = lambda *_, **__: None  # noqa: E731
+    outside = lambda *_: card.tape is None or card.wait("waiting for the device")  # noqa: E731
     fakes = {
-        "is_available": lambda: True, "_lazy_init": no, "current_device": lambda: 0, "empty_cache": no,
-        "get_device_name": lambda *_: "a card that is not there", "is_bf16_supported": lambda **_: True,
-        "mem_get_info": lambda *_: (card.free, card.free), "synchronize": no, "device_count": lambda: 1,
+        "is_available": lambda: True, "_lazy_init": no, "current_device": lambda: 0, "empty_cache": outside,
+        "get_device_name": lambda *_: "a fake GPU", "is_bf16_supported": lambda **_: True,
+        "mem_get_info": lambda *_: (card.free, card.free), "synchronize": outside, "device_count": lambda: 1,
         "current_stream": lambda *_: stream, "Stream": lambda *_, **__: stream, "set_stream": no,
         "stream": lambda _: contextlib.nullcontext(), "CUDAGraph": Graph, "graph": lambda graph, **_: graph.record(),
         "reset_peak_memory_stats": no, "max_memory_allocated": lambda: 0,
