@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from scvi_core import engine, kernels, parallel
+from scvi_core import engine, gpu, kernels, parallel
 from scvi_core.config import TrainConfig
 from scvi_core.counts import Counts, Minibatch
 from scvi_core.files import UserError, canonical_json, replacing
@@ -232,7 +232,8 @@ def train(
                     rows_n = torch.from_numpy(minibatches[i][mine]).to(counts.indptr_n.device)
                     noise = Noise(seed * 1_000_003 + state.step, device, len(minibatches[i]), mine)
                     weight = kl_weight(config, state.step, epochs * steps)
-                    elbo_n = gradients(model, counts.gather(rows_n).to(device), noise, weight)
+                    with gpu.tf32(model.half and device.type == "cuda"):  # as in a recorded step
+                        elbo_n = gradients(model, counts.gather(rows_n).to(device), noise, weight)
                     stopping, due = parallel.sum_gradients(gradient, stop(), due)
                     if config.gradient_clip:
                         gradient *= (config.gradient_clip / (gradient.norm() + 1e-6)).clamp(max=1.0)
