@@ -7,6 +7,15 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests on every machine; benc
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items):
+    """Two processes share the tests by files; those of the workflow, which share a build, are one's, who begins there."""
+    items.sort(key=lambda item: item.path.parent.name != "workflow")
+    for item in items:
+        workflow = item.path.parent.name == "workflow"
+        item.add_marker(pytest.mark.xdist_group("workflow" if workflow else item.path.name))
+
+
 @pytest.fixture(scope="session")
 def real_data():
     """Path of a real dataset by name; skips the test where the datasets are not at hand."""
