@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Two processes share the tests by files; those of the workflow, which share a build, are one's, who begins there."""
+    """Two processes share the tests by files; those of the workflow, which share a build, are one file, and first."""
     items.sort(key=lambda item: item.path.parent.name != "workflow")
     for item in items:
         workflow = item.path.parent.name == "workflow"
