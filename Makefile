@@ -67,7 +67,7 @@ parity: .venv/installed
 triton: .venv/installed
 	[ -d .venv-triton/triton ] || $(BIN)/pip install --quiet --no-deps --target .venv-triton \
 	    "$$(grep -m1 -oE '^triton==[0-9.]+' envs/cuda.lock)"
-	PYTHONPATH=.venv-triton $(BIN)/python -m pytest -q tests/unit/test_gpu.py tests/unit/test_fake_gpu.py
+	PYTHONPATH=.venv-triton $(BIN)/python -m pytest -q -n 2 tests/unit/test_gpu.py tests/unit/test_fake_gpu.py
 
 # samples in S3: moto's server on loopback, and the storage plugin, in a folder of their own
 remote: .venv/installed
