@@ -148,7 +148,8 @@ class Counts:
 
     def subset(self, rows: np.ndarray) -> Counts:
         """Some of the cells, by position or by a mask, packed and in memory."""
-        rows_n = torch.from_numpy(np.arange(len(self))[rows]).to(self.indptr_n.device)
+        rows = np.flatnonzero(rows) if np.asarray(rows).dtype == bool else np.asarray(rows, dtype=np.int64)
+        rows_n = torch.from_numpy(rows).to(self.indptr_n.device)
         columns = ("library_n", "batch_n", "categories_nc", "continuous_nc")
         taken = {name: getattr(self, name)[rows_n] for name in columns}
         return Counts(*self.nonzeros(rows_n, packed=True), **taken, n_genes=self.n_genes, levels=self.levels)
