@@ -3,8 +3,8 @@
     pip install --no-deps --target .venv-triton triton     # where PyTorch did not bring it
     PYTHONPATH=.venv-triton python benchmarks/gpu_count.py
 
-Instructions are those of Triton's code for an H100 (sm_90) in each kernel's innermost loop, for a gene of a cell or for
-one of its non-zeros, as the commonest likelihood has them: ZINB, theta by gene, logits in bfloat16. Bytes are what the
+Instructions are those of Triton's code for an H100 (sm_90) in all loops of a kernel, for a gene of a cell or for one of
+its non-zeros, as the commonest likelihood has them: ZINB, theta by gene, logits in bfloat16. Bytes are what the
 operations of a step are given and give, each tensor once an operation, over cells x genes. A cache saves some of what
 one operation gives and the next takes. Neither is a time; `gpu.py` measures.
 """
@@ -90,12 +90,16 @@ def instructions(name: str) -> tuple[int, int, str, float, float]:
         ]
     found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*(\w+)(\S*)\s*(.*)", told[0], re.MULTILINE)
     at = [int(address, 16) for address, *_ in found]
-    body = found
-    for address, (_, operation, _, rest) in zip(at, found, strict=True):  # the longest loop: a jump back
+    loops: list[tuple[int, int]] = []
+    for address, (_, operation, _, rest) in zip(
+        at, found, strict=True
+    ):  # a jump back; one around others is theirs, too
         target = re.search(r"0x([0-9a-f]+)", rest)
         if operation == "BRA" and target and int(target[1], 16) < address:
-            loop = [line for line, a in zip(found, at, strict=True) if int(target[1], 16) <= a <= address]
-            body = loop if body is found or len(loop) > len(body) else body
+            first = int(target[1], 16)
+            loops = [*(loop for loop in loops if loop[0] < first), (first, address)]
+    within = lambda a: not loops or any(first <= a <= last for first, last in loops)  # noqa: E731
+    body = [line for line, a in zip(found, at, strict=True) if within(a)]
     per = (gpu.SOME if "SOME" in names else gpu.BLOCK) / (32 * built.metadata.num_warps)
     doubles = sum(operation in ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX") for _, operation, *_ in body)
     each = "non-zero" if "SOME" in names else "weight" if "weights" in names else "gene"
