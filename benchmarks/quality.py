@@ -404,7 +404,7 @@ def _leiden(latent: np.ndarray, labels: pd.Series, seed: int) -> dict[str, float
     from scvi_core.files import Decisions
 
     config = ClusterConfig(resolutions=RESOLUTIONS, umap=False, tsne=False)
-    found = cluster(latent, config, seed, Decisions("quality"))
+    found = cluster(latent, config, seed, 1, Decisions("quality"))
     known = labels.notna().to_numpy()
     columns = ["cluster", *(f"cluster_r{r:g}" for r in RESOLUTIONS[1:])]
     out: dict[str, float] = {"n_clusters": int(found["cluster"].nunique())}

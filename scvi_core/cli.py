@@ -342,15 +342,16 @@ def embed(
 
     Example: scvi-core embed --store counts.zarr --model model --out latent.parquet
     """
-    from scvi_core import api, posterior, steps
+    from scvi_core import api, posterior, steps, tables
 
     settings = load_config(config)
     _use_threads(settings.threads)
     fitted = api.load(model, settings.device)
     cell_ids, counts = steps.open_store(store, fitted, settings.train.memory_gb, design=False)
-    write_parquet(out, steps.latent_table(cell_ids, posterior.latent(fitted.network, counts)))
+    write_parquet(out, tables.latent_table(cell_ids, posterior.latent(fitted.network, counts)))
     if uncertainty is not None:
-        write_parquet(uncertainty, steps.uncertainty_table(cell_ids, posterior.latent_std(fitted.network, counts)))
+        std_nk = posterior.latent_std(fitted.network, counts)
+        write_parquet(uncertainty, tables.uncertainty_table(cell_ids, posterior.uncertainty(std_nk), std_nk))
 
 
 @app.command()
@@ -429,18 +430,18 @@ def cluster(
     """
     import pandas as pd
 
-    from scvi_core import steps
+    from scvi_core import tables
     from scvi_core.cluster import cluster as group
     from scvi_core.preprocess.store import read_store
 
     settings = load_config(config)
-    _use_threads(settings.threads)
     obs, z = read_store(store, counts=False).obs, pd.read_parquet(latent)
     if list(z["cell_id"]) != list(obs.index):
         raise UserError(f"{latent}: its cells are not those of {store}; run `scvi-core embed` again")
     made = Decisions("cluster")
-    found = group(z.drop(columns="cell_id").to_numpy("float32"), settings.cluster, settings.seed, made)
-    write_parquet(out, steps.cells_table(obs, found))
+    latent_nk = z.drop(columns="cell_id").to_numpy("float32")
+    found = group(latent_nk, settings.cluster, settings.seed, settings.threads, made)
+    write_parquet(out, tables.cells_table(obs, found))
     _write_decisions(made, decisions)
 
 

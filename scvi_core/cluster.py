@@ -1,8 +1,12 @@
-"""The latent space made visible: neighbour graph, Leiden clusters, UMAP, t-SNE. scanpy, igraph and openTSNE do it."""
+"""The latent space made visible: neighbour graph, Leiden, UMAP, t-SNE. faiss, igraph, umappp and openTSNE do it.
+
+One path for all sizes: what changes with the number of cells is how neighbours are found (all pairs, or the nearest
+cells of an inverted file), how long Leiden goes on, and what the UMAP starts from. Each is a decision on record.
+"""
 
 from __future__ import annotations
 
-import warnings
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -10,15 +14,29 @@ import pandas as pd
 from scvi_core.config import ClusterConfig
 from scvi_core.files import Decisions, UserError
 
+if TYPE_CHECKING:
+    from igraph import Graph
+    from scipy.sparse import csr_matrix
 
-def cluster(latent_nk: np.ndarray, config: ClusterConfig, seed: int, decisions: Decisions) -> pd.DataFrame:
+EXACT_CELLS = 20_000  # up to here every pair of cells is compared, and Leiden goes on until nothing improves
+RECALL = 0.95  # share of the true neighbours that a search of part of the cells must find
+ITERATIONS = 5  # of Leiden, beyond EXACT_CELLS
+LANDMARKS = 5_000  # cells whose own UMAP gives all cells their places to start from, beyond twice as many
+TSNE_CELLS = 10_000  # t-SNE by `auto` up to here: about a minute of one core
+BLOCK = 100_000  # cells at a time, where intermediate arrays are wider than a row of neighbours
+
+
+def cluster(
+    latent_nk: np.ndarray, config: ClusterConfig, seed: int, threads: int, decisions: Decisions
+) -> pd.DataFrame:
     """Clusters and two-dimensional coordinates of cells.
 
     Parameters
     ----------
     latent_nk : (cells, latent) float32.
     config : neighbours, resolutions, which pictures.
-    seed : of all of them. Everything runs on one thread where threads would change the result.
+    seed : of all of them.
+    threads : of the search for neighbours and of the UMAP; the result is the same for any number.
 
     Returns
     -------
@@ -31,44 +49,228 @@ def cluster(latent_nk: np.ndarray, config: ClusterConfig, seed: int, decisions: 
     UserError
         When there are not more cells than neighbours.
     """
-    import anndata as ad
-    import scanpy as sc
-
     n_cells = len(latent_nk)
     if n_cells <= config.n_neighbors:
         raise UserError(
             f"cluster.n_neighbors: {config.n_neighbors} neighbours of {n_cells} cells; lower it below the cell count"
         )
-    adata = ad.AnnData(np.zeros((n_cells, 1), dtype=np.float32), obsm={"latent": latent_nk})
+    latent_nk = np.ascontiguousarray(latent_nk, dtype=np.float32)
+    near_nk, distance_nk = neighbors(latent_nk, config.n_neighbors - 1, seed, threads, decisions)
+    graph, weights = _graph(connectivities(near_nk, distance_nk))
+    iterations = -1 if n_cells <= EXACT_CELLS else ITERATIONS
     out = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        sc.pp.neighbors(adata, n_neighbors=config.n_neighbors, use_rep="latent", random_state=seed)
-        for i, resolution in enumerate(config.resolutions):
-            sc.tl.leiden(
-                adata, resolution, random_state=seed, flavor="igraph", n_iterations=-1, directed=False, key_added="c"
-            )
-            name = "cluster" if i == 0 else f"cluster_r{resolution:g}"
-            out[name] = adata.obs["c"].astype(str).to_numpy()
-            found = adata.obs["c"].nunique()
-            decisions.add(name, found, f"Leiden clusters at resolution {resolution:g}, {config.n_neighbors} neighbours")
-        empty = np.full((n_cells, 2), np.nan, dtype=np.float32)
-        umap, tsne = empty, empty
-        if config.umap:
-            sc.tl.umap(adata, min_dist=config.umap_min_dist, random_state=seed)
-            umap = adata.obsm["X_umap"].astype(np.float32)
-        if config.tsne:
-            tsne = _tsne(latent_nk, config.tsne_perplexity, seed, decisions)
-    coordinates = {"umap_1": umap[:, 0], "umap_2": umap[:, 1], "tsne_1": tsne[:, 0], "tsne_2": tsne[:, 1]}
+    for i, resolution in enumerate(config.resolutions):
+        name = "cluster" if i == 0 else f"cluster_r{resolution:g}"
+        out[name] = leiden(graph, weights, resolution, iterations, seed)
+        until = "until nothing improves" if iterations < 0 else f"{iterations} iterations"
+        text = f"Leiden clusters at resolution {resolution:g}, {config.n_neighbors} neighbours, {until}"
+        decisions.add(name, len(set(out[name])), text)
+    empty = np.full((n_cells, 2), np.nan, dtype=np.float32)
+    umap = empty
+    if config.umap:
+        start = None if n_cells <= 2 * LANDMARKS else _landmark_places(latent_nk, config, seed, threads, decisions)
+        umap = layout(near_nk, distance_nk, start, config.umap_min_dist, seed, threads)
+    tsne = _tsne(latent_nk, config, seed, decisions)
+    coordinates = {"umap_1": umap[:, 0], "umap_2": umap[:, 1]}
+    coordinates |= dict(zip(("tsne_1", "tsne_2"), (empty if tsne is None else tsne).T, strict=True))
     return pd.DataFrame(out | coordinates)
 
 
-def _tsne(latent_nk: np.ndarray, perplexity: float, seed: int, decisions: Decisions) -> np.ndarray:
+def neighbors(
+    latent_nk: np.ndarray, k: int, seed: int, threads: int, decisions: Decisions
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest other cells of each cell, by Euclidean distance.
+
+    Up to ``EXACT_CELLS`` cells all pairs are compared. Beyond, cells are grouped around 4 √n centres, and those of the
+    centres nearest to a cell are compared: as many centres as a sample of cells needs to find ``RECALL`` of its true
+    neighbours.
+
+    Parameters
+    ----------
+    latent_nk : (cells, latent) float32, contiguous.
+    k : how many; fewer than there are cells.
+
+    Returns
+    -------
+    near_nk, distance_nk : (cells, k) int32 and float32; nearest first, equal distances by position.
+    """
+    import faiss
+
+    n_cells, n_latent = latent_nk.shape
+    exact = faiss.IndexFlatL2(n_latent)
+    faiss.omp_set_num_threads(1)  # sums of the centres depend on how they are split
+    if n_cells <= EXACT_CELLS:
+        exact.add(latent_nk)
+        index = exact
+    else:
+        n_centres = int(min(4 * n_cells**0.5, n_cells / 40))  # faiss asks for 39 cells a centre
+        index = faiss.IndexIVFFlat(exact, n_latent, n_centres)
+        index.cp.seed, index.cp.verbose = seed, False
+        rng = np.random.default_rng(seed)
+        index.train(latent_nk[np.sort(rng.choice(n_cells, min(n_cells, 40 * n_centres), replace=False))])
+        index.add(latent_nk)
+    faiss.omp_set_num_threads(threads)
+    if n_cells > EXACT_CELLS:
+        some = np.sort(rng.choice(n_cells, 500, replace=False))
+        index.nprobe = n_centres
+        true = index.search(latent_nk[some], k + 1)[1]
+        index.nprobe, recall = 8, 0.0
+        while recall < RECALL:
+            index.nprobe *= 2
+            found = index.search(latent_nk[some], k + 1)[1]
+            recall = np.mean([len(np.intersect1d(a, b)) / (k + 1) for a, b in zip(found, true, strict=True)])
+        text = f"approximate, among the cells of {index.nprobe} of {n_centres} centres: {recall:.1%} of the true"
+        decisions.add("neighbors", "inverted file", f"{text} neighbours of {len(some)} cells are found")
+    near_nk = np.empty((n_cells, k), np.int32)
+    distance_nk = np.empty((n_cells, k), np.float32)
+    for at in range(0, n_cells, BLOCK):
+        rows = np.arange(at, min(at + BLOCK, n_cells))
+        found = index.search(latent_nk[rows], k + 1)[1]
+        # a cell is among its own neighbours, unless k others lie on the same spot: then the last goes
+        others = found != rows[:, None]
+        others[others.all(1), -1] = False
+        near = found[others].reshape(-1, k)
+        # faiss takes distances from products of float32, in which near cells lose digits
+        gap = np.sqrt(((latent_nk[rows, None].astype(np.float64) - latent_nk[near]) ** 2).sum(-1))
+        order = np.lexsort((near, gap))
+        near_nk[rows] = np.take_along_axis(near, order, 1)
+        distance_nk[rows] = np.take_along_axis(gap, order, 1)
+    return near_nk, distance_nk
+
+
+def connectivities(near_nk: np.ndarray, distance_nk: np.ndarray) -> csr_matrix:
+    """UMAP's weights of the neighbour graph (McInnes, Healy & Melville 2018, algorithms 3 and 4).
+
+    The weight of a neighbour at distance d is exp(-(d - rho) / sigma), where rho is the distance to the nearest one,
+    and sigma such that a cell's weights sum to log2(k + 1). Two directions a and b are joined as a + b - ab. Equal to
+    scanpy's ``connectivities`` with k + 1 neighbours (a test says so).
+
+    Parameters
+    ----------
+    near_nk, distance_nk : (cells, k), of :func:`neighbors`.
+
+    Returns
+    -------
+    (cells, cells) float32 CSR, symmetric.
+    """
+    from scipy.sparse import csr_matrix
+
+    n_cells, k = near_nk.shape
+    weight_nk = np.empty((n_cells, k), np.float32)
+    floor = 1e-3 * distance_nk.mean(dtype=np.float64)
+    for at in range(0, n_cells, BLOCK):
+        d = distance_nk[at : at + BLOCK].astype(np.float64)
+        rho = np.where(d > 0, d, np.inf).min(1, keepdims=True)
+        rho[np.isinf(rho)] = 0
+        beyond = np.maximum(d - rho, 0)
+        low, high, sigma = np.zeros_like(rho), np.full_like(rho, np.inf), np.ones_like(rho)
+        for _ in range(64):  # bisection
+            above = np.exp(-beyond / sigma).sum(1, keepdims=True) > np.log2(k + 1)
+            high, low = np.where(above, sigma, high), np.where(above, low, sigma)
+            sigma = np.where(np.isinf(high), 2 * sigma, (low + high) / 2)
+        # as the paper's implementation: no sigma below a thousandth of the mean distance
+        sigma = np.maximum(sigma, np.where(rho > 0, 1e-3 * d.sum(1, keepdims=True) / (k + 1), floor * k / (k + 1)))
+        weight_nk[at : at + BLOCK] = np.exp(-beyond / sigma)
+    ends = np.arange(0, n_cells * k + 1, k)
+    one_way = csr_matrix((weight_nk.ravel(), near_nk.ravel(), ends), shape=(n_cells, n_cells))
+    other_way = one_way.T.tocsr()
+    both = one_way.multiply(other_way)
+    weights = (one_way + other_way - both).tocsr()
+    weights.eliminate_zeros()
+    weights.sort_indices()
+    return weights
+
+
+def _graph(weights: csr_matrix) -> tuple[Graph, np.ndarray]:
+    """An igraph graph of symmetric weights, each edge once, and the edges' weights."""
+    import igraph
+    from scipy.sparse import triu
+
+    once = triu(weights, k=1).tocoo()
+    edges = np.stack([once.row, once.col], axis=1).astype(np.int64)
+    return igraph.Graph(n=weights.shape[0], edges=memoryview(edges)), once.data
+
+
+def leiden(graph: Graph, weights: np.ndarray, resolution: float, iterations: int, seed: int) -> np.ndarray:
+    """Leiden clusters (Traag et al. 2019) by modularity; (cells,) texts, "0" is the largest."""
+    import random
+
+    import igraph
+
+    igraph.set_random_number_generator(random.Random(seed))
+    try:
+        found = graph.community_leiden(
+            objective_function="modularity", weights=weights, resolution=resolution, n_iterations=iterations
+        )
+    finally:
+        igraph.set_random_number_generator(random)
+    member = np.asarray(found.membership)
+    _, first, sizes = np.unique(member, return_index=True, return_counts=True)
+    rank = np.empty(len(sizes), np.int64)
+    rank[np.lexsort((first, -sizes))] = np.arange(len(sizes))
+    return rank[member].astype(str).astype(object)
+
+
+def layout(
+    near_nk: np.ndarray, distance_nk: np.ndarray, start: np.ndarray | None, min_dist: float, seed: int, threads: int
+) -> np.ndarray:
+    """UMAP of cells whose neighbours are known, by umappp; (cells, 2) float32.
+
+    Parameters
+    ----------
+    near_nk, distance_nk : (cells, k), of :func:`neighbors`.
+    start : (cells, 2) places to start from; None: spectral, or at random where the graph falls into parts.
+    min_dist : how tightly cells are packed.
+    """
+    import scranpy
+    from knncolle import FindKnnResults
+
+    known = FindKnnResults(index=near_nk.astype(np.uint32), distance=distance_nk.astype(np.float64))
+    places = scranpy.run_umap(
+        known,
+        min_dist=min_dist,
+        initialize_method="spectral" if start is None else "none",
+        initial_coordinates=None if start is None else np.ascontiguousarray(start, np.float64),
+        initialize_seed=seed,
+        optimize_seed=seed,
+        num_threads=1 if start is None else threads,  # the spectral start's bits depend on how its sums are split
+    )
+    return np.asarray(places, np.float32)
+
+
+def _landmark_places(
+    latent_nk: np.ndarray, config: ClusterConfig, seed: int, threads: int, decisions: Decisions
+) -> np.ndarray:
+    """Where each cell of a large atlas starts: amid its three nearest landmarks, in the landmarks' own UMAP.
+
+    A spectral start does not scale, and a random one loses how groups lie to each other.
+    """
+    import faiss
+
+    rows = np.sort(np.random.default_rng(seed).choice(len(latent_nk), LANDMARKS, replace=False))
+    landmarks = np.ascontiguousarray(latent_nk[rows])
+    near, distance = neighbors(landmarks, config.n_neighbors - 1, seed, threads, decisions)
+    places = layout(near, distance, None, config.umap_min_dist, seed, 1)
+    index = faiss.IndexFlatL2(latent_nk.shape[1])
+    index.add(landmarks)
+    nearest = np.concatenate([index.search(latent_nk[at : at + BLOCK], 3)[1] for at in range(0, len(latent_nk), BLOCK)])
+    text = f"cells start amid their 3 nearest of {LANDMARKS:,} random cells, which have a UMAP of their own"
+    decisions.add("umap_start", "landmarks", text)
+    return places[nearest].mean(axis=1)
+
+
+def _tsne(latent_nk: np.ndarray, config: ClusterConfig, seed: int, decisions: Decisions) -> np.ndarray | None:
+    n_cells = len(latent_nk)
+    if config.tsne == "auto" and n_cells > TSNE_CELLS:
+        text = f"cluster.tsne: auto draws none of more than {TSNE_CELLS:,} cells, as it is slow; true draws it"
+        decisions.add("tsne", "off", text)
+    if not config.tsne or (config.tsne == "auto" and n_cells > TSNE_CELLS):
+        return None
     from openTSNE import TSNE
 
-    most = (len(latent_nk) - 1) / 3
+    perplexity, most = config.tsne_perplexity, (n_cells - 1) / 3
     if perplexity > most:
-        decisions.add("tsne_perplexity", round(most, 1), f"{perplexity:g} is too many for {len(latent_nk)} cells")
+        decisions.add("tsne_perplexity", round(most, 1), f"{perplexity:g} is too many for {n_cells} cells")
         perplexity = most
     # one thread: the sums of forces depend on how they are split
     return np.asarray(TSNE(perplexity=perplexity, random_state=seed, n_jobs=1).fit(latent_nk), dtype=np.float32)

@@ -202,7 +202,7 @@ class ClusterConfig(Section):
     )
     umap: bool = Field(True, description="draw a UMAP")
     umap_min_dist: float = Field(0.5, ge=0, description="how tightly the UMAP packs cells")
-    tsne: bool = Field(True, description="draw a t-SNE; slow beyond 100,000 cells")
+    tsne: bool | Literal["auto"] = Field("auto", description="draw a t-SNE; auto: up to 10,000 cells, as it is slow")
     tsne_perplexity: float = Field(30.0, gt=0, description="of the t-SNE; lowered where cells are too few")
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from scvi_core import api, posterior
+from scvi_core import api
 from scvi_core.config import Config, ModelConfig
 from scvi_core.counts import Counts, Schema, pack
 from scvi_core.files import UserError, canonical_json, parquet_writer, sha256_text, write_json
@@ -80,21 +80,6 @@ def is_model_of(folder: Path, fingerprint: str) -> bool:
         return False
 
 
-def latent_table(cell_ids: Iterable[str], z_nk: np.ndarray) -> pd.DataFrame:
-    """latent.parquet: ``cell_id``, then ``z_0`` ... float32."""
-    frame = pd.DataFrame(z_nk, columns=[f"z_{k}" for k in range(z_nk.shape[1])])
-    frame.insert(0, "cell_id", [str(c) for c in cell_ids])
-    return frame
-
-
-def uncertainty_table(cell_ids: Iterable[str], std_nk: np.ndarray) -> pd.DataFrame:
-    """uncertainty.parquet: ``cell_id``, ``uncertainty``, then ``std_0`` ... float32, as :mod:`scvi_core.posterior`."""
-    frame = pd.DataFrame(std_nk, columns=[f"std_{k}" for k in range(std_nk.shape[1])])
-    frame.insert(0, "uncertainty", posterior.uncertainty(std_nk))
-    frame.insert(0, "cell_id", [str(c) for c in cell_ids])
-    return frame
-
-
 def write_expression(
     path: Path, cell_ids: Sequence[str], gene_ids: Sequence[str], blocks: Iterable[tuple[slice, np.ndarray]]
 ) -> None:
@@ -133,20 +118,6 @@ def open_store(path: Path, model: api.Model, memory_gb: float, design: bool = Tr
     if not design:
         schema = dataclasses.replace(schema, batch_key=None, batches=("all",), categorical={}, continuous={})
     return adata.obs_names, open_counts(path, adata, schema, memory_gb).to(device)
-
-
-def cells_table(obs: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
-    """cells.parquet: the fixed columns, the user's own, then t-SNE and further resolutions."""
-    fixed = ["sample", "batch", "n_counts", "n_genes", "pct_mito", "doublet_score"]
-    front = ["cluster", "umap_1", "umap_2"]
-    own = [column for column in obs.columns if column not in fixed]
-    found = found.set_index(obs.index)
-    table = pd.concat([obs[fixed], found[front], obs[own], found.drop(columns=front)], axis=1)
-    for column in table.columns:
-        if isinstance(table[column].dtype, pd.CategoricalDtype):  # text reads the same in every Parquet reader
-            table[column] = table[column].astype(object).where(table[column].notna(), None)
-    table.insert(0, "cell_id", [str(c) for c in obs.index])
-    return table.reset_index(drop=True)
 
 
 def write_run(path: Path, began: float, model: api.Model, reused: bool) -> None:

@@ -1,0 +1,37 @@
+"""Tables that several steps write or read: cells, latent space, its uncertainty. Imports neither torch nor anndata."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+
+
+def latent_table(cell_ids: Iterable[str], z_nk: np.ndarray) -> pd.DataFrame:
+    """latent.parquet: ``cell_id``, then ``z_0`` ... float32."""
+    frame = pd.DataFrame(z_nk, columns=[f"z_{k}" for k in range(z_nk.shape[1])])
+    frame.insert(0, "cell_id", [str(c) for c in cell_ids])
+    return frame
+
+
+def uncertainty_table(cell_ids: Iterable[str], uncertainty_n: np.ndarray, std_nk: np.ndarray) -> pd.DataFrame:
+    """uncertainty.parquet: ``cell_id``, ``uncertainty``, then ``std_0`` ... float32, as :mod:`scvi_core.posterior`."""
+    frame = pd.DataFrame(std_nk, columns=[f"std_{k}" for k in range(std_nk.shape[1])])
+    frame.insert(0, "uncertainty", uncertainty_n)
+    frame.insert(0, "cell_id", [str(c) for c in cell_ids])
+    return frame
+
+
+def cells_table(obs: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
+    """cells.parquet: the fixed columns, the user's own, then t-SNE and further resolutions."""
+    fixed = ["sample", "batch", "n_counts", "n_genes", "pct_mito", "doublet_score"]
+    front = ["cluster", "umap_1", "umap_2"]
+    own = [column for column in obs.columns if column not in fixed]
+    found = found.set_index(obs.index)
+    table = pd.concat([obs[fixed], found[front], obs[own], found.drop(columns=front)], axis=1)
+    for column in table.columns:
+        if isinstance(table[column].dtype, pd.CategoricalDtype):  # text reads the same in every Parquet reader
+            table[column] = table[column].astype(object).where(table[column].notna(), None)
+    table.insert(0, "cell_id", [str(c) for c in obs.index])
+    return table.reset_index(drop=True)
