@@ -55,12 +55,12 @@ def build_report(folder: Path, config: Config) -> None:
     viewer = viewer_data(data["cells"], config.report.labels, own)
     own.write(folder / "decisions" / "report.jsonl")
     decisions = data["decisions"] = collect_decisions(folder, data["names"], data["model"], config)
-    with replacing(folder / "decisions.jsonl") as temporary:
+    with replacing(folder / "decisions.jsonl", "JSONL") as temporary:
         temporary.write_text("".join(canonical_json(d) + "\n" for d in decisions))
     numbers = _metrics(data, config)
     write_json(folder / "metrics.json", numbers)
     pictures = draw(folder, data, config)
-    with replacing(folder / "report.html") as temporary:
+    with replacing(folder / "report.html", "HTML") as temporary:
         temporary.write_text(render(data, config, numbers, viewer, pictures), encoding="utf-8")
     write_json(folder / "manifest.json", manifest(folder, config, data["names"]))
 
@@ -288,10 +288,12 @@ def draw(folder: Path, data: dict[str, Any], config: Config) -> dict[str, dict[s
     add("markers", figures.markers_figure, data["de"], chosen)
     if data["criticism"]:
         add("criticism", figures.criticism_figure, data["criticism"])
-    with replacing(folder / "figures") as temporary:
-        temporary.mkdir()
-        for name, content in files.items():
-            (temporary / f"{name}.png").write_bytes(content)
+    for name, content in files.items():
+        with replacing(folder / "figures" / f"{name}.png", "PNG") as temporary:
+            temporary.write_bytes(content)
+    for path in (folder / "figures").glob("*.png"):  # of a sample or label that is no more; other people's stay
+        if path.stem not in files and b"Software\0scvi-core" in path.read_bytes()[:200]:
+            path.unlink()
     return out
 
 
