@@ -34,6 +34,7 @@ TOLD = ("mitochondrial_genes", "ribosomal_genes", "haemoglobin_genes", "genes_ha
 TABLE_MARKERS = 25  # genes a group in the page's table
 FACTOR_GENES = 10  # genes a factor and direction
 CONTRAST_GENES = 8  # the same of a contrast in a cell group
+FIGURE = re.compile(r"(qc|umap|tsne|composition)_.+|qc|genes|training|markers|criticism")  # names that `draw` gives
 
 
 def build_report(folder: Path, config: Config) -> None:
@@ -289,10 +290,12 @@ def draw(folder: Path, data: dict[str, Any], config: Config) -> dict[str, dict[s
     if data["criticism"]:
         add("criticism", figures.criticism_figure, data["criticism"])
     for name, content in files.items():
-        with replacing(folder / "figures" / f"{name}.png", "PNG") as temporary:
+        with replacing(folder / "figures" / f"{name}.png") as temporary:
             temporary.write_bytes(content)
-    for path in (folder / "figures").glob("*.png"):  # of a sample or label that is no more; other people's stay
-        if path.stem not in files and b"Software\0scvi-core" in path.read_bytes()[:200]:
+    page = folder / "report.html"
+    earlier = page.read_bytes() if page.is_file() else b""
+    for path in (folder / "figures").glob("*.png"):  # of a sample or label that is no more; a user's own stay
+        if path.stem not in files and FIGURE.fullmatch(path.stem) and base64.b64encode(path.read_bytes()) in earlier:
             path.unlink()
     return out
 

@@ -66,11 +66,11 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 def png(figure: Figure) -> bytes:
-    """Render as PNG at a fixed resolution, with our name and no version or date: equal Figures give equal bytes."""
+    """Render as PNG at a fixed resolution, without software name or date: the same Figure gives the same bytes."""
     buffer = io.BytesIO()
     with matplotlib.rc_context(style(getattr(figure, "theme", "light"))), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # the font lacks some scripts: those names show as boxes
-        figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": "scvi-core"})
+        figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     return buffer.getvalue()
 
 
