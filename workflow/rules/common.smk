@@ -50,7 +50,9 @@ onstart:
             shutil.rmtree(SOURCES[name], ignore_errors=True)
             Path(SOURCES[name]).unlink(missing_ok=True)
     # nor does it copy a folder over the copy that it made before it was killed
-    shutil.rmtree(Path(".snakemake/backups", ATLAS.lstrip("/"), "figures"), ignore_errors=True)
+    copied = Path(".snakemake/backups", ATLAS.lstrip("/"), "figures")
+    if ".." not in copied.parts:
+        shutil.rmtree(copied, ignore_errors=True)
 
 
 def part(*names, drop=()):
