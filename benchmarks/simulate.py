@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix=".simulate.", dir=_folder(options.out)) as folder:
         drawn = draw(model, adata, options.cells, options.seed, Path(folder))
         write = {".zarr": _write_zarr, ".h5ad": _write_h5ad}[options.out.suffix]
-        with replacing(options.out) as temporary:
+        with replacing(options.out, "STORE" if options.out.suffix == ".zarr" else None) as temporary:
             write(temporary, drawn, model)
     size, density = drawn["indptr"][-1], drawn["indptr"][-1] / options.cells / options.genes
     print(

@@ -290,7 +290,7 @@ class Model:
 
     def save(self, path: str | Path) -> None:
         """Write the bundle: ``model.safetensors``, ``model.json``, ``history.parquet``. Whole, or not at all."""
-        with replacing(path) as folder:
+        with replacing(path, "MODEL") as folder:
             folder.mkdir()
             weights = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
             save_file(weights, folder / "model.safetensors")

@@ -9,14 +9,49 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+import typer.core
 
 from scvi_core._version import __version__
 from scvi_core.config import Config, Sample, check_columns, explain, load_config, load_samples
-from scvi_core.files import Decisions, UserError, alone, code_sha256, replacing, write_json, write_parquet
+from scvi_core.files import (
+    FILES,
+    FOLDERS,
+    Decisions,
+    UserError,
+    alone,
+    check_output,
+    code_sha256,
+    replacing,
+    write_json,
+    write_parquet,
+)
 from scvi_core.log import log
+
+
+class Step(typer.core.TyperCommand):
+    """A command whose outputs, options that have a kind of output as metavar, are looked at before it begins."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run it, unless an output would take the place of an input, of another output or of what is not our own."""
+        outputs, taken = [], set()
+        for option in self.params:
+            value = ctx.params.get(option.name)
+            paths = [path for path in (value if isinstance(value, list) else [value]) if isinstance(path, Path)]
+            if option.metavar in {*FILES, *FOLDERS}:
+                outputs += [(option, path) for path in paths]
+            else:  # of several samples' counts.h5ad, what stands beside each is read too
+                paths += [path.parent / "qc.parquet" for path in paths if isinstance(value, list)]
+                taken |= {os.path.realpath(path) for path in paths}
+        for option, path in outputs:
+            if os.path.realpath(path) in taken:
+                raise UserError(f"{option.opts[0]} {path}: is read or written by the same command; name another path")
+            check_output(path, str(option.metavar))
+            taken.add(os.path.realpath(path))
+        return super().invoke(ctx)
+
 
 app = typer.Typer(
     help="From raw single-cell RNA-seq counts to a gene expression atlas that others can query and reuse.\n\n"
@@ -32,9 +67,10 @@ app.add_typer(models, name="models")
 ConfigOption = Annotated[
     str, typer.Option("--config", help="config.yaml, or the part of it that matters as JSON text ('{...}')")
 ]
-Out = Annotated[Path, typer.Option("--out", help="what to write")]
+Out = Annotated[Path, typer.Option("--out", metavar="PARQUET", help="what to write")]
 DecisionsOption = Annotated[
-    Path | None, typer.Option("--decisions", help="where to write the choices made, one JSON object a line")
+    Path | None,
+    typer.Option("--decisions", metavar="JSONL", help="where to write the choices made, one JSON object a line"),
 ]
 Tracking = Annotated[str, typer.Option("--tracking-uri", help="MLflow tracking URI of the registry")]
 TRACKING = "sqlite:///results/mlflow.db"
@@ -47,7 +83,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
         raise typer.Exit
 
 
-@app.command()
+@app.command(cls=Step)
 def validate(
     config: ConfigOption = "config/config.yaml",
     schemas: Annotated[
@@ -71,12 +107,12 @@ def validate(
     log.info("valid: atlas '%s', %d samples in %d batches", settings.atlas, len(samples), batches)
 
 
-@app.command()
+@app.command(cls=Step)
 def ingest(
     path: Annotated[Path, typer.Argument(help="h5ad, zarr, 10x .h5, 10x mtx folder, loom, CSV or TSV")],
     sample: Annotated[str, typer.Option(help="the sample's name")],
     batch: Annotated[str, typer.Option(help="the sample's batch")],
-    out: Out,
+    out: Annotated[Path, typer.Option("--out", metavar="H5AD", help="what to write")],
     metadata: Annotated[str, typer.Option(help="further columns for every cell, as a JSON object")] = "{}",
     source: Annotated[str | None, typer.Option(help="the URL that PATH was fetched from; messages name it")] = None,
     config: ConfigOption = "{}",
@@ -108,12 +144,12 @@ def ingest(
     _write_decisions(made, decisions)
 
 
-@app.command()
+@app.command(cls=Step)
 def qc(
     counts: Annotated[Path, typer.Argument(help="counts.h5ad of one sample")],
     out: Out,
     config: ConfigOption = "{}",
-    figure: Annotated[Path | None, typer.Option(help="violin and scatter plots, PNG")] = None,
+    figure: Annotated[Path | None, typer.Option(metavar="PNG", help="violin and scatter plots")] = None,
     decisions: DecisionsOption = None,
 ) -> None:
     """Measure and flag one sample's cells.
@@ -129,12 +165,12 @@ def qc(
     frame, made = judge(ad.read_h5ad(counts), settings.qc, settings.seed)
     write_parquet(out, frame)
     if figure is not None:
-        with replacing(figure) as temporary:
+        with replacing(figure, "PNG") as temporary:
             temporary.write_bytes(figures.png(figures.qc_figure(frame, made)))
     _write_decisions(made, decisions)
 
 
-@app.command()
+@app.command(cls=Step)
 def genes(
     counts: Annotated[list[Path], typer.Argument(help="every sample's counts.h5ad; qc.parquet stands beside each")],
     out: Out,
@@ -153,11 +189,11 @@ def genes(
     _write_decisions(made, decisions)
 
 
-@app.command()
+@app.command(cls=Step)
 def store(
     counts: Annotated[list[Path], typer.Argument(help="every sample's counts.h5ad; qc.parquet stands beside each")],
     genes: Annotated[Path, typer.Option(help="genes.parquet")],
-    out: Out,
+    out: Annotated[Path, typer.Option("--out", metavar="STORE", help="the zarr folder to write")],
     config: ConfigOption = "{}",
     decisions: DecisionsOption = None,
 ) -> None:
@@ -174,10 +210,10 @@ def store(
     _write_decisions(made, decisions)
 
 
-@app.command()
+@app.command(cls=Step)
 def lookup(
     store: Annotated[Path, typer.Option(help="counts.zarr")],
-    out: Annotated[Path, typer.Option(help="folder for lookup.json and, if found, the model")],
+    out: Annotated[Path, typer.Option(metavar="LOOKUP", help="folder for lookup.json and, if found, the model")],
     config: ConfigOption = "{}",
     decisions: DecisionsOption = None,
 ) -> None:
@@ -208,7 +244,7 @@ def lookup(
         "registered model" if found else "to be trained",
         "a registered model has the same fingerprint, so it is taken instead of training" if found else why,
     )
-    with replacing(out) as folder:
+    with replacing(out, "LOOKUP") as folder:
         folder.mkdir()
         if found is not None:
             registry.fetch(settings.tracking_uri, found, folder / "model")
@@ -217,14 +253,14 @@ def lookup(
     _write_decisions(made, decisions)
 
 
-@app.command()
+@app.command(cls=Step)
 def train(
     context: typer.Context,
     store: Annotated[Path, typer.Option(help="counts.zarr")],
-    out: Annotated[Path, typer.Option(help="the model's folder")],
+    out: Annotated[Path, typer.Option(metavar="MODEL", help="the model's folder")],
     config: ConfigOption = "{}",
     found: Annotated[Path | None, typer.Option(help="folder that `scvi-core lookup` wrote")] = None,
-    run: Annotated[Path | None, typer.Option(help="times, host and device of this run, JSON")] = None,
+    run: Annotated[Path | None, typer.Option(metavar="JSON", help="times, host and device of this run")] = None,
     checkpoints: Annotated[
         Path | None, typer.Option(help="folder that keeps the state of an unfinished fit; the same command goes on")
     ] = None,
@@ -328,14 +364,14 @@ def train(
             log.info("train: %s keeps %d unfinished trainings of other configurations", checkpoint.parent, others)
 
 
-@app.command()
+@app.command(cls=Step)
 def embed(
     store: Annotated[Path, typer.Option(help="counts.zarr")],
     model: Annotated[Path, typer.Option(help="the model's folder")],
     out: Out,
     config: ConfigOption = "{}",
     uncertainty: Annotated[
-        Path | None, typer.Option(help="where to write each cell's posterior standard deviations, Parquet")
+        Path | None, typer.Option(metavar="PARQUET", help="where to write each cell's posterior standard deviations")
     ] = None,
 ) -> None:
     """Embed the store's cells: posterior means of the latent state.
@@ -354,7 +390,7 @@ def embed(
         write_parquet(uncertainty, tables.uncertainty_table(cell_ids, posterior.uncertainty(std_nk), std_nk))
 
 
-@app.command()
+@app.command(cls=Step)
 def expression(
     store: Annotated[Path, typer.Option(help="counts.zarr")],
     model: Annotated[Path, typer.Option(help="the model's folder")],
@@ -402,7 +438,7 @@ def expression(
     steps.write_expression(out, cell_ids, ids, made)
 
 
-@app.command()
+@app.command(cls=Step)
 def loadings(
     model: Annotated[Path, typer.Option(help="the model's folder; its decoder is linear")],
     out: Out,
@@ -416,7 +452,7 @@ def loadings(
     write_parquet(out, api.load(model).loadings())
 
 
-@app.command()
+@app.command(cls=Step)
 def cluster(
     store: Annotated[Path, typer.Option(help="counts.zarr")],
     latent: Annotated[Path, typer.Option(help="latent.parquet")],
@@ -445,7 +481,7 @@ def cluster(
     _write_decisions(made, decisions)
 
 
-@app.command()
+@app.command(cls=Step)
 def de(
     store: Annotated[Path, typer.Option(help="counts.zarr")],
     model: Annotated[Path, typer.Option(help="the model's folder")],
@@ -487,14 +523,16 @@ def de(
     _write_decisions(made, decisions)
 
 
-@app.command()
+@app.command(cls=Step)
 def contrast(
     counts: Annotated[list[Path], typer.Argument(help="every sample's counts.h5ad; qc.parquet stands beside each")],
     cells: Annotated[Path, typer.Option(help="cells.parquet")],
     genes: Annotated[Path, typer.Option(help="genes.parquet")],
     out: Out,
     config: ConfigOption = "{}",
-    pseudobulk: Annotated[Path | None, typer.Option(help="where to write the sums of counts, Parquet")] = None,
+    pseudobulk: Annotated[
+        Path | None, typer.Option(metavar="PARQUET", help="where to write the sums of counts")
+    ] = None,
     decisions: DecisionsOption = None,
 ) -> None:
     """Test conditions against each other across samples, in each group of cells: pseudobulks and PyDESeq2.
@@ -515,12 +553,14 @@ def contrast(
     _write_decisions(made, decisions)
 
 
-@app.command()
+@app.command(cls=Step)
 def criticism(
     store: Annotated[Path, typer.Option(help="counts.zarr")],
     model: Annotated[Path, typer.Option(help="the model's folder")],
     cells: Annotated[Path, typer.Option(help="cells.parquet")],
-    out: Annotated[Path, typer.Option("--out", help="folder for checks.json and the tables it is made of")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="CRITICISM", help="folder for checks.json and the tables it is made of")
+    ],
     config: ConfigOption = "{}",
     decisions: DecisionsOption = None,
 ) -> None:
@@ -566,11 +606,13 @@ def criticism(
     _write_decisions(made, decisions)
 
 
-@app.command()
+@app.command(cls=Step)
 def register(
     folder: Annotated[Path, typer.Argument(help="results/{atlas}")],
     config: ConfigOption = "{}",
-    out: Annotated[Path | None, typer.Option("--out", help="default: model_ref.json in the folder")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="JSON", help="default: model_ref.json in the folder")
+    ] = None,
 ) -> None:
     """Register the model with its metrics and figures in MLflow; write model_ref.json.
 
@@ -615,7 +657,7 @@ def register(
     write_json(out or folder / "model_ref.json", reference)
 
 
-@app.command()
+@app.command(cls=Step)
 def report(
     folder: Annotated[Path, typer.Argument(help="results/{atlas}")],
     config: ConfigOption = "{}",
@@ -629,7 +671,7 @@ def report(
     build_report(folder, load_config(config))
 
 
-@app.command("map")
+@app.command("map", cls=Step)
 def map_(
     query: Annotated[Path, typer.Argument(help="new cells, in any format that ingest reads")],
     model: Annotated[str, typer.Option(help="a model's folder, models:/NAME/VERSION or models:/NAME@ALIAS")],
@@ -746,7 +788,7 @@ def _write_schemas(folder: Path) -> None:
 
     for name, model in (("config", Config), ("samples", Sample)):
         text = yaml.safe_dump(model.model_json_schema(), sort_keys=False, width=110, allow_unicode=True)
-        with replacing(folder / f"{name}.schema.yaml") as temporary:
+        with replacing(folder / f"{name}.schema.yaml", "YAML") as temporary:
             temporary.write_text("# Written by `scvi-core validate --schemas` from scvi_core/config.py.\n" + text)
 
 

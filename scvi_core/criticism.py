@@ -141,7 +141,7 @@ class Criticism:
 
     def save(self, path: str | Path) -> None:
         """Write the folder of :data:`FILES`. Whole, or not at all."""
-        with replacing(path) as folder:
+        with replacing(path, "CRITICISM") as folder:
             folder.mkdir()
             for name in ("genes", "cells", "groups", "de"):
                 write_parquet(folder / f"{name}.parquet", getattr(self, name))

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
 import time
@@ -25,31 +26,148 @@ class UserError(Exception):
     """Something the user can mend: one line naming file, field, value and remedy. Shown without traceback."""
 
 
-@contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success fsync it and rename it to `path`.
+# How each kind of file that we write begins.
+_JSON = (b'{\n  "', b"{}\n", b"[\n  ", b"[]\n")
+FILES = {
+    "PARQUET": (b"PAR1",),
+    "H5AD": (b"\x89HDF\r\n\x1a\n",),
+    "PNG": (b"\x89PNG\r\n\x1a\n",),
+    "JSON": _JSON,
+    "JSONL": (b'{"n_cells":',),
+    "HTML": (b"<!doctype html>",),
+    "YAML": (b"# Written by `scvi-core",),
+}
+# What each kind of folder that we write may hold: paths in it, and what stands near the beginning of such a file. Some
+# may be lost, as Snakemake and users delete outputs.
+_MODEL = {r"model\.safetensors": b"", r"model\.json": _JSON[0], r"history\.parquet": b"PAR1"}
+FOLDERS = {
+    "MODEL": _MODEL,
+    "LOOKUP": {r"lookup\.json": _JSON[0]} | {f"model/{name}": mark for name, mark in _MODEL.items()},
+    "CRITICISM": {r"checks\.json": _JSON[0], r"(genes|cells|groups|de)\.parquet": b"PAR1"},
+    # any AnnData in zarr has such files, but ours has their digest
+    "STORE": {r"\.zattrs": b"content_sha256", r"\.zgroup": b"", r".+/(\.z(array|attrs|group)|\d+(\.\d+)*)": b""},
+}
+_LITTER = (".snakemake_timestamp", ".DS_Store")  # what others leave in folders by themselves
 
-    Works for a file or, if the block makes a directory there, for a directory tree, which replaces an
-    earlier tree only once it is complete. On an exception `path` is left as it was. What a killed process of
-    this machine has left beside `path` is removed.
+
+def check_output(path: str | Path, kind: str) -> None:
+    """Refuse to write where something else is than what we ourselves have written.
+
+    Parameters
+    ----------
+    path : of the output. Nothing, an empty file and an empty folder are in nobody's way.
+    kind : a key of :data:`FILES` or :data:`FOLDERS`.
 
     Raises
     ------
     UserError
-        When the disk is full, or the folder cannot be written.
+        When a link, a file of another kind or a folder that holds anything else is there.
+    """
+    path, keep = Path(path), "it is left as it is; name another path, or move it away first"
+    if os.path.islink(path):  # to replace it would lose the link, to follow it what is there
+        raise UserError(f"{path}: a link to {os.path.realpath(path)}; {keep}")
+    if not os.path.exists(path):
+        return
+    wanted = (
+        f"scvi-core writes a {kind} {'folder' if kind in FOLDERS else 'file'} there" if kind else "a file goes there"
+    )
+    if kind in FOLDERS and path.is_dir():
+        if (other := _other(path, FOLDERS[kind])) is not None:
+            raise UserError(f"{path}: {wanted}, but {other} in it is no part of one; {keep}")
+    elif kind in FOLDERS or not path.is_file():
+        what = "a folder" if path.is_dir() else "a file" if path.is_file() else "neither file nor folder"
+        raise UserError(f"{path}: {wanted}, and this is {what}; {keep}")
+    elif path.stat().st_size and _kind(path) != kind:
+        raise UserError(f"{path}: {wanted}, and what is there is not one that it wrote; {keep}")
+
+
+def _other(folder: Path, holds: dict[str, bytes]) -> str | None:
+    """The first path in a folder that is not of this kind of folder."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for at, folders, names in os.walk(folder, onerror=fail):
+        folders.sort()
+        links = [name for name in folders if os.path.islink(os.path.join(at, name))]
+        for name in sorted([*names, *links]):
+            path = Path(at, name)
+            relative = path.relative_to(folder).as_posix()
+            mark = next((mark for pattern, mark in holds.items() if re.fullmatch(pattern, relative)), None)
+            head = _head(path) if mark is not None and path.is_file() and not path.is_symlink() else None
+            if name not in _LITTER and (head is None or (head and mark not in head)):
+                return relative
+    return None
+
+
+def _head(path: Path) -> bytes:
+    with open(path, "rb") as handle:
+        return handle.read(4096)
+
+
+def _kind(path: Path) -> str:
+    """The kind of a file that we write, by how it begins and what tells ours from others'; "" for any other."""
+    head = _head(path)
+    kind = next((kind for kind, heads in FILES.items() if head.startswith(heads)), "")
+    return "" if {"PARQUET": _others_parquet, "H5AD": _others_h5ad}.get(kind, lambda _: False)(path) else kind
+
+
+def _others_parquet(path: Path) -> bool:
+    """Whether others wrote it: they add their own metadata. A damaged one may be ours, to be made anew."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        about = pq.read_metadata(path)
+    except (pa.ArrowException, OSError):
+        return False
+    theirs = {b"pandas", b"ARROW:schema"} & {*(about.metadata or {})}
+    return bool(theirs) or not about.created_by.startswith("parquet-cpp-arrow")
+
+
+def _others_h5ad(path: Path) -> bool:
+    """Whether others wrote it: they note no digest of the content. A damaged one may be ours, to be made anew."""
+    import h5py
+
+    try:
+        with h5py.File(path) as file:
+            return "uns/content_sha256" not in file
+    except (OSError, RuntimeError):
+        return False
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path, kind: str | None = None) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success fsync it and rename it to `path`.
+
+    On an exception `path` is left as it was; so is what :func:`check_output` refuses. What a killed process of this
+    machine has left beside `path` is removed, or put back where it was on the way to replace a folder.
+
+    Parameters
+    ----------
+    path : of a file or a folder.
+    kind : a key of :data:`FOLDERS` where the block makes a folder, which replaces an earlier one only once it is
+        complete; a key of :data:`FILES`, or None for a file that replaces one of its own kind, whichever that is.
+
+    Raises
+    ------
+    UserError
+        When the disk is full, the folder cannot be written, or something else than an earlier output is there.
     """
     path = Path(path)
+    if path.name in ("", ".."):  # a relative one that ends in a name has a folder to put the temporary into
+        path = Path(os.path.abspath(path))
     temporary = held = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # locks on folders are the machine's own, also where the file system is shared
         prefix = f".{path.name}.{platform.node()}."
         for left in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
-            if (left / "earlier").exists():  # killed between the two renames: the only copy of what was there
-                continue
-            if _age(left) > 60 and (handle := _hold(left)) is not None:  # one just made may not be held yet
-                shutil.rmtree(left, ignore_errors=True)
-                os.close(handle)
+            _clear(left, path)
+        if kind is not None:
+            check_output(path, kind)
+        elif path.is_symlink() or (path.exists() and not path.is_file()):
+            check_output(path, "")
         holder = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=path.parent))
         held = _hold(holder)
         temporary = holder / path.name
@@ -57,7 +175,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
         for file in sorted(p for p in [temporary, *temporary.rglob("*")] if p.is_file()):
             file.chmod(0o666 & ~_umask())  # some libraries keep what they write from others
             _fsync(file)
-        if temporary.is_dir() and path.is_dir() and not path.is_symlink():
+        check_output(path, _kind(temporary) if kind is None and temporary.is_file() else kind or "")
+        if path.is_dir():
             os.rename(path, holder / "earlier")
         os.rename(temporary, path)
         _fsync(path.parent)
@@ -69,12 +188,31 @@ def replacing(path: str | Path) -> Iterator[Path]:
             raise UserError(f"{path}: no space left on the device; free some, then run again") from error
         if code in (13, 30):  # EACCES, EROFS
             raise UserError(f"{path}: cannot be written ({error.strerror}); check the folder's permissions") from error
+        if temporary is None and code is not None:  # below a file, too long a name
+            raise UserError(f"{path}: cannot be written ({error.strerror}); name another path") from error
         raise
     finally:
         if temporary is not None:
             shutil.rmtree(temporary.parent, ignore_errors=True)
         if held is not None:
             os.close(held)
+
+
+def _clear(left: Path, path: Path) -> None:
+    """Remove what a killed process has left beside `path`; put back what it had moved away and not yet replaced."""
+    from scvi_core.log import log
+
+    earlier = left / "earlier"
+    if not earlier.exists() and _age(left) <= 60:  # one just made may not be held yet
+        return
+    handle = _hold(left)
+    if handle is None:
+        return
+    if earlier.exists() and not os.path.lexists(path):
+        os.rename(earlier, path)
+        log.warning("%s: put back; a process was killed as it replaced it", path)
+    shutil.rmtree(left, ignore_errors=True)
+    os.close(handle)
 
 
 def _umask() -> int:
@@ -156,7 +294,7 @@ def canonical_json(value: Any) -> str:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON with sorted keys (so that equal values give equal bytes)."""
-    with replacing(path) as temporary:
+    with replacing(path, "JSON") as temporary:
         temporary.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n")
 
 
@@ -166,7 +304,7 @@ def write_parquet(path: str | Path, frame: Any) -> None:
     import pyarrow.parquet as pq
 
     table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
-    with replacing(path) as temporary:
+    with replacing(path, "PARQUET") as temporary:
         pq.write_table(table, temporary, compression="zstd", store_schema=False)
 
 
@@ -181,7 +319,7 @@ def parquet_writer(path: str | Path, schema: Any) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     with (
-        replacing(path) as temporary,
+        replacing(path, "PARQUET") as temporary,
         pq.ParquetWriter(temporary, schema, compression="zstd", store_schema=False) as writer,
     ):
         yield writer
@@ -253,7 +391,7 @@ class Decisions(list[Decision]):
 
     def write(self, path: str | Path) -> None:
         """Write the decisions, one JSON object a line."""
-        with replacing(path) as temporary:
+        with replacing(path, "JSONL") as temporary:
             temporary.write_text("".join(canonical_json(dataclasses.asdict(d)) + "\n" for d in self))
 
 

@@ -79,7 +79,7 @@ def write_store(
     var = chosen.astype(str).set_index("gene_id")
     uns = {"organism": _organism(samples, decisions), "samples": _sample_record(samples, keeps)}
     dtype = np.min_scalar_type(largest)
-    with replacing(out) as temporary:
+    with replacing(out, "STORE") as temporary:
         indptr = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
         data, indices = _create(temporary, obs, var, uns, indptr, dtype)
         at = 0

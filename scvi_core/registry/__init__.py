@@ -90,7 +90,10 @@ def fetch(tracking_uri: str, found: Found, out: str | Path) -> None:
     with errors(tracking_uri):
         location = place(tracking_uri, client.get_model_version_download_uri(found.name, found.version))
     out = Path(out)
-    with replacing(out) as temporary, tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as download:
+    with (
+        replacing(out, "MODEL") as temporary,
+        tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as download,
+    ):
         temporary.mkdir()
         for file in BUNDLE:
             with errors(tracking_uri):
@@ -344,6 +347,7 @@ def _mend(tracking_uri: str, client: MlflowClient, version: ModelVersion, bundle
     except UserError as error:
         stored.mkdir(parents=True, exist_ok=True)
         for file in BUNDLE:
+            (stored / file).unlink(missing_ok=True)  # the registry's own, whatever has become of it
             with replacing(stored / file) as temporary:
                 shutil.copyfile(bundle / file, temporary)
         log.warning("models:/%s/%s: files put back (%s)", version.name, version.version, error)

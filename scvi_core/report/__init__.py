@@ -34,6 +34,7 @@ TOLD = ("mitochondrial_genes", "ribosomal_genes", "haemoglobin_genes", "genes_ha
 TABLE_MARKERS = 25  # genes a group in the page's table
 FACTOR_GENES = 10  # genes a factor and direction
 CONTRAST_GENES = 8  # the same of a contrast in a cell group
+FIGURE = re.compile(r"(qc|umap|tsne|composition)_.+|qc|genes|training|markers|criticism")  # names that `draw` gives
 
 
 def build_report(folder: Path, config: Config) -> None:
@@ -55,12 +56,12 @@ def build_report(folder: Path, config: Config) -> None:
     viewer = viewer_data(data["cells"], config.report.labels, own)
     own.write(folder / "decisions" / "report.jsonl")
     decisions = data["decisions"] = collect_decisions(folder, data["names"], data["model"], config)
-    with replacing(folder / "decisions.jsonl") as temporary:
+    with replacing(folder / "decisions.jsonl", "JSONL") as temporary:
         temporary.write_text("".join(canonical_json(d) + "\n" for d in decisions))
     numbers = _metrics(data, config)
     write_json(folder / "metrics.json", numbers)
     pictures = draw(folder, data, config)
-    with replacing(folder / "report.html") as temporary:
+    with replacing(folder / "report.html", "HTML") as temporary:
         temporary.write_text(render(data, config, numbers, viewer, pictures), encoding="utf-8")
     write_json(folder / "manifest.json", manifest(folder, config, data["names"]))
 
@@ -288,10 +289,14 @@ def draw(folder: Path, data: dict[str, Any], config: Config) -> dict[str, dict[s
     add("markers", figures.markers_figure, data["de"], chosen)
     if data["criticism"]:
         add("criticism", figures.criticism_figure, data["criticism"])
-    with replacing(folder / "figures") as temporary:
-        temporary.mkdir()
-        for name, content in files.items():
-            (temporary / f"{name}.png").write_bytes(content)
+    for name, content in files.items():
+        with replacing(folder / "figures" / f"{name}.png") as temporary:
+            temporary.write_bytes(content)
+    page = folder / "report.html"
+    earlier = page.read_bytes() if page.is_file() else b""
+    for path in (folder / "figures").glob("*.png"):  # of a sample or label that is no more; a user's own stay
+        if path.stem not in files and FIGURE.fullmatch(path.stem) and base64.b64encode(path.read_bytes()) in earlier:
+            path.unlink()
     return out
 
 

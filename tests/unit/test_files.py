@@ -3,16 +3,25 @@
 import fcntl
 import os
 import platform
+import shutil
 
+import h5py
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from scvi_core.files import UserError, alone, replacing, write_json
+from scvi_core.files import UserError, alone, replacing, write_json, write_parquet
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+def tree(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_whole_or_as_before(tmp_path):
@@ -29,10 +38,110 @@ def test_whole_or_as_before(tmp_path):
 
 def test_a_folder_replaces_a_folder(tmp_path):
     for content in ("one", "two"):
-        with replacing(tmp_path / "tree") as temporary:
-            (temporary / "inner").mkdir(parents=True)
-            (temporary / "inner" / content).write_text(content)
-    assert names(tmp_path) == ["tree"] and names(tmp_path / "tree" / "inner") == ["two"]
+        with replacing(tmp_path / "tree", "LOOKUP") as temporary:
+            (temporary / "model").mkdir(parents=True)
+            (temporary / "model" / ("model.json" if content == "two" else "model.safetensors")).write_text(content)
+    assert names(tmp_path) == ["tree"] and names(tmp_path / "tree" / "model") == ["model.json"]
+
+
+OURS = {
+    "MODEL": {"model.safetensors": b"w", "model.json": b'{\n  "batches": []\n}\n', "history.parquet": b"PAR1"},
+    "LOOKUP": {"lookup.json": b'{\n  "found": null\n}\n', "model/model.safetensors": b"w"},
+    "CRITICISM": {"checks.json": b'{\n  "checks": []\n}\n', "de.parquet": b"PAR1"},
+    "STORE": {".zgroup": b"{}", ".zattrs": b'{"content_sha256": ""}', "X/data/0": b"1", "obs/_index/.zarray": b"{}"},
+}
+
+
+def write(folder, content):
+    for name, data in content.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_only_a_folder_of_ours_is_replaced(tmp_path, kind):
+    path, first = tmp_path / "out", next(iter(OURS[kind]))
+    write(tmp_path, {"aim": b"x", "other/notes.txt": b"x"})
+    for mine, content in [
+        ("notes.txt", b"x"),
+        ("raw/0", b"x"),  # but in a store
+        (f"{first}.bak", b"x"),
+        (".notes", b""),
+        ("X/notes.txt", b"x"),
+        ("model.json", b'{"class_name": "Sequential"}'),
+        (".zattrs", b'{"encoding-type": "anndata"}'),
+    ]:
+        if kind == "STORE" and mine == "raw/0":
+            continue
+        write(path, OURS[kind] | {mine: content})
+        before = tree(tmp_path)
+        message = f"out: scvi-core writes a {kind} folder there, but {mine} in it is no"
+        with pytest.raises(UserError, match=message), replacing(path, kind) as temporary:
+            temporary.mkdir()
+        assert tree(tmp_path) == before
+        shutil.rmtree(path)
+    for name, aim in ((first, "../aim"), ("linked", "../other")):
+        write(path, OURS[kind])
+        (path / name).unlink(missing_ok=True)
+        (path / name).symlink_to(aim)
+        with pytest.raises(UserError, match=f"but {name} in it"), replacing(path, kind) as temporary:
+            temporary.mkdir()
+        assert (path / name).is_symlink()
+        shutil.rmtree(path)
+    for earlier in (OURS[kind], {first: b""}, {first: OURS[kind][first], ".snakemake_timestamp": b""}):
+        path.mkdir(exist_ok=True)  # and an empty folder
+        for _ in range(2):
+            with replacing(path, kind) as temporary:
+                write(temporary, earlier)
+        assert sorted(tree(path)) == sorted(earlier)
+    assert names(tmp_path) == ["aim", "other", "out"] and names(tmp_path / "other") == ["notes.txt"]
+
+
+def test_what_comes_while_we_write_stays(tmp_path):
+    with pytest.raises(UserError, match=r"notes\.txt"), replacing(tmp_path / "out", "MODEL") as temporary:
+        write(temporary, OURS["MODEL"])
+        write(tmp_path / "out", {"notes.txt": b"x"})
+    assert names(tmp_path / "out") == ["notes.txt"]
+
+
+def test_only_a_file_of_ours_is_replaced(tmp_path):
+    frame = pd.DataFrame({"a": [1, 2]})
+    write_parquet(tmp_path / "ours", frame)
+    frame.to_parquet(tmp_path / "pandas")
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "arrow")
+    write(tmp_path, {"notes": b"x", "compact": b'{"a":1}', "damaged": b"PAR1...", "empty": b"", "folder/x": b"x"})
+    (tmp_path / "link").symlink_to("ours")
+    write_json(tmp_path / "json", {"a": 1})
+    with h5py.File(tmp_path / "raw", "w") as file:
+        file["uns/organism"] = "human"
+    for name in ("pandas", "arrow", "notes", "json", "folder", "link", "raw"):
+        before = tree(tmp_path)
+        with pytest.raises(UserError, match=f"{name}: "):
+            write_parquet(tmp_path / name, frame)
+        assert tree(tmp_path) == before
+    for name in ("ours", "pandas", "notes", "compact", "folder", "link"):
+        before = tree(tmp_path)
+        with pytest.raises(UserError, match=f"{name}: "):
+            write_json(tmp_path / name, {"a": 1})
+        with pytest.raises(UserError, match=f"{name}: "), replacing(tmp_path / name) as temporary:
+            write_json(temporary, {"a": 1})  # what is written tells its kind
+        assert tree(tmp_path) == before
+    for name in ("ours", "damaged", "empty", "none"):
+        write_parquet(tmp_path / name, frame)
+    write_json(tmp_path / "json", {"a": 2})
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_place_that_cannot_be(tmp_path, monkeypatch):
+    write(tmp_path, {"file": b"x", "model/notes.txt": b"x"})
+    for path in (tmp_path / "file" / "a.json", tmp_path / ("x" * 250)):
+        with pytest.raises(UserError, match=r"cannot be written .*name another path"):
+            write_json(path, {})
+    monkeypatch.chdir(tmp_path / "model")
+    for path in (".", "..", tmp_path / "model" / "."):
+        with pytest.raises(UserError, match=r"notes\.txt in it|but file in it"), replacing(path, "MODEL") as temporary:
+            temporary.mkdir()
+    assert sorted(tree(tmp_path)) == ["file", "model/notes.txt"]
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
@@ -46,14 +155,35 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
             os.utime(tmp_path / name, (0, 0))
     os.mkfifo(tmp_path / f".a.json.{here}.fifo.tmp")
     os.utime(tmp_path / f".a.json.{here}.fifo.tmp", (0, 0))
-    (tmp_path / f".a.json.{here}.renaming.tmp" / "earlier").mkdir(parents=True)  # killed between two renames
-    os.utime(tmp_path / f".a.json.{here}.renaming.tmp", (0, 0))
     before = names(tmp_path)
     handle = os.open(tmp_path / old[1], os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     write_json(tmp_path / "a.json", {})
     os.close(handle)
     assert names(tmp_path) == sorted({*before, "a.json"} - {old[0]})
+
+
+def test_killed_between_two_renames(tmp_path, caplog):
+    """The folder is put back if nothing has taken its place, unless the process is still at it."""
+    path, left = tmp_path / "criticism", tmp_path / f".criticism.{platform.node()}.1.tmp"
+    (left / "earlier").mkdir(parents=True)
+    (left / "earlier/checks.json").write_text('{\n  "earlier": 1\n}\n')
+    (left / "criticism").mkdir()
+    handle = os.open(left, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    fail = pytest.raises(ValueError)
+    with fail, replacing(path, "CRITICISM"):
+        raise ValueError
+    assert names(tmp_path) == [left.name]
+    os.close(handle)
+    with caplog.at_level("WARNING"), fail, replacing(path, "CRITICISM"):
+        raise ValueError
+    assert names(tmp_path) == ["criticism"] and "earlier" in (path / "checks.json").read_text()
+    assert "criticism: put back" in caplog.text
+    (left / "earlier").mkdir(parents=True)  # killed after both
+    with fail, replacing(path, "CRITICISM"):
+        raise ValueError
+    assert names(tmp_path) == ["criticism"] and names(path) == ["checks.json"]
 
 
 def test_others_may_read_what_the_umask_lets_them(tmp_path):

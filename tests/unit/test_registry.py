@@ -224,11 +224,11 @@ def test_damaged_files_are_refused_and_mended(store, tmp_path, damage):
         make_bundle(stored, weights=b"evil")
     out = tmp_path / "out"
     out.mkdir()
-    (out / "earlier").touch()
+    (out / "history.parquet").touch()
     found = registry.find(uri, FINGERPRINT)
     with pytest.raises(sv.UserError, match=r"models:/pancreas/1: .*(SHA-256|missing|damaged).*reuse: never"):
         registry.fetch(uri, found, out)
-    assert [p.name for p in out.iterdir()] == ["earlier"]
+    assert [p.name for p in out.iterdir()] == ["history.parquet"]
     assert register(uri, bundle)["version"] == "1"
     registry.fetch(uri, found, out)
     assert (out / "model.safetensors").read_bytes() == b"weights"

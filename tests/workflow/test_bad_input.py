@@ -330,7 +330,7 @@ def fine(path):
 )
 def test_ingest(tmp_path, make_input, config, words):
     path = make_input(tmp_path)
-    (tmp_path / "earlier.h5ad").write_bytes(b"earlier")
+    (tmp_path / "earlier.h5ad").write_bytes(b"\x89HDF\r\n\x1a\n, damaged")
     before = tree(tmp_path)
     arguments = ["--sample", "s", "--batch", "b", "--config", json.dumps({"input": config}), "--out", "earlier.h5ad"]
     refused(here(tmp_path, "ingest", path, *arguments), path, *words)
@@ -382,7 +382,7 @@ def test_genes(steps):
     a, b = "samples/a/counts.h5ad", "samples/b/counts.h5ad"
     strange = add_sample(steps, "strange", frame(5, 60).rename(columns=lambda g: f"X{g}"), "one")
     solo = add_sample(steps, "solo", frame(6, 1), "three")
-    (steps.folder / "genes.parquet").write_bytes(b"earlier")
+    (steps.folder / "genes.parquet").write_bytes(b"PAR1, damaged")
     before = tree(steps.folder)
     out = ["--out", "genes.parquet"]
     refused(steps("genes", a, b, *out, genes__n_top=1000), "genes.n_top", "1000", "300")
@@ -426,6 +426,93 @@ def test_de_and_report(built, atlas, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+# ---- what is there already
+
+
+MINE = {
+    "notes.txt": b"years of work",
+    "table.parquet": None,
+    "raw.h5ad": None,
+    "data.json": b'{"a": 1}',
+    "lines.jsonl": b'{"a": 1}\n',
+    "plot.png": b"GIF89a",
+    "results/notes.txt": b"years of work",
+    "model/model.json": b'{"class_name": "Sequential"}',
+    "atlas.zarr/.zattrs": b'{"encoding-type": "anndata"}',
+    "atlas.zarr/X/0": b"counts",
+}
+FILES = ["notes.txt", "table.parquet", "raw.h5ad", "data.json", "plot.png", "results"]
+FOLDERS = ["results", "notes.txt", "model", "atlas.zarr", "."]
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "targets"),
+    [
+        ("ingest {data}/a.h5ad --sample a --batch one", "--out", FILES),
+        ("ingest {data}/a.h5ad --sample a --batch one --out x.h5ad", "--decisions", [*FILES, "lines.jsonl"]),
+        ("qc {a}/counts.h5ad", "--out", FILES),
+        ("qc {a}/counts.h5ad --out x.parquet", "--figure", FILES),
+        ("genes {a}/counts.h5ad {b}/counts.h5ad", "--out", FILES),
+        ("store {a}/counts.h5ad {b}/counts.h5ad --genes {atlas}/genes.parquet", "--out", FOLDERS),
+        ("lookup --store {atlas}/counts.zarr", "--out", FOLDERS),
+        ("train --store {atlas}/counts.zarr --config {config}", "--out", FOLDERS),
+        ("train --store {atlas}/counts.zarr --config {config} --out x", "--run", FILES),
+        ("embed {fitted}", "--out", FILES),
+        ("embed {fitted} --out x.parquet", "--uncertainty", FILES),
+        ("expression {fitted} --genes GENE1", "--out", FILES),
+        ("loadings --model {atlas}/model", "--out", FILES),
+        ("cluster --store {atlas}/counts.zarr --latent {atlas}/latent.parquet", "--out", FILES),
+        ("de {fitted} --cells {atlas}/cells.parquet", "--out", FILES),
+        ("contrast {a}/counts.h5ad --cells {atlas}/cells.parquet --genes {atlas}/genes.parquet", "--out", FILES),
+        ("criticism {fitted} --cells {atlas}/cells.parquet", "--out", FOLDERS),
+        ("register {atlas}", "--out", [name for name in FILES if name != "results"]),
+        ("map {data}/a.h5ad --model {atlas}/model", "--out", FILES),
+    ],
+    ids=lambda value: value.split()[0] if isinstance(value, str) else "",
+)
+def test_only_what_a_command_wrote_is_replaced(built, atlas, tmp_path, command, option, targets):
+    for name, content in MINE.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+    frame(0, 5).to_parquet(tmp_path / "table.parquet")
+    write_h5ad(tmp_path / "raw.h5ad", frame(0, 5))
+    places = {"atlas": atlas, "data": built / "data", "config": built / "config" / "config.yaml"}
+    places |= {s: atlas / "samples" / s for s in "ab"}
+    places["fitted"] = f"--store {atlas}/counts.zarr --model {atlas}/model"
+    before = tree(tmp_path)
+    for target in targets:
+        refused(here(tmp_path, *command.format(**places).split(), option, target), f"{target}: scvi-core writes a")
+        assert tree(tmp_path) == before, target
+
+
+def test_no_input_is_replaced(built, tmp_path):
+    shutil.copytree(built / "results" / "small" / "samples" / "a", tmp_path / "a")
+    (tmp_path / "link").symlink_to("a")
+    before = tree(tmp_path)
+    counts, row = "a/counts.h5ad", ["--sample", "a", "--batch", "one", "--out"]
+    refused(here(tmp_path, "ingest", counts, *row, "link/counts.h5ad"), "--out link/counts.h5ad", "same command")
+    refused(here(tmp_path, "genes", counts, "--out", "a/qc.parquet"), "--out a/qc.parquet", "same command")
+    refused(here(tmp_path, "qc", counts, "--out", "x", "--figure", "x"), "--figure x", "same command")
+    (tmp_path / "x.parquet").symlink_to("a/qc.parquet")
+    refused(here(tmp_path, "qc", counts, "--out", "x.parquet"), "x.parquet: a link to", "a/qc.parquet")
+    (tmp_path / "x.parquet").unlink()
+    assert tree(tmp_path) == before
+
+
+def test_what_stands_beside_our_figures_stays(built, tmp_path):
+    shutil.copytree(built / "results" / "small", tmp_path / "small")
+    figures = tmp_path / "small" / "figures"
+    (figures / "mine.png").write_bytes(b"\x89PNG\r\n\x1a\nmine")
+    shutil.copy(figures / "qc_a.png", figures / "qc_no_more.png")
+    report = ["report", "small", "--config", json.dumps(CONFIG)]
+    assert here(tmp_path, *report).returncode == 0
+    assert (figures / "mine.png").exists() and not (figures / "qc_no_more.png").exists()
+    (figures / "qc_a.png").write_bytes(b"mine")
+    refused(here(tmp_path, *report), "figures/qc_a.png: scvi-core writes a PNG file there")
+    assert (figures / "qc_a.png").read_bytes() == b"mine"
+
+
 # ---- the disk
 
 
@@ -444,11 +531,12 @@ def small_disk(tmp_path):
 
 
 def test_full_disk(built, atlas, small_disk):
-    for name in ("counts.h5ad", "qc.parquet", "genes.parquet"):
-        (small_disk / name).write_bytes(b"earlier")
     for name in ("counts.zarr", "model"):
         (small_disk / name).mkdir()
-        (small_disk / name / "file").write_bytes(b"earlier")
+    (small_disk / "counts.h5ad").write_bytes(b"\x89HDF\r\n\x1a\n, damaged")
+    for name in ("qc.parquet", "genes.parquet", "model/history.parquet"):
+        (small_disk / name).write_bytes(b"PAR1, damaged")
+    (small_disk / "counts.zarr/.zgroup").write_bytes(b"earlier")
     (small_disk / "filler").write_bytes(bytes(16384))
     before = tree(small_disk)
     samples = [atlas / "samples" / s / "counts.h5ad" for s in "abc"]

@@ -25,7 +25,7 @@ rule report:
         decisions=update(f"{ATLAS}/decisions.jsonl"),
         manifest=update(f"{ATLAS}/manifest.json"),
         figures=report(
-            directory(f"{ATLAS}/figures"),
+            update(directory(f"{ATLAS}/figures")),  # users may keep pictures there
             patterns=["{figure}.png"],
             caption="../report/figure.rst",
             category="Figures",
