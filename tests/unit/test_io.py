@@ -3,6 +3,8 @@
 import gzip
 import json
 import pickle
+import tempfile
+from pathlib import Path
 
 import anndata
 import h5py
@@ -104,10 +106,16 @@ def zarr_store(path, **kwargs):
     return path
 
 
-def ingest(path, **config):
-    return io.ingest(
-        path, Sample(sample="s1", path=str(path), batch="b1", metadata={"age": "7"}), InputConfig(**config)
-    )
+def ingest(path, out=None, **config):
+    """What is written, read again by plain anndata, and the decisions."""
+    sample = Sample(sample="s1", path=str(path), batch="b1", metadata={"age": "7"})
+    with tempfile.TemporaryDirectory() as folder:
+        out = out or Path(folder) / "counts.h5ad"
+        digest, decisions = io.ingest(path, out, sample, InputConfig(**config))
+        assert [p.name for p in out.parent.glob("*counts*")] == [out.name]  # nothing of what was temporary
+        adata = anndata.read_h5ad(out)
+    assert digest == adata.uns["content_sha256"] == io.content_sha256(adata)
+    return adata, decisions
 
 
 def other_layers(path, dense):
@@ -187,11 +195,9 @@ def test_other_features_are_counted(tmp_path):
 
 
 def test_written_bytes_are_the_same_and_read_back(tmp_path):
-    adata, _ = ingest(h5ad(tmp_path / "a.h5ad"), metadata=("type", "n"))
-    io.write_h5ad(tmp_path / "out" / "counts.h5ad", adata)
-    io.write_h5ad(tmp_path / "again.h5ad", ingest(tmp_path / "a.h5ad", metadata=("type", "n"))[0])
-    assert (tmp_path / "out" / "counts.h5ad").read_bytes() == (tmp_path / "again.h5ad").read_bytes()
-    back = anndata.read_h5ad(tmp_path / "again.h5ad")
+    adata, _ = ingest(h5ad(tmp_path / "a.h5ad"), tmp_path / "out" / "counts.h5ad", metadata=("type", "n"))
+    back, _ = ingest(tmp_path / "a.h5ad", tmp_path / "counts.h5ad", metadata=("type", "n"))
+    assert (tmp_path / "out" / "counts.h5ad").read_bytes() == (tmp_path / "counts.h5ad").read_bytes()
     assert back.X.dtype == np.uint16 and back.obs["n"].dtype == np.int64 and io.content_sha256(back) == DIGEST
     assert back.obs_names.name == "cell_id" and back.var_names.name == "gene_id"
     assert list(back.obs["type"].cat.categories) == ["a", "b"]
@@ -216,9 +222,7 @@ def test_metadata_columns_become_plain_types(tmp_path):
         assert io._clean_column(mixed[name], mixed.index).dtype == kind
     assert list(io._clean_column(mixed["mixed"], mixed.index).cat.categories) == ["1", "2.5", "x", "y", "z"]
     path = h5ad(tmp_path / "a.h5ad", obs=mixed.drop(columns="mixed"))
-    adata, _ = ingest(path, metadata=("flag", "holes", "float", "empty"))
-    io.write_h5ad(tmp_path / "b.h5ad", adata)
-    back = anndata.read_h5ad(tmp_path / "b.h5ad").obs
+    back = ingest(path, metadata=("flag", "holes", "float", "empty"))[0].obs
     assert back["holes"].isna().sum() == 1 and back["empty"].isna().all()
 
 
@@ -329,7 +333,9 @@ def test_cells_and_layers(tmp_path):
     refused(path, "nothing in 'raw'.*X, counts", layer="raw")
     refused(loom(tmp_path / "c.loom"), "no layer 'spliced'", layer="spliced")
     with pytest.raises(UserError, match="'keep' is one that scvi-core writes"):
-        io.ingest(path, Sample(sample="s", path="p", batch="b", metadata={"keep": "1"}), InputConfig())
+        io.ingest(
+            path, tmp_path / "x.h5ad", Sample(sample="s", path="p", batch="b", metadata={"keep": "1"}), InputConfig()
+        )
 
 
 def test_files_that_are_not_what_they_should_be(tmp_path):
