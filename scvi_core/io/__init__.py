@@ -23,7 +23,7 @@ import scipy.sparse as sp
 from scvi_core.config import PLUGINS, RESERVED, InputConfig, Sample
 from scvi_core.files import Decisions, UserError, replacing
 from scvi_core.io import checks, hdf5, identity, text
-from scvi_core.io.blocks import Read, Reader, Spool, stacked, take_columns
+from scvi_core.io.blocks import Read, Reader, Scratch, Spool, stacked, take_columns
 from scvi_core.io.checks import listed, nearest
 from scvi_core.io.identity import as_text
 from scvi_core.io.write import content_sha256, write_counts
@@ -58,19 +58,20 @@ def read_counts(path: str | Path, config: InputConfig, decisions: Decisions) -> 
         One line, for a file that is missing, damaged, mis-named, hostile or empty, and for values that are no counts.
     """
     path = Path(path)
-    kind, read = _open(path, config, decisions, None)
-    counts = stacked(read.blocks, read.shape[1])
+    with Scratch() as scratch:
+        kind, read = _open(path, config, decisions, scratch)
+        counts = stacked(read.blocks, read.shape[1])
     _told(path, kind, read.shape, counts.nnz, config, decisions)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # gene names may repeat here
         return anndata.AnnData(counts, obs=read.obs, var=read.var)
 
 
-def _open(path: Path, config: InputConfig, decisions: Decisions, folder: Path | None) -> tuple[str, Read]:
+def _open(path: Path, config: InputConfig, decisions: Decisions, scratch: Scratch) -> tuple[str, Read]:
     """An input's format, and what its reader gives, checked but for the counts, which are checked as they are read."""
     with _one_line(path):
         kind, reader = _format(path)
-        read = reader(path, config, decisions, folder)
+        read = reader(path, config, decisions, scratch)
     n_cells, n_genes = read.shape
     obs, var = read.obs, read.var
     if not n_cells or not n_genes:
@@ -217,12 +218,12 @@ def ingest(path: str | Path, out: str | Path, sample: Sample, config: InputConfi
     """
     path = Path(path)
     decisions, of_genes = Decisions("ingest", sample.sample), Decisions("ingest", sample.sample)
-    with replacing(out) as temporary, contextlib.closing(Spool(temporary.parent)) as spool:
-        kind, read = _open(path, config, decisions, temporary.parent)
+    with replacing(out) as temporary, Scratch(temporary.parent) as scratch:
+        kind, read = _open(path, config, decisions, scratch)
         obs = _cell_table(path, read.obs, sample, config)
         ids, names, id_kind = identity.gene_identity(read.var, config.gene_ids, str(path), of_genes)
         to, ids, names = identity.merge_genes(ids, names, of_genes)
-        entries = left = 0
+        spool, entries, left = Spool(scratch), 0, 0
         for block in read.blocks:
             taken = take_columns(block, to, len(ids))
             spool.add(taken)

@@ -6,6 +6,7 @@ What lies cell by cell is read straight through. What lies gene by gene, or in n
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -41,8 +42,20 @@ class Read:
     var: pd.DataFrame
 
 
-# by path, configuration and the folder for temporary files (None: the system's); decisions are added
-Reader = Callable[[Path, InputConfig, Decisions, Path | None], Read]
+class Scratch(contextlib.ExitStack):
+    """Where a reader puts temporary files, and what is closed when its blocks have been read.
+
+    Parameters
+    ----------
+    folder : for the files; the system's place for them if None.
+    """
+
+    def __init__(self, folder: Path | None = None):
+        super().__init__()
+        self.folder = folder
+
+
+Reader = Callable[[Path, InputConfig, Decisions, Scratch], Read]
 
 
 class Spool:
@@ -52,12 +65,12 @@ class Spool:
 
     Parameters
     ----------
-    folder : where the file is; the system's place for temporary files if None.
+    scratch : says where, and closes it.
     """
 
-    def __init__(self, folder: Path | None = None):
-        self.folder, self.end = folder, 0
-        self.file = tempfile.SpooledTemporaryFile(SMALL, dir=folder)  # noqa: SIM115
+    def __init__(self, scratch: Scratch):
+        self.folder, self.end = scratch.folder, 0
+        self.file = scratch.enter_context(tempfile.SpooledTemporaryFile(SMALL, dir=self.folder))
         self.parts: list[dict[str, tuple[int, np.dtype, int]]] = []  # of each array: offset, type, length
         self.n_columns = 0
 
@@ -77,6 +90,8 @@ class Spool:
         except OSError as error:
             if error.errno not in (28, 122):  # ENOSPC, EDQUOT
                 raise
+            with contextlib.suppress(OSError):  # it would try once more to write what there is no room for
+                self.file.close()
             where = self.folder or tempfile.gettempdir()
             line = f"{where}: no space left on the device for temporary files (some 6 bytes a count); free some"
             raise UserError(f"{line}, then run again") from error
@@ -105,12 +120,8 @@ class Spool:
     def __iter__(self) -> Iterator[sp.csr_matrix]:
         return (self.rows(part) for part in range(len(self.parts)))
 
-    def close(self) -> None:
-        """Give the space back."""
-        self.file.close()
 
-
-def by_cell(stripes: Iterable[sp.csr_matrix], n_cells: int, where: str, folder: Path | None) -> Iterator[sp.csr_matrix]:
+def by_cell(stripes: Iterable[sp.csr_matrix], n_cells: int, where: str, scratch: Scratch) -> Iterator[sp.csr_matrix]:
     """Blocks of cells from matrices that each hold some of the entries of any cell.
 
     All of them are read and spooled before this returns; a block is then gathered from its stretch of each.
@@ -119,7 +130,7 @@ def by_cell(stripes: Iterable[sp.csr_matrix], n_cells: int, where: str, folder: 
     ----------
     stripes : CSR (all cells, genes), no entry in two of them; a later one may have more genes.
     where : file and field, for messages.
-    folder : for the temporary file; see :class:`Spool`.
+    scratch : for the temporary file; see :class:`Spool`.
 
     Returns
     -------
@@ -131,7 +142,7 @@ def by_cell(stripes: Iterable[sp.csr_matrix], n_cells: int, where: str, folder: 
     UserError
         For an entry that is there twice.
     """
-    spool = Spool(folder)
+    spool = Spool(scratch)
     edges = np.unique(np.linspace(0, n_cells, min(n_cells, GRAINS) + 1).astype(np.int64))
     before = []  # of each stripe: the entries before each edge
     for stripe in stripes:
@@ -148,7 +159,6 @@ def by_cell(stripes: Iterable[sp.csr_matrix], n_cells: int, where: str, folder: 
             ]
             block = _overlaid(parts, (rows.stop - rows.start, spool.n_columns), where)
             yield checks.canonical(block, where, rows.start)
-        spool.close()
 
     return gathered()
 

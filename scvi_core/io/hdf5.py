@@ -16,7 +16,7 @@ import scipy.sparse as sp
 from scvi_core.config import InputConfig
 from scvi_core.files import Decisions, UserError
 from scvi_core.io import checks
-from scvi_core.io.blocks import Read, Reader, by_cell, turned
+from scvi_core.io.blocks import Read, Reader, Scratch, by_cell, turned
 from scvi_core.io.checks import FIND_COUNTS, listed, nearest
 from scvi_core.io.identity import as_text, gene_expression_only
 
@@ -41,16 +41,15 @@ def hdf5_format(path: Path) -> tuple[str, Reader]:
 
 
 def _hdf5(path: Path) -> h5py.File:
-    # where blocks are read later, no `with`: HDF5 closes a file when its last dataset is let go
     return h5py.File(path, "r", locking=False)  # inputs may lie where no lock can be taken
 
 
-def read_h5ad(path: Path, config: InputConfig, decisions: Decisions, folder: Path | None) -> Read:
+def read_h5ad(path: Path, config: InputConfig, decisions: Decisions, scratch: Scratch) -> Read:
     """AnnData in HDF5."""
-    return _read_anndata(_hdf5(path), path, config.layer, folder)
+    return _read_anndata(scratch.enter_context(_hdf5(path)), path, config.layer, scratch)
 
 
-def read_zarr(path: Path, config: InputConfig, decisions: Decisions, folder: Path | None) -> Read:
+def read_zarr(path: Path, config: InputConfig, decisions: Decisions, scratch: Scratch) -> Read:
     """AnnData in a zarr folder (format 2 or 3)."""
     import zarr
 
@@ -58,10 +57,10 @@ def read_zarr(path: Path, config: InputConfig, decisions: Decisions, folder: Pat
     root = zarr.open_group(str(path), mode="r", use_consolidated=False)
     if not {"obs", "var"} <= set(root.keys()):
         raise UserError(f"{path}: a zarr store, but not AnnData (it holds: {', '.join(sorted(root.keys())[:8])})")
-    return _read_anndata(root, path, config.layer, folder)
+    return _read_anndata(root, path, config.layer, scratch)
 
 
-def _read_anndata(root: Any, path: Path, layer: str, folder: Path | None) -> Read:
+def _read_anndata(root: Any, path: Path, layer: str, scratch: Scratch) -> Read:
     """Only the matrix asked for and the two tables: other layers and embeddings stay on disk."""
     layers = sorted(root["layers"].keys()) if "layers" in root else []
     raw = next((key for key in ("raw/X", "raw.X") if key in root), None)  # the second until anndata 0.7
@@ -78,12 +77,12 @@ def _read_anndata(root: Any, path: Path, layer: str, folder: Path | None) -> Rea
         raise UserError(f"{path}: nothing in {layer!r}{nearest(layer, others)}; {remedy}")
     obs = _frame(root, "obs")
     var = _frame(root, raw.replace("X", "var") if layer == "raw" else "var")
-    blocks, shape = _stored_counts(root[key], f"{path}: {key}", remedy, folder)
+    blocks, shape = _stored_counts(root[key], f"{path}: {key}", remedy, scratch)
     return Read(blocks, shape, obs, var)
 
 
 def _stored_counts(
-    item: Any, where: str, remedy: str, folder: Path | None
+    item: Any, where: str, remedy: str, scratch: Scratch
 ) -> tuple[Iterator[sp.csr_matrix], tuple[int, int]]:
     """Blocks and shape of a matrix as AnnData stores it, dense, CSR or CSC, in HDF5 or zarr."""
     if not hasattr(item, "keys"):
@@ -97,7 +96,7 @@ def _stored_counts(
     arrays = item["data"], item["indices"], item["indptr"]
     if _encoding(item).startswith("csc"):
         genes = checks.compressed_blocks(*arrays, (n_genes, n_cells), where, remedy)
-        blocks = by_cell(turned(genes), n_cells, where, folder)
+        blocks = by_cell(turned(genes), n_cells, where, scratch)
     else:
         blocks = checks.compressed_blocks(*arrays, (n_cells, n_genes), where, remedy)
     return blocks, (n_cells, n_genes)
@@ -124,9 +123,9 @@ def _frame(root: Any, key: str) -> pd.DataFrame:
         return anndata.io.read_elem(root[key])
 
 
-def read_10x_v3(path: Path, config: InputConfig, decisions: Decisions, folder: Path | None) -> Read:
+def read_10x_v3(path: Path, config: InputConfig, decisions: Decisions, scratch: Scratch) -> Read:
     """10x ``.h5`` of Cell Ranger 3 and later: one matrix, features of several types."""
-    matrix = _hdf5(path)["matrix"]
+    matrix = scratch.enter_context(_hdf5(path))["matrix"]
     features = matrix["features"]
     table = {"gene_ids": as_text(features["id"][()])}
     for column in ("feature_type", "genome"):
@@ -136,9 +135,9 @@ def read_10x_v3(path: Path, config: InputConfig, decisions: Decisions, folder: P
     return gene_expression_only(_read_10x(matrix, f"{path}: matrix", var), path, decisions)
 
 
-def read_10x_v2(path: Path, config: InputConfig, decisions: Decisions, folder: Path | None) -> Read:
+def read_10x_v2(path: Path, config: InputConfig, decisions: Decisions, scratch: Scratch) -> Read:
     """10x ``.h5`` of Cell Ranger 2: a group a genome; only files of one genome are taken."""
-    file = _hdf5(path)
+    file = scratch.enter_context(_hdf5(path))
     genomes = [key for key in file if isinstance(file[key], h5py.Group) and "barcodes" in file[key]]
     if len(genomes) > 1:
         raise UserError(
@@ -158,7 +157,7 @@ def _read_10x(group: h5py.Group, where: str, var: pd.DataFrame) -> Read:
     return Read(blocks, (n_barcodes, n_features), pd.DataFrame(index=as_text(group["barcodes"][()])), var)
 
 
-def read_loom(path: Path, config: InputConfig, decisions: Decisions, folder: Path | None) -> Read:
+def read_loom(path: Path, config: InputConfig, decisions: Decisions, scratch: Scratch) -> Read:
     """loom: genes x cells, dense, with named attributes."""
     with _hdf5(path) as file:
         layers = sorted(file["layers"]) if "layers" in file else []
@@ -170,7 +169,7 @@ def read_loom(path: Path, config: InputConfig, decisions: Decisions, folder: Pat
             raise UserError(f"{path}: no layer {config.layer!r}{nearest(config.layer, layers)}; {remedy}, or to X")
         n_genes, n_cells = file[key].shape
         by_gene = checks.dense_blocks(file[key], f"{path}: {key}", remedy)
-        blocks = by_cell(turned(by_gene), n_cells, str(path), folder)  # which has read all of it
+        blocks = by_cell(turned(by_gene), n_cells, str(path), scratch)  # which has read all of it
         var, obs = _loom_table(file["row_attrs"], n_genes), _loom_table(file["col_attrs"], n_cells)
     genes = next((name for name in ("Gene", "gene", "var_names", "Accession") if name in var), None)
     cells = next((name for name in ("CellID", "obs_names", "cell_id", "barcode", "Barcode") if name in obs), None)

@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ import scipy.sparse as sp
 from scvi_core.config import InputConfig
 from scvi_core.files import Decisions, UserError
 from scvi_core.io import checks, identity
-from scvi_core.io.blocks import Read, Spool, by_cell, by_row, turned
+from scvi_core.io.blocks import Read, Scratch, Spool, by_cell, by_row, turned
 from scvi_core.io.checks import FIND_COUNTS, listed
 from scvi_core.io.identity import as_text, gene_expression_only
 
@@ -27,7 +28,7 @@ def matrices(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if re.fullmatch(r".*matrix\.mtx(\.gz)?", p.name))
 
 
-def read_mtx(path: Path, config: InputConfig, decisions: Decisions, folder: Path | None) -> Read:
+def read_mtx(path: Path, config: InputConfig, decisions: Decisions, scratch: Scratch) -> Read:
     """Matrix Market with the barcodes and features beside it, as 10x and STARsolo write them; folder or matrix."""
     found = matrices(path) if path.is_dir() else [path]
     if len(found) > 1:
@@ -54,7 +55,7 @@ def read_mtx(path: Path, config: InputConfig, decisions: Decisions, folder: Path
         by_row(*((row, column) if as_cells else (column, row)), counts, (n_cells, n_genes), str(matrix))
         for row, column, counts in _mtx_entries(matrix, (rows, columns), entries, form, field)
     )
-    blocks = by_cell(stripes, n_cells, str(matrix), folder)
+    blocks = by_cell(stripes, n_cells, str(matrix), scratch)
     var = pd.DataFrame({"gene_ids": features[0].to_numpy()}, index=features[1 if 1 in features else 0].to_numpy())
     if 2 in features:
         var["feature_type"] = features[2].to_numpy()
@@ -65,35 +66,43 @@ def _mtx_entries(
     matrix: Path, shape: tuple[int, int], entries: int, form: str, field: str
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Rows, columns (from 0) and counts of a Matrix Market file, some lines at a time, given to scipy as a file."""
-    head, seen = 0, 0
+    lines = seen = 0
     with (gzip.open if zipped(matrix) else open)(matrix, "rb") as handle:
         for line in handle:
-            head += 1
+            lines += 1
             if line.strip() and not line.startswith(b"%"):  # the sizes, which mminfo has read
                 break
         while text := handle.read(8 * checks.BLOCK):
             text += handle.readline()
-            n = text.count(b"\n") + (not text.endswith(b"\n"))
-            if b"\n\n" in text or b"\n\r\n" in text:
-                n = sum(1 for line in text.splitlines() if line.strip())
-            sizes = f"{shape[0]} {shape[1]} {n}" if form == "coordinate" else f"{n} 1"
+            n = ends = text.count(b"\n") + (not text.endswith(b"\n"))
             try:
-                start = f"%%MatrixMarket matrix {form} {field} general\n{sizes}\n"
-                read = scipy.io.mmread(io.BytesIO(start.encode() + text))
-            except ValueError as error:
-                if (found := re.match(r"Line (\d+): ", str(error))) is None:
-                    raise
-                line = int(found[1]) - 2 + head + seen  # of the file, not of these lines and their head
-                raise ValueError(f"line {line:,}: {str(error)[found.end() :]}") from None
+                read = _mtx_lines(text, n, shape, form, field, lines)
+            except ValueError:  # are some of them blank? if not, the same is said again
+                if not (n := sum(bool(line.strip()) for line in text.splitlines())):
+                    continue
+                read = _mtx_lines(text, n, shape, form, field, lines)
             if form == "coordinate":
                 yield read.row, read.col, checks.pack_counts(read.data, str(matrix), FIND_COUNTS)
             else:  # all values, column by column
                 at = np.flatnonzero(read)
                 column, row = np.divmod(seen + at, shape[0])
                 yield row, column, checks.pack_counts(read.reshape(-1)[at], str(matrix), FIND_COUNTS)
-            seen += n
+            lines, seen = lines + ends, seen + n
     if seen != entries:
-        raise ValueError(f"{'truncated' if seen < entries else 'too long'}: {seen:,} entries of {entries:,}")
+        raise ValueError(
+            f"{'truncated' if seen < entries else 'too long'}: {seen:,} entries where {entries:,} are declared"
+        )
+
+
+def _mtx_lines(text: bytes, n: int, shape: tuple[int, int], form: str, field: str, before: int) -> Any:
+    """What scipy makes of `n` lines of a Matrix Market file; `before`: how many lines of the file are before them."""
+    sizes = f"{shape[0]} {shape[1]} {n}" if form == "coordinate" else f"{n} 1"
+    try:
+        return scipy.io.mmread(io.BytesIO(f"%%MatrixMarket matrix {form} {field} general\n{sizes}\n".encode() + text))
+    except ValueError as error:
+        if (found := re.match(r"Line (\d+)", str(error))) is None:
+            raise
+        raise ValueError(f"Line {int(found[1]) - 2 + before}{str(error)[found.end() :]}") from None
 
 
 def _beside(matrix: Path, names: tuple[str, ...]) -> pd.DataFrame:
@@ -121,7 +130,7 @@ def zipped(path: Path) -> bool:
         return handle.read(2) == b"\x1f\x8b"
 
 
-def read_table(path: Path, config: InputConfig, decisions: Decisions, folder: Path | None) -> Read:
+def read_table(path: Path, config: InputConfig, decisions: Decisions, scratch: Scratch) -> Read:
     """A dense table, its delimiter by its name, read some rows at a time."""
     opened = gzip.open if zipped(path) else open
     with opened(path, "rt", encoding="utf-8-sig", newline="") as handle:
@@ -144,12 +153,12 @@ def read_table(path: Path, config: InputConfig, decisions: Decisions, folder: Pa
     as_cells = config.orientation == "cells_as_rows"
     read = _table_blocks(path, delimiter, columns, rows)
     if as_cells:
-        blocks = Spool(folder)
+        blocks = Spool(scratch)
         for block in read:
             blocks.add(block)
         cells, genes = np.array(rows, object), columns
     else:
-        blocks = by_cell(turned(read), len(columns), str(path), folder)
+        blocks = by_cell(turned(read), len(columns), str(path), scratch)
         cells, genes = columns, np.array(rows, object)
     if (identity.looks_like_genes(cells) and not identity.looks_like_genes(genes)) or (
         identity.looks_like_barcodes(genes) and not identity.looks_like_barcodes(cells)

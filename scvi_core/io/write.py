@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
@@ -44,32 +45,36 @@ def write_counts(path: Path, obs: pd.DataFrame, var: pd.DataFrame, uns: Mapping[
     }
     empty = anndata.AnnData(sp.csr_matrix((len(obs), len(var)), dtype=arrays["data"][0]), obs=obs, var=var)
     digest = _of_names(obs.index, var.index)
-    with _Survivor(path, "w+") as target:
-        with h5py.File(target, "w") as file:
-            anndata.io.write_elem(file, "/", empty, dataset_kwargs=PACKED)
-            for name, (dtype, blocks) in arrays.items():
-                n = len(indptr) if name == "indptr" else int(indptr[-1])
-                del file["X"][name]
-                # shuffled, byte by byte, they take 2/3 of the room, and of the time to pack and to unpack
-                dataset = file["X"].create_dataset(name, (n,), dtype, chunks=(min(n, CHUNK),), shuffle=True, **PACKED)
-                at = 0
-                for block in blocks:
-                    dataset[at : at + len(block)] = block
-                    digest.update(block.astype("<i8"))
-                    target.check()
-                    at += len(block)
-            anndata.io.write_elem(file, "uns", {**uns, "content_sha256": digest.hexdigest()}, dataset_kwargs=PACKED)
-        target.check()
+    with _Survivor(path, "w+") as target, h5py.File(target, "w") as file:
+        anndata.io.write_elem(file, "/", empty, dataset_kwargs=PACKED)
+        for name, (dtype, blocks) in arrays.items():
+            n = len(indptr) if name == "indptr" else int(indptr[-1])
+            del file["X"][name]
+            # shuffled, byte by byte, they take 2/3 of the room, and of the time to pack and to unpack
+            dataset = file["X"].create_dataset(name, (n,), dtype, chunks=(min(n, CHUNK),), shuffle=True, **PACKED)
+            at = 0
+            for block in blocks:
+                dataset[at : at + len(block)] = block
+                digest.update(block.astype("<i8"))
+                target.check()
+                at += len(block)
+        anndata.io.write_elem(file, "uns", {**uns, "content_sha256": digest.hexdigest()}, dataset_kwargs=PACKED)
     return digest.hexdigest()
 
 
 class _Survivor(FileIO):
     """A file for h5py, of which HDF5 never learns that the disk is full: it would not survive that.
 
-    The first error is kept, and nothing more is written; :meth:`check` raises it.
+    The first error is kept, and nothing more is written; :meth:`check` raises it, and so does the end of the ``with``
+    block, whatever else has followed from it.
     """
 
     error: OSError | None = None
+
+    def __exit__(self, *_: Any) -> None:
+        """Close, and raise what went wrong."""
+        self.close()
+        self.check()
 
     def check(self) -> None:
         """Raise what went wrong, if anything did."""
@@ -82,7 +87,7 @@ class _Survivor(FileIO):
         length = len(left)
         try:
             while self.error is None and len(left):
-                left = left[super().write(left) :]
+                left = left[os.write(self.fileno(), left) :]
         except OSError as error:
             self.error = error
         return length
