@@ -33,6 +33,7 @@ __all__ = ["content_sha256", "ingest", "read_counts"]
 HDF5 = b"\x89HDF\r\n\x1a\n"
 HDF5_NAMES = (".h5", ".h5ad", ".hdf5", ".hdf", ".loom")
 TEXT_NAMES = (".csv", ".tsv", ".txt", ".tab", ".mtx")
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 def read_counts(path: str | Path, config: InputConfig, decisions: Decisions) -> anndata.AnnData:
@@ -91,7 +92,7 @@ def _open(path: Path, config: InputConfig, decisions: Decisions, scratch: Scratc
             f"{path}: barcode {twice[0]!r} appears more than once ({len(twice):,} such rows); make barcodes unique, or "
             "give each library its own row of the sample sheet"
         )
-    odd = [b for b in barcodes if not b or re.search(r"[\x00-\x1f\x7f]", b)]
+    odd = [b for b in barcodes if not b or CONTROL.search(b)]
     if odd:
         raise UserError(f"{path}: barcode {odd[0]!r} is empty or has control characters; give every cell a plain name")
     obs.index, var.index = index, pd.Index(as_text(var.index))

@@ -70,7 +70,7 @@ class Spool:
 
     def __init__(self, scratch: Scratch):
         self.folder, self.end = scratch.folder, 0
-        self.file = scratch.enter_context(tempfile.SpooledTemporaryFile(SMALL, dir=self.folder))
+        self.file = scratch.enter_context(tempfile.SpooledTemporaryFile(SMALL, dir=self.folder))  # noqa: SIM115
         self.parts: list[dict[str, tuple[int, np.dtype, int]]] = []  # of each array: offset, type, length
         self.n_columns = 0
 
