@@ -37,13 +37,16 @@ def write_counts(path: Path, obs: pd.DataFrame, var: pd.DataFrame, uns: Mapping[
         The digest; see :func:`content_sha256`.
     """
     indptr = np.append(0, np.cumsum(np.concatenate(list(spool.arrays("indptr"))), dtype=np.int64))
-    kinds = [dtype for part in spool.parts for _, dtype, _ in [part["data"]]]
+    widest = max((part["data"][1] for part in spool.parts), key=lambda dtype: dtype.itemsize)
     arrays = {
         "indptr": (np.dtype(np.int64), [indptr]),
         "indices": (np.dtype(np.int32), spool.arrays("indices")),
-        "data": (np.result_type(*kinds), spool.arrays("data")),  # each is the smallest, so the widest is
+        "data": (
+            widest,
+            spool.arrays("data"),
+        ),  # each block has the smallest type, so the sample has the widest of these
     }
-    empty = anndata.AnnData(sp.csr_matrix((len(obs), len(var)), dtype=arrays["data"][0]), obs=obs, var=var)
+    empty = anndata.AnnData(sp.csr_matrix((len(obs), len(var)), dtype=widest), obs=obs, var=var)
     digest = _of_names(obs.index, var.index)
     with _Survivor(path, "w+") as target, h5py.File(target, "w") as file:
         anndata.io.write_elem(file, "/", empty, dataset_kwargs=PACKED)
