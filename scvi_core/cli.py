@@ -125,7 +125,6 @@ def ingest(
     from pydantic import ValidationError
 
     from scvi_core.io import ingest as read
-    from scvi_core.io import write_h5ad
 
     try:
         row = Sample(sample=sample, path=source or str(path), batch=batch, metadata=json.loads(metadata))
@@ -134,13 +133,12 @@ def ingest(
     except ValueError as error:
         raise UserError(f"--metadata {metadata!r}: not a JSON object of texts ({error})") from None
     try:
-        adata, made = read(path, row, load_config(config).input)
+        digest, made = read(path, out, row, load_config(config).input)
     except UserError as error:
         if source is None or not str(error).startswith(str(path)):
             raise
         raise UserError(source + str(error).removeprefix(str(path))) from error  # the fetched copy is gone soon
-    log.info("%s: read %s, content sha256 %s", sample, row.path, adata.uns["content_sha256"])
-    write_h5ad(out, adata)
+    log.info("%s: read %s, content sha256 %s", sample, row.path, digest)
     _write_decisions(made, decisions)
 
 

@@ -1,15 +1,14 @@
 """Count matrices in, one checked form out: the sample file that all later steps start from.
 
 What a file is, is told by its content; its name only has to agree. :func:`read_counts` reads, :func:`ingest` adds
-gene identity, cell ids and metadata, :func:`write_h5ad` writes the same bytes for the same counts.
+gene identity, cell ids and metadata, and writes: the same bytes for the same counts, block by block.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
-import hashlib
-import io
 import re
 import warnings
 import zlib
@@ -17,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import anndata
-import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
@@ -25,16 +23,21 @@ import scipy.sparse as sp
 from scvi_core.config import PLUGINS, RESERVED, InputConfig, Sample
 from scvi_core.files import Decisions, UserError, replacing
 from scvi_core.io import checks, hdf5, identity, text
-from scvi_core.io.checks import Reader, listed, nearest
+from scvi_core.io.blocks import Read, Reader, Scratch, Spool, stacked, take_columns
+from scvi_core.io.checks import listed, nearest
 from scvi_core.io.identity import as_text
+from scvi_core.io.write import content_sha256, write_counts
+
+__all__ = ["content_sha256", "ingest", "read_counts"]
 
 HDF5 = b"\x89HDF\r\n\x1a\n"
 HDF5_NAMES = (".h5", ".h5ad", ".hdf5", ".hdf", ".loom")
 TEXT_NAMES = (".csv", ".tsv", ".txt", ".tab", ".mtx")
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 def read_counts(path: str | Path, config: InputConfig, decisions: Decisions) -> anndata.AnnData:
-    """Read the raw counts of one input, whatever its format, and check them.
+    """Read the raw counts of one input into memory, whatever its format, and check them.
 
     Parameters
     ----------
@@ -56,13 +59,22 @@ def read_counts(path: str | Path, config: InputConfig, decisions: Decisions) -> 
         One line, for a file that is missing, damaged, mis-named, hostile or empty, and for values that are no counts.
     """
     path = Path(path)
+    with Scratch() as scratch:
+        kind, read = _open(path, config, decisions, scratch)
+        counts = stacked(read.blocks, read.shape[1])
+    _told(path, kind, read.shape, counts.nnz, config, decisions)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # gene names may repeat here
+        return anndata.AnnData(counts, obs=read.obs, var=read.var)
+
+
+def _open(path: Path, config: InputConfig, decisions: Decisions, scratch: Scratch) -> tuple[str, Read]:
+    """An input's format, and what its reader gives, checked but for the counts, which are checked as they are read."""
     with _one_line(path):
         kind, reader = _format(path)
-        counts, obs, var = reader(path, config, decisions)
-    n_cells, n_genes = counts.shape
-    decisions.add("format", kind, f"told by its content: {n_cells:,} cells x {n_genes:,} genes, {counts.nnz:,} entries")
-    if config.layer != "X" and kind not in ("AnnData h5ad", "AnnData zarr", "loom"):
-        decisions.add("layer", "X", f"input.layer is {config.layer!r}, but a file of this format has only one matrix")
+        read = reader(path, config, decisions, scratch)
+    n_cells, n_genes = read.shape
+    obs, var = read.obs, read.var
     if not n_cells or not n_genes:
         raise UserError(
             f"{path}: no {'genes' if n_cells else 'cells'} in it; check the export, or leave the sample out"
@@ -72,8 +84,6 @@ def read_counts(path: str | Path, config: InputConfig, decisions: Decisions) -> 
             f"{path}: {n_cells:,} x {n_genes:,} counts, but {len(obs):,} cell names and {len(var):,} gene names; "
             f"{checks.DAMAGED}"
         )
-    if counts.nnz == 0:
-        raise UserError(f"{path}: all counts are zero; check the export, or leave the sample out")
     barcodes = as_text(obs.index)
     index = pd.Index(barcodes)
     if index.has_duplicates:
@@ -82,13 +92,28 @@ def read_counts(path: str | Path, config: InputConfig, decisions: Decisions) -> 
             f"{path}: barcode {twice[0]!r} appears more than once ({len(twice):,} such rows); make barcodes unique, or "
             "give each library its own row of the sample sheet"
         )
-    odd = [b for b in barcodes if not b or re.search(r"[\x00-\x1f\x7f]", b)]
+    odd = [b for b in barcodes if not b or CONTROL.search(b)]
     if odd:
         raise UserError(f"{path}: barcode {odd[0]!r} is empty or has control characters; give every cell a plain name")
     obs.index, var.index = index, pd.Index(as_text(var.index))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # gene names may repeat here
-        return anndata.AnnData(counts, obs=obs, var=var)
+
+    def blocks() -> Iterator[sp.csr_matrix]:
+        with _one_line(path):  # what happens to a block after it was yielded is not meant
+            yield from read.blocks
+
+    return kind, dataclasses.replace(read, blocks=blocks())
+
+
+def _told(
+    path: Path, kind: str, shape: tuple[int, int], entries: int, config: InputConfig, decisions: Decisions
+) -> None:
+    """What is known of an input once all its counts are read."""
+    n_cells, n_genes = shape
+    decisions.add("format", kind, f"told by its content: {n_cells:,} cells x {n_genes:,} genes, {entries:,} entries")
+    if config.layer != "X" and kind not in ("AnnData h5ad", "AnnData zarr", "loom"):
+        decisions.add("layer", "X", f"input.layer is {config.layer!r}, but a file of this format has only one matrix")
+    if not entries:
+        raise UserError(f"{path}: all counts are zero; check the export, or leave the sample out")
 
 
 @contextlib.contextmanager
@@ -168,30 +193,56 @@ def _format(path: Path) -> tuple[str, Reader]:
     return "text table", text.read_table
 
 
-def ingest(path: str | Path, sample: Sample, config: InputConfig) -> tuple[anndata.AnnData, Decisions]:
-    """Read one sample and bring it into the form that every later step reads (``counts.h5ad``).
+def ingest(path: str | Path, out: str | Path, sample: Sample, config: InputConfig) -> tuple[str, Decisions]:
+    """Read one sample and write it in the form that every later step reads (``counts.h5ad``), block by block.
 
     Parameters
     ----------
     path : the input; see :func:`read_counts`.
+    out : AnnData file to write, whole or absent. X : CSR (cells, genes), the smallest unsigned integers; obs : index
+        ``{sample}:{barcode}``, columns barcode, sample, batch, the sample sheet's further columns, the input's own
+        columns that config names; var : index gene id (unique), column gene_name; uns : gene_ids, organism,
+        content_sha256. Temporary files of some 6 bytes a count, 12 where the input is not in the order of cells, lie
+        beside it meanwhile.
     sample : its row of the sample sheet.
     config : how to read it.
 
     Returns
     -------
-    adata : X : CSR (cells, genes), the smallest unsigned integers; obs : index ``{sample}:{barcode}``, columns
-        barcode, sample, batch, the sample sheet's further columns, the input's own columns that config names;
-        var : index gene id (unique), column gene_name; uns : gene_ids, organism, content_sha256.
+    digest : what is in uns as content_sha256; see :func:`content_sha256`.
     decisions : what was chosen, dropped and merged.
 
     Raises
     ------
     UserError
-        As :func:`read_counts`; also for unknown, repeated or reserved metadata columns.
+        As :func:`read_counts`; also for unknown, repeated or reserved metadata columns, and for a full disk.
     """
-    decisions = Decisions("ingest", sample.sample)
-    adata = read_counts(path, config, decisions)
-    barcodes = adata.obs_names.to_numpy(object)
+    path = Path(path)
+    decisions, of_genes = Decisions("ingest", sample.sample), Decisions("ingest", sample.sample)
+    with replacing(out) as temporary, Scratch(temporary.parent) as scratch:
+        kind, read = _open(path, config, decisions, scratch)
+        obs = _cell_table(path, read.obs, sample, config)
+        ids, names, id_kind = identity.gene_identity(read.var, config.gene_ids, str(path), of_genes)
+        to, ids, names = identity.merge_genes(ids, names, of_genes)
+        spool, entries, left = Spool(scratch), 0, 0
+        for block in read.blocks:
+            taken = take_columns(block, to, len(ids))
+            spool.add(taken)
+            entries, left = entries + block.nnz, left + taken.nnz
+        _told(path, kind, read.shape, entries, config, decisions)
+        decisions.extend(of_genes)  # told after the format, which counts the entries
+        if not left:
+            raise UserError(f"{path}: no counts left after genes without a name were dropped; name the genes")
+        organism = identity.guess_organism(ids, names)
+        decisions.add("organism", organism, "guessed from gene ids and how symbols are written")
+        var = pd.DataFrame({"gene_name": names}, index=pd.Index(ids, name="gene_id"))
+        digest = write_counts(temporary, obs, var, {"gene_ids": id_kind, "organism": organism}, spool)
+    return digest, decisions
+
+
+def _cell_table(path: Path, given: pd.DataFrame, sample: Sample, config: InputConfig) -> pd.DataFrame:
+    """The cell table that is written, from the input's own, indexed by barcode."""
+    barcodes = given.index.to_numpy(object)
     obs = pd.DataFrame(
         {"barcode": barcodes}, index=pd.Index([f"{sample.sample}:{b}" for b in barcodes], name="cell_id")
     )
@@ -200,27 +251,18 @@ def ingest(path: str | Path, sample: Sample, config: InputConfig) -> tuple[annda
             raise UserError(f"sample sheet: column {column!r} is one that scvi-core writes itself; rename it")
         obs[column] = pd.Categorical.from_codes(np.zeros(len(obs), np.int8), [value])
     for column in config.metadata:
-        if column not in adata.obs:
+        if column not in given:
             raise UserError(
                 f"{path}: input.metadata names the cell column {column!r}, which is not there"
-                f"{nearest(column, list(adata.obs))}; found {listed(list(adata.obs)[:20]) or 'no columns'}"
+                f"{nearest(column, list(given))}; found {listed(list(given)[:20]) or 'no columns'}"
             )
         if column in obs or column in RESERVED or re.fullmatch(r"cluster_r[\d.]+", column):
             raise UserError(
                 f"{path}: input.metadata names {column!r}, a column that scvi-core or the sample sheet writes itself; "
                 "rename it in the file, or leave it out"
             )
-        obs[column] = _clean_column(adata.obs[column], obs.index)
-    ids, names, kind = identity.gene_identity(adata.var, config.gene_ids, str(path), decisions)
-    counts, ids, names = identity.merge_genes(adata.X, ids, names, decisions)
-    if counts.nnz == 0:
-        raise UserError(f"{path}: no counts left after genes without a name were dropped; name the genes")
-    organism = identity.guess_organism(ids, names)
-    decisions.add("organism", organism, "guessed from gene ids and how symbols are written")
-    var = pd.DataFrame({"gene_name": names}, index=pd.Index(ids, name="gene_id"))
-    result = anndata.AnnData(counts, obs=obs, var=var, uns={"gene_ids": kind, "organism": organism})
-    result.uns["content_sha256"] = content_sha256(result)
-    return result, decisions
+        obs[column] = _clean_column(given[column], obs.index)
+    return obs
 
 
 def _clean_column(column: pd.Series, index: pd.Index) -> pd.Series:
@@ -239,35 +281,3 @@ def _clean_column(column: pd.Series, index: pd.Index) -> pd.Series:
     levels = sorted(set(text[~missing]))
     codes = np.where(missing, -1, np.searchsorted(np.array(levels, object), text) if levels else -1)
     return pd.Series(pd.Categorical.from_codes(codes, pd.Index(levels, dtype=object)), index)
-
-
-def content_sha256(adata: anndata.AnnData) -> str:
-    """Digest of what a sample is: cell ids, gene ids, counts. The same whatever integer type holds them.
-
-    Over the lengths and newline-joined ids as UTF-8, then indptr, indices and data of the canonical CSR matrix as
-    little-endian int64.
-    """
-    counts = adata.X if sp.issparse(adata.X) and adata.X.format == "csr" else sp.csr_matrix(adata.X)
-    if not counts.has_canonical_format or not np.all(counts.data):
-        counts = counts.copy()
-        counts.sum_duplicates()
-        counts.eliminate_zeros()
-    digest = hashlib.sha256()
-    for names in (adata.obs_names, adata.var_names):
-        digest.update(f"{len(names)}\n{chr(10).join(names)}\n".encode())
-    for array in (counts.indptr, counts.indices, counts.data):
-        for start in range(0, len(array), checks.BLOCK):
-            digest.update(array[start : start + checks.BLOCK].astype("<i8").tobytes())
-    return digest.hexdigest()
-
-
-def write_h5ad(path: str | Path, adata: anndata.AnnData) -> None:
-    """Write an AnnData file that is whole or absent; equal content gives equal bytes. gzip, read by plain anndata.
-
-    The compressed file is put together in memory: HDF5 itself does not survive a disk that fills up under it.
-    """
-    image = io.BytesIO()
-    with h5py.File(image, "w") as file:
-        anndata.io.write_elem(file, "/", adata, dataset_kwargs={"compression": "gzip", "compression_opts": 1})
-    with replacing(path) as temporary:
-        temporary.write_bytes(image.getbuffer())

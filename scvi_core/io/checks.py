@@ -11,23 +11,17 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
-import pandas as pd
 import scipy.sparse as sp
 
-from scvi_core.config import InputConfig
-from scvi_core.files import Decisions, UserError
+from scvi_core.files import UserError
 
-# what a reader gives: counts (cells, genes), the input's cell table and its gene table
-Read = tuple[sp.csr_matrix, pd.DataFrame, pd.DataFrame]
-Reader = Callable[[Path, InputConfig, Decisions], Read]
-
-BLOCK = 2**22  # values read at a time: 32 MB as float64
+BLOCK = 2**22  # values read at a time: 32 MB as float64; no block of cells has more, unless it is a single cell
 DAMAGED = "it is damaged or was made to harm; fetch or write it again"
 FIND_COUNTS = "find the raw counts, before any normalisation"
 
@@ -122,12 +116,12 @@ def _pairs(content: Any) -> list[tuple[str, Any]]:
     return pairs
 
 
-def pack_counts(values: Any, where: str, remedy: str) -> np.ndarray:
-    """Read one-dimensional `values` block by block, check that they are counts, pack them.
+def pack_counts(values: np.ndarray, where: str, remedy: str) -> np.ndarray:
+    """Check that values are counts, and pack them.
 
     Parameters
     ----------
-    values : array with a shape: numpy, HDF5 or zarr; any numeric type.
+    values : any numeric type.
     where : file and field, for the message.
     remedy : what to do if they are not counts.
 
@@ -141,41 +135,52 @@ def pack_counts(values: Any, where: str, remedy: str) -> np.ndarray:
     UserError
         For text, non-finite, negative or fractional values, and counts beyond 32 bits.
     """
-    packed = np.empty(values.shape[0], np.uint8)
-    for start in range(0, len(packed), BLOCK):
-        block = np.asarray(values[start : start + BLOCK])
-        if block.dtype.kind not in "biuf":
-            raise UserError(f"{where} holds {block.dtype}, not numbers; {remedy}")
-        if block.dtype.kind == "f" and not np.isfinite(block).all():
-            bad = block[~np.isfinite(block)][0]
-            raise UserError(f"{where} has values that are not finite (such as {bad}, or missing); {remedy}")
-        if block.dtype.kind in "if" and block.min() < 0:
-            raise UserError(
-                f"{where} has negative values (such as {block.min():.6g}), so these are not counts: they look scaled "
-                f"or corrected; {remedy}"
-            )
-        if block.dtype.kind == "f" and (fraction := block != np.floor(block)).any():
-            raise UserError(
-                f"{where} has values that are not whole numbers (such as {block[fraction][0]:.6g}), so these are not "
-                f"counts: they look normalised or log-transformed; {remedy}"
-            )
-        top = int(block.max())
-        if top >= 2**32:
-            raise UserError(f"{where} has the value {top}, beyond what a count can be (32 bits); {remedy}")
-        packed = packed.astype(np.promote_types(packed.dtype, np.min_scalar_type(top)), copy=False)
-        packed[start : start + len(block)] = block
-    return packed
+    if values.dtype.kind not in "biuf":
+        raise UserError(f"{where} holds {values.dtype}, not numbers; {remedy}")
+    if not values.size:
+        return values.astype(np.uint8)
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        bad = values[~np.isfinite(values)][0]
+        raise UserError(f"{where} has values that are not finite (such as {bad}, or missing); {remedy}")
+    if values.dtype.kind in "if" and values.min() < 0:
+        raise UserError(
+            f"{where} has negative values (such as {values.min():.6g}), so these are not counts: they look scaled "
+            f"or corrected; {remedy}"
+        )
+    if values.dtype.kind == "f" and (fraction := values != np.floor(values)).any():
+        raise UserError(
+            f"{where} has values that are not whole numbers (such as {values[fraction][0]:.6g}), so these are not "
+            f"counts: they look normalised or log-transformed; {remedy}"
+        )
+    top = int(values.max())
+    if top >= 2**32:
+        raise UserError(f"{where} has the value {top}, beyond what a count can be (32 bits); {remedy}")
+    return values.astype(np.min_scalar_type(top), copy=False)
 
 
-def compressed_counts(
+def stretches(bounds: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Ranges (first, last) of the items that end at `bounds`: as many at a time as have ``BLOCK`` values, at least one.
+
+    Parameters
+    ----------
+    bounds : (items + 1,) values before each item, and all; rises.
+    """
+    first = 0
+    while first < len(bounds) - 1:
+        last = max(first + 1, int(np.searchsorted(bounds, bounds[first] + BLOCK, side="right")) - 1)
+        yield first, last
+        first = last
+
+
+def compressed_blocks(
     data: Any, indices: Any, indptr: Any, shape: tuple[int, int], where: str, remedy: str
-) -> sp.csr_matrix:
-    """Checked CSR matrix of counts from its three stored arrays (for CSC: give the transposed shape).
+) -> Iterator[sp.csr_matrix]:
+    """Checked counts from the three stored arrays of a CSR matrix (for CSC: give the transposed shape).
 
-    Returns
-    -------
+    Yields
+    ------
     scipy.sparse.csr_matrix
-        (rows, columns) as `shape`; smallest unsigned integers, sorted indices, no stored zeros.
+        (some rows, columns): smallest unsigned integers, sorted indices, no stored zeros.
 
     Raises
     ------
@@ -196,25 +201,32 @@ def compressed_counts(
             f"{where} has {data.shape} values, {indices.shape} indices, and an indptr that ends at {bounds[-1]:,}; "
             f"these should be one number: {DAMAGED}"
         )
-    columns = np.empty(indices.shape[0], np.int32 if n_columns < 2**31 else np.int64)
-    for start in range(0, len(columns), BLOCK):
-        block = np.asarray(indices[start : start + BLOCK])
-        if block.dtype.kind not in "iu" or block.min() < 0 or block.max() >= n_columns:
-            raise UserError(f"{where}/indices has {block.max()} where {n_columns:,} columns end; {DAMAGED}")
-        columns[start : start + len(block)] = block
-    counts = sp.csr_matrix((pack_counts(data, where, remedy), columns, bounds), shape=(n_rows, n_columns))
-    return canonical(counts, where)
+    for first, last in stretches(bounds):
+        span = slice(int(bounds[first]), int(bounds[last]))
+        columns = np.asarray(indices[span])
+        if columns.size and (columns.dtype.kind not in "iu" or columns.min() < 0 or columns.max() >= n_columns):
+            raise UserError(f"{where}/indices has {columns.max()} where {n_columns:,} columns end; {DAMAGED}")
+        columns = columns.astype(np.int32 if n_columns < 2**31 else np.int64, copy=False)
+        counts = pack_counts(np.asarray(data[span]), where, remedy)
+        block = sp.csr_matrix((counts, columns, bounds[first : last + 1] - span.start), shape=(last - first, n_columns))
+        yield canonical(block, where, first)
 
 
-def canonical(counts: sp.csr_matrix, where: str) -> sp.csr_matrix:
-    """Sort indices, drop stored zeros, pack; refuse an entry that is stored twice. Works on the arrays in place."""
+def canonical(counts: sp.csr_matrix, where: str, first: int = 0) -> sp.csr_matrix:
+    """Sort indices, drop stored zeros, pack; refuse an entry that is stored twice. Works on the arrays in place.
+
+    Parameters
+    ----------
+    first : which row of the file the first one is, for the message.
+    """
     counts = sp.csr_matrix((counts.data, counts.indices, counts.indptr), shape=counts.shape)  # no flag is believed
     counts.sort_indices()
     if not counts.has_canonical_format:
         rows = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
         twice = np.flatnonzero((np.diff(counts.indices) == 0) & (np.diff(rows) == 0))[0]
         raise UserError(
-            f"{where} stores the entry at row {rows[twice]}, column {counts.indices[twice]} (from 0) twice; {DAMAGED}"
+            f"{where} stores the entry at row {first + rows[twice]}, column {counts.indices[twice]} (from 0) twice; "
+            f"{DAMAGED}"
         )
     counts.eliminate_zeros()
     return smallest(counts)
@@ -226,23 +238,25 @@ def smallest(counts: sp.csr_matrix) -> sp.csr_matrix:
     return counts
 
 
-def dense_counts(values: Any, where: str, remedy: str) -> sp.csr_matrix:
-    """Checked CSR matrix of counts from a dense two-dimensional array, read some rows at a time."""
+def dense_blocks(values: Any, where: str, remedy: str) -> Iterator[sp.csr_matrix]:
+    """Checked counts from a dense two-dimensional array, some rows at a time, as :func:`compressed_blocks` has them."""
     n_rows, n_columns = values.shape
     step = max(1, BLOCK // max(1, n_columns))
-    parts = []
+    whole = (getattr(values, "chunks", None) or (1,))[0]
+    if whole <= 16 * step:  # chunks are read whole, as each is unpacked anew for every block that needs a row of it
+        step = -(-step // whole) * whole
     for start in range(0, n_rows, step):
-        block = np.asarray(values[start : start + step])
-        if block.dtype.kind not in "biuf":
-            raise UserError(f"{where} holds {block.dtype}, not numbers; {remedy}")
-        part = sp.csr_matrix(block)
-        part.data = pack_counts(part.data, where, remedy)
-        parts.append(part)
-    return stacked(parts, n_columns, where)
+        yield dense_counts(np.asarray(values[start : start + step]), where, remedy)
 
 
-def stacked(parts: list[sp.csr_matrix], n_columns: int, where: str) -> sp.csr_matrix:
-    """Blocks of rows, one under the other; none at all gives a matrix without rows."""
-    if not parts:
-        return sp.csr_matrix((0, n_columns), dtype=np.uint8)
-    return canonical(sp.vstack(parts, format="csr"), where)
+def dense_counts(values: np.ndarray, where: str, remedy: str) -> sp.csr_matrix:
+    """Checked CSR matrix of counts from a dense one."""
+    if values.dtype.kind not in "biuf":
+        raise UserError(f"{where} holds {values.dtype}, not numbers; {remedy}")
+    n_rows, n_columns = values.shape
+    there = values != 0  # NaN differs from 0 too
+    at = np.flatnonzero(there)
+    lengths = np.count_nonzero(there, axis=1)
+    columns = (at - np.repeat(np.arange(n_rows) * n_columns, lengths)).astype(np.int32)
+    counts = pack_counts(values.reshape(-1)[at], where, remedy)
+    return sp.csr_matrix((counts, columns, np.append(0, np.cumsum(lengths))), shape=values.shape)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 
 from scvi_core.files import Decisions, UserError
-from scvi_core.io.checks import Read, listed, smallest
+from scvi_core.io.blocks import Read, take_columns
+from scvi_core.io.checks import listed
 
 ENSEMBL = re.compile(r"ENS[A-Z]*G\d{11}(\.\d+)?")
 VERSION = re.compile(r"^(ENS[A-Z]*G\d{11})\.\d+")  # what follows stays: GENCODE writes ENSG00000182378.15_PAR_Y
@@ -137,47 +137,38 @@ def _example(names: np.ndarray) -> str:
     return repr(next((n for n in names if n), "")) if len(names) else "none"
 
 
-def merge_genes(
-    counts: sp.csr_matrix, ids: np.ndarray, names: np.ndarray, decisions: Decisions
-) -> tuple[sp.csr_matrix, np.ndarray, np.ndarray]:
+def merge_genes(ids: np.ndarray, names: np.ndarray, decisions: Decisions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One column a gene id: drop genes without any name, sum those that share one; say how many.
 
     Parameters
     ----------
-    counts : (cells, genes) unsigned integers.
     ids, names : (genes,) object, as :func:`gene_identity` gives them.
 
     Returns
     -------
-    counts, ids, names
-        In the order of first appearance; the smallest unsigned integer type that holds the sums.
+    to : (genes,) int; the column of the result that each goes to, -1 where it is dropped; see
+        :func:`scvi_core.io.blocks.take_columns`.
+    ids, names
+        In the order of first appearance.
     """
-    if (n := int((ids == "").sum())) > 0:
+    named = np.flatnonzero(ids != "")
+    if (n := len(ids) - len(named)) > 0:
         decisions.add("genes_without_name", n, "genes with neither id nor name are dropped", n_genes=n)
-        keep = np.flatnonzero(ids != "")
-        counts, ids, names = counts[:, keep], ids[keep], names[keep]
-    codes, unique = pd.factorize(ids)
-    if (n := len(ids) - len(unique)) > 0:
-        repeated = ids[pd.Index(ids).duplicated()]
+    codes, unique = pd.factorize(ids[named])
+    if (n := len(named) - len(unique)) > 0:
+        repeated = ids[named][pd.Index(ids[named]).duplicated()]
         decisions.add("genes_merged", n, f"rows of one gene are summed ({repeated[0]} is one of them)", n_genes=n)
-        first = np.zeros(len(unique), np.int64)
-        first[codes[::-1]] = np.arange(len(ids))[::-1]
-        wide = np.uint32 if int(counts.data.max(initial=0)) < 2**16 and n < 2**16 else np.uint64
-        counts = sp.csr_matrix(
-            (counts.data.astype(wide), codes[counts.indices].astype(np.int32), counts.indptr),
-            shape=(counts.shape[0], len(unique)),
-        )
-        counts.sum_duplicates()
-        ids, names = ids[first], names[first]
-    return smallest(counts), ids, names
+    to = np.full(len(ids), -1)
+    to[named] = codes
+    first = named[np.unique(codes, return_index=True)[1]]
+    return to, ids[first], names[first]
 
 
-def gene_expression_only(
-    counts: sp.csr_matrix, obs: pd.DataFrame, var: pd.DataFrame, path: Path, decisions: Decisions
-) -> Read:
+def gene_expression_only(read: Read, path: Path, decisions: Decisions) -> Read:
     """Keep the features of type Gene Expression, and say what else there was."""
-    if "feature_type" not in var or len(var) != counts.shape[1]:  # the lengths are compared in read_counts
-        return counts, obs, var
+    blocks, (n_cells, n_genes), obs, var = read.blocks, read.shape, read.obs, read.var
+    if "feature_type" not in var or len(var) != n_genes:  # the lengths are compared when the reader is done
+        return read
     genes = (var["feature_type"] == "Gene Expression").to_numpy()
     if not genes.any():
         raise UserError(
@@ -188,11 +179,12 @@ def gene_expression_only(
         said = ", ".join(f"{n:,} {name}" for name, n in others.items())
         n = int((~genes).sum())
         decisions.add("features_dropped", n, f"only Gene Expression features are modelled (not {said})", n_genes=n)
-        counts, var = counts[:, np.flatnonzero(genes)], var[genes]
+        to, n_genes = np.where(genes, np.cumsum(genes) - 1, -1), len(genes) - n
+        blocks, var = (take_columns(block, to, n_genes) for block in read.blocks), var[genes]
     if "genome" in var and var["genome"].nunique() > 1:
         names = sorted(set(var["genome"]))
         decisions.add("genomes", names, "the genes of all genomes are kept, as one gene set")
-    return counts, obs, var.drop(columns=["feature_type"])
+    return Read(blocks, (n_cells, n_genes), obs, var.drop(columns=["feature_type"]))
 
 
 def guess_organism(ids: np.ndarray, names: np.ndarray) -> str:

@@ -1,8 +1,13 @@
 """Every format gives the same counts; every bad or hostile input gives one clear line."""
 
+import contextlib
 import gzip
 import json
+import os
 import pickle
+import tempfile
+import types
+from pathlib import Path
 
 import anndata
 import h5py
@@ -15,7 +20,8 @@ import scipy.sparse as sp
 from scvi_core import io
 from scvi_core.config import InputConfig, Sample
 from scvi_core.files import Decisions, UserError
-from scvi_core.io import checks, identity
+from scvi_core.io import blocks, checks, identity
+from scvi_core.io import write as sample_file
 
 N_CELLS, N_GENES = 7, 5
 BARCODES = [f"{'ACGT'[i % 4] * 8}{'ACGTACGT'[: i + 1]}-1" for i in range(N_CELLS)]
@@ -104,10 +110,16 @@ def zarr_store(path, **kwargs):
     return path
 
 
-def ingest(path, **config):
-    return io.ingest(
-        path, Sample(sample="s1", path=str(path), batch="b1", metadata={"age": "7"}), InputConfig(**config)
-    )
+def ingest(path, out=None, **config):
+    """What is written, read again by plain anndata, and the decisions."""
+    sample = Sample(sample="s1", path=str(path), batch="b1", metadata={"age": "7"})
+    with tempfile.TemporaryDirectory() as folder:
+        out = out or Path(folder) / "counts.h5ad"
+        digest, decisions = io.ingest(path, out, sample, InputConfig(**config))
+        assert [p.name for p in out.parent.glob("*counts*")] == [out.name]  # nothing of what was temporary
+        adata = anndata.read_h5ad(out)
+    assert digest == adata.uns["content_sha256"] == io.content_sha256(adata)
+    return adata, decisions
 
 
 def other_layers(path, dense):
@@ -187,11 +199,9 @@ def test_other_features_are_counted(tmp_path):
 
 
 def test_written_bytes_are_the_same_and_read_back(tmp_path):
-    adata, _ = ingest(h5ad(tmp_path / "a.h5ad"), metadata=("type", "n"))
-    io.write_h5ad(tmp_path / "out" / "counts.h5ad", adata)
-    io.write_h5ad(tmp_path / "again.h5ad", ingest(tmp_path / "a.h5ad", metadata=("type", "n"))[0])
-    assert (tmp_path / "out" / "counts.h5ad").read_bytes() == (tmp_path / "again.h5ad").read_bytes()
-    back = anndata.read_h5ad(tmp_path / "again.h5ad")
+    adata, _ = ingest(h5ad(tmp_path / "a.h5ad"), tmp_path / "out" / "counts.h5ad", metadata=("type", "n"))
+    back, _ = ingest(tmp_path / "a.h5ad", tmp_path / "counts.h5ad", metadata=("type", "n"))
+    assert (tmp_path / "out" / "counts.h5ad").read_bytes() == (tmp_path / "counts.h5ad").read_bytes()
     assert back.X.dtype == np.uint16 and back.obs["n"].dtype == np.int64 and io.content_sha256(back) == DIGEST
     assert back.obs_names.name == "cell_id" and back.var_names.name == "gene_id"
     assert list(back.obs["type"].cat.categories) == ["a", "b"]
@@ -216,9 +226,7 @@ def test_metadata_columns_become_plain_types(tmp_path):
         assert io._clean_column(mixed[name], mixed.index).dtype == kind
     assert list(io._clean_column(mixed["mixed"], mixed.index).cat.categories) == ["1", "2.5", "x", "y", "z"]
     path = h5ad(tmp_path / "a.h5ad", obs=mixed.drop(columns="mixed"))
-    adata, _ = ingest(path, metadata=("flag", "holes", "float", "empty"))
-    io.write_h5ad(tmp_path / "b.h5ad", adata)
-    back = anndata.read_h5ad(tmp_path / "b.h5ad").obs
+    back = ingest(path, metadata=("flag", "holes", "float", "empty"))[0].obs
     assert back["holes"].isna().sum() == 1 and back["empty"].isna().all()
 
 
@@ -329,7 +337,9 @@ def test_cells_and_layers(tmp_path):
     refused(path, "nothing in 'raw'.*X, counts", layer="raw")
     refused(loom(tmp_path / "c.loom"), "no layer 'spliced'", layer="spliced")
     with pytest.raises(UserError, match="'keep' is one that scvi-core writes"):
-        io.ingest(path, Sample(sample="s", path="p", batch="b", metadata={"keep": "1"}), InputConfig())
+        io.ingest(
+            path, tmp_path / "x.h5ad", Sample(sample="s", path="p", batch="b", metadata={"keep": "1"}), InputConfig()
+        )
 
 
 def test_files_that_are_not_what_they_should_be(tmp_path):
@@ -454,11 +464,179 @@ def test_hostile_zarr(tmp_path, fmt):
     refused(path, "link out of the folder")
 
 
-def test_blocks_do_not_show(tmp_path, monkeypatch):
-    monkeypatch.setattr(checks, "BLOCK", 4)
-    for name in ("h5ad", "h5ad dense float64", "10x v3", "loom", "csv"):
-        path, config = FORMATS[name](tmp_path)
-        assert ingest(path, **config)[0].uns["content_sha256"] == DIGEST
+# --- block by block -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[1, 4, 11])
+def few(request, monkeypatch):
+    """Few values a block, and files for what is put aside however little it is."""
+    monkeypatch.setattr(checks, "BLOCK", request.param)
+    monkeypatch.setattr(blocks, "SMALL", 1)
+    return request.param
+
+
+def read_blocks(path, **config):
+    with blocks.Scratch() as scratch:
+        return list(io._open(path, InputConfig(**config), Decisions("ingest"), scratch)[1].blocks)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_blocks_do_not_show(tmp_path, monkeypatch, few, name):
+    path, config = FORMATS[name](tmp_path)
+    first, decisions = ingest(path, tmp_path / "out" / "counts.h5ad", **config)
+    assert first.uns["content_sha256"] == DIGEST and first.X.dtype == np.uint16
+    parts = read_blocks(path, **config)
+    np.testing.assert_array_equal(sp.vstack(parts).toarray(), X)
+    assert all(p.has_canonical_format and p.data.all() and p.nnz == p.data.size for p in parts)
+    # tiny arrays of zarr are one chunk, which is read whole
+    assert name == "zarr dense" or all(p.shape[0] == 1 or p.nnz <= few or "dense" in name for p in parts)
+    assert name == "zarr dense" or len(parts) > 1
+    monkeypatch.undo()
+    whole, at_once = ingest(path, tmp_path / "whole" / "counts.h5ad", **config)
+    assert whole.X.dtype == first.X.dtype and list(decisions) == list(at_once) and len(read_blocks(path, **config)) == 1
+    same = (tmp_path / folder / "counts.h5ad" for folder in ("out", "whole"))
+    assert len({file.read_bytes() for file in same}) == 1
+
+
+def test_read_counts_is_the_same_in_memory(tmp_path, few):
+    for name in ("h5ad csc", "10x v3 antibodies", "mtx gz", "csv"):
+        (tmp_path / name).mkdir()
+        path, config = FORMATS[name](tmp_path / name)
+        adata = io.read_counts(path, InputConfig(**config), Decisions("map"))
+        np.testing.assert_array_equal(adata.X.toarray(), X)
+        assert adata.X.has_canonical_format and adata.X.dtype == np.uint16 and list(adata.obs_names) == BARCODES
+
+
+def lines_of(folder):
+    head, sizes, *lines = [line for line in (folder / "matrix.mtx").read_text().splitlines() if line != "%"]
+    return head, sizes, lines
+
+
+def test_mtx_in_any_order_and_layout(tmp_path, few):
+    folder = mtx(tmp_path / "m")
+    head, sizes, lines = lines_of(folder)
+    rng = np.random.default_rng(0)
+    for end, blank in (("\n", ""), ("\r\n", ""), ("\n", "\n"), ("\r\n", " \r\n")):
+        shuffled = [
+            f"{line.replace(' ', '  ')}{end}{blank if i % 3 else ''}" for i, line in enumerate(rng.permutation(lines))
+        ]
+        text = f"{head}{end}%{end}{end}{sizes}{end}{''.join(shuffled)}"
+        for cut in (len(text), len(text.rstrip())):
+            (folder / "matrix.mtx").write_bytes(text[:cut].encode())
+            assert ingest(folder)[0].uns["content_sha256"] == DIGEST
+    text = "\n".join([head, sizes, *lines[:-1], lines[3]])
+    (folder / "matrix.mtx").write_text(text)
+    refused(folder, "1 entries are stored twice")
+    (folder / "matrix.mtx").write_text("\n".join([head, sizes, *lines[:-2], "1 99 1", lines[-1]]))
+    refused(folder, f"Line {len(lines) + 1}: Column index out of bounds")
+    (folder / "matrix.mtx").write_text("\n".join([head, sizes, *lines, "1 1 1"]))
+    refused(folder, f"too long: {len(lines) + 1} entries where {len(lines)}")
+    (folder / "matrix.mtx").write_text("\n".join([head, sizes, *lines[:-1]]))
+    refused(folder, "truncated")
+
+
+def test_what_is_wrong_is_found_in_later_blocks(tmp_path, few):
+    x = sp.csr_matrix(X.astype(float))
+    for form in (sp.csr_matrix, sp.csc_matrix, sp.csr_matrix.toarray):
+        late = x.tolil()
+        late[N_CELLS - 1, N_GENES - 1] = 0.5
+        refused(h5ad(tmp_path / "late.h5ad", form(late.tocsr())), r"not whole numbers \(such as 0.5\)")
+    path = h5ad(tmp_path / "a.h5ad")
+    with h5py.File(path, "a") as file:
+        end = file["X/indptr"][-1]
+        assert end - file["X/indptr"][-2] > 1
+        file["X/indices"][end - 1] = file["X/indices"][end - 2]
+    refused(path, f"the entry at row {N_CELLS - 1}, column .* twice")
+
+
+def test_genes_are_merged_in_every_block(tmp_path, few):
+    """Also where their sum needs more bits in one block only, and where genes between them are dropped."""
+    x = np.random.default_rng(1).poisson(0.7, (9, 6))
+    x[7] = 200
+    var = pd.DataFrame(index=["B", "A", "B", "", "C", "A"])
+    for form in (sp.csr_matrix, sp.csc_matrix):
+        adata, _ = ingest(h5ad(tmp_path / "a.h5ad", form(x), pd.DataFrame(index=[f"c{i}" for i in range(9)]), var))
+        assert list(adata.var_names) == ["B", "A", "C"] and adata.X.dtype == np.uint16
+        np.testing.assert_array_equal(adata.X.toarray(), np.c_[x[:, 0] + x[:, 2], x[:, 1] + x[:, 5], x[:, 4]])
+        assert adata.X.has_canonical_format and adata.X.data.all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_by_cell(tmp_path, few, seed):
+    """Stripes of entries in no order, some empty, some cells too: the sum of all, in blocks of few entries."""
+    rng = np.random.default_rng(seed)
+    n_cells, n_genes, n_stripes = rng.integers(1, [40, 30, 6])
+    x = rng.poisson(0.2, (n_cells, n_genes)) * rng.integers(1, 1000, (n_cells, 1))
+    place = rng.integers(0, n_stripes + 1, x.shape) % n_stripes
+    stripes = [sp.csr_matrix((x * (place == i)).astype(np.uint32)) for i in range(n_stripes)]
+    scratch = blocks.Scratch(tmp_path)
+    parts = list(blocks.by_cell(stripes, n_cells, "here", scratch))
+    np.testing.assert_array_equal(sp.vstack(parts).toarray(), x)
+    assert all(p.has_canonical_format and (p.nnz <= few or p.shape[0] == 1) for p in parts)
+    assert not list(tmp_path.iterdir())
+    if x.any():
+        with pytest.raises(UserError, match="stored twice"):
+            list(blocks.by_cell([*stripes, sp.csr_matrix(x.astype(np.uint32))], n_cells, "here", scratch))
+    scratch.close()
+
+
+def test_take_columns():
+    x = sp.random(30, 8, 0.5, "csr", random_state=0, data_rvs=lambda n: np.arange(n) % 250 + 1).astype(np.uint8)
+    for to in ([0, 1, 2, 3, 4, 5, 6, 7], [0, -1, 1, 2, -1, 3, 4, 5], [0, 1, 0, 2, -1, 2, 2, 3], [-1] * 7 + [0]):
+        product = np.zeros((8, max(to) + 1), int)
+        product[np.flatnonzero(np.array(to) >= 0), [t for t in to if t >= 0]] = 1
+        taken = blocks.take_columns(x, np.array(to), max(to) + 1)
+        np.testing.assert_array_equal(taken.toarray(), x.toarray().astype(int) @ product)
+        assert taken.has_canonical_format and taken.data.dtype == np.min_scalar_type(taken.data.max())
+
+
+def test_layout_of_what_is_written(tmp_path):
+    ingest(h5ad(tmp_path / "a.h5ad"), tmp_path / "counts.h5ad")
+    with h5py.File(tmp_path / "counts.h5ad") as file:
+        assert [file["X"][name].dtype for name in ("data", "indices", "indptr")] == [np.uint16, np.int32, np.int64]
+        assert dict(file["X"].attrs)["encoding-type"] == "csr_matrix" and tuple(file["X"].attrs["shape"]) == X.shape
+
+
+# --- full disks ---------------------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_fills_up_gives_one_line(tmp_path, monkeypatch):
+    """Whenever it does; HDF5 is not told, or it would end the process."""
+    path, out = tenx_v3(tmp_path / "a.h5"), tmp_path / "out" / "counts.h5ad"
+    ingest(path, out)
+    size, before = out.stat().st_size, out.read_bytes()
+    real = os.write
+    for room in [0, 1, *range(100, size, size // 25), size - 1]:
+        left = room
+
+        def write(handle, content):
+            nonlocal left
+            if not left:
+                raise OSError(28, "No space left on device")
+            content = content[:left]  # as much as there is room for
+            left -= len(content)
+            return real(handle, content)
+
+        monkeypatch.setattr(sample_file, "os", types.SimpleNamespace(write=write))
+        with pytest.raises(UserError, match=r"counts\.h5ad: no space left on the device"):
+            ingest(path, out)
+        assert out.read_bytes() == before and list(out.parent.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("name", ["10x v3", "h5ad csc", "csv gz cells"])
+def test_a_disk_too_small_for_temporary_files(tmp_path, monkeypatch, few, name):
+    class Full(contextlib.nullcontext):
+        def __init__(self, *_, **__):
+            super().__init__(self)
+            self.seek = self.close = lambda *_: None
+
+        def write(self, content):
+            raise OSError(28, "No space left on device")
+
+    path, config = FORMATS[name](tmp_path)
+    monkeypatch.setattr(blocks.tempfile, "SpooledTemporaryFile", Full)
+    with pytest.raises(UserError, match="no space left on the device for temporary files"):
+        ingest(path, **config)
 
 
 # --- real files ---------------------------------------------------------------------------------------------------
