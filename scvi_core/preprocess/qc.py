@@ -29,8 +29,8 @@ PCT_MITO_FLOOR = 5.0
 
 TOP = 50  # genes whose joint share is a sign of debris
 
-# Doublets. Fewer cells than these hold less than two of them at any usual rate, and too few neighbours to judge by.
-MIN_DOUBLET_CELLS = 200
+# Doublets. Fewer cells than these hold less than one at the usual rate, and too few neighbours to judge by.
+MIN_DOUBLET_CELLS = 100
 MIN_DOUBLET_GENES = 50
 DOUBLET_GENES = 1350  # the most counted
 GROUP_CELLS = 10_000  # cells scored together

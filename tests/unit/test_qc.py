@@ -104,6 +104,18 @@ def test_metrics_equal_scanpy():
     assert decided(decisions, "cells_kept").n_cells == (~frame["keep"]).sum()
 
 
+def test_metrics_do_not_depend_on_chunks(monkeypatch):
+    X, names = cells(mean=30)
+    X[3] = 0
+    X[4, 7] = 70_000  # counts past 16 bits, and rows longer than a chunk
+    whole, _ = qc(sample(X, gene_names=names), QUIET, 0)
+    for stored in (1, 1000):
+        monkeypatch.setattr(samples, "CHUNK", stored)
+        pd.testing.assert_frame_equal(qc(sample(X, gene_names=names), QUIET, 0)[0], whole)
+    top = -np.sort(-X, axis=1)[:, :50].sum(axis=1)
+    np.testing.assert_allclose(whole["pct_top50"], 100 * top / np.maximum(X.sum(axis=1), 1), rtol=1e-6)
+
+
 def test_thresholds_are_median_and_scaled_mad():
     X, names = cells(seed=1)
     X[7] *= 40
@@ -183,7 +195,7 @@ def planted(n, n_doublets, seed=0, n_genes=400):
 
 
 def test_too_few_cells_for_doublets_is_said():
-    for X in (planted(199, 10), planted(400, 20)[:, :40]):
+    for X in (planted(99, 5), planted(400, 20)[:, :40]):
         frame, decisions = qc(sample(X), QcConfig(min_counts=1, min_genes=1), 0)
         assert decided(decisions, "doublets").value == "undecidable"
         assert frame["doublet_score"].isna().all() and not frame["predicted_doublet"].any()
