@@ -17,7 +17,7 @@ N_COEXPRESSED = 500  # genes whose pairs enter the co-expression score
 ARTIFICIAL = 0.8  # artificial doublets a cell
 FEWEST_ARTIFICIAL = 1500
 ROUNDS = 3
-UNSURE = 0.2
+UNSURE = 0.1  # share of cells by which a rate that goes by their number may be off
 
 
 def score_doublets(counts_ng: csr_matrix, expected: float, known: bool, seed: int) -> tuple[np.ndarray, np.ndarray]:

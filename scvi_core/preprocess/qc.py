@@ -272,11 +272,12 @@ def _doublets(
         return score, called
 
     known = config.expected_doublet_rate is not None
-    by_cells = min(RATE_PER_CELL * len(rows), HIGHEST_RATE)
-    expected = config.expected_doublet_rate or by_cells
-    why = "as qc.expected_doublet_rate says"
+    expected, why = config.expected_doublet_rate, "as qc.expected_doublet_rate says"
     if not known:
-        why = f"{100_000 * RATE_PER_CELL:g} % per 1,000 cells captured, {100 * HIGHEST_RATE:g} % at most"
+        expected = min(RATE_PER_CELL * len(rows), HIGHEST_RATE)
+        why = f"{100_000 * RATE_PER_CELL:g} % per 1,000 cells captured"
+        if expected == HIGHEST_RATE:
+            why += f", {100 * HIGHEST_RATE:g} % at most, as more cells come of several captures or a newer chemistry"
     decisions.add("doublets_expected", round(expected, 4), f"share of {len(rows)} cells: {why}")
     order = np.random.default_rng(seed).permutation(rows)
     groups = [np.sort(group) for group in np.array_split(order, -(-len(rows) // GROUP_CELLS))]
