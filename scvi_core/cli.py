@@ -154,13 +154,11 @@ def qc(
 
     Example: scvi-core qc donor1/counts.h5ad --out donor1/qc.parquet --figure donor1/qc.png
     """
-    import anndata as ad
-
     from scvi_core.preprocess.qc import qc as judge
     from scvi_core.report import figures
 
     settings = load_config(config)
-    frame, made = judge(ad.read_h5ad(counts), settings.qc, settings.seed)
+    frame, made = judge(counts, settings.qc, settings.seed)
     write_parquet(out, frame)
     if figure is not None:
         with replacing(figure, "PNG") as temporary:

@@ -71,8 +71,13 @@ class QcConfig(Section):
     max_counts: int | None = Field(None, ge=1, description="fixed limit: most counts a cell")
     max_pct_mito: float = Field(20.0, ge=0, le=100, description="fixed limit: largest mitochondrial share, per cent")
     max_pct_hb: float | None = Field(None, ge=0, le=100, description="fixed limit: largest haemoglobin share, per cent")
-    doublets: bool = Field(True, description="score doublets with Scrublet, sample by sample")
-    expected_doublet_rate: float = Field(0.06, gt=0, lt=1, description="what Scrublet expects before it looks")
+    doublets: bool = Field(True, description="score doublets, sample by sample")
+    expected_doublet_rate: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="share of a sample's cells; default: 0.008 per 1,000 cells captured, 0.08 at most",
+    )
     drop: tuple[
         Literal[
             "low_counts", "high_counts", "low_genes", "high_genes", "high_mito", "high_hb", "high_top50", "doublet"

@@ -5,18 +5,20 @@ Every threshold is a decision on record with its numbers; a dropped cell carries
 
 from __future__ import annotations
 
-import itertools
 import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from scvi_core.config import QcConfig
 from scvi_core.files import Decisions, UserError
+from scvi_core.preprocess.samples import read_chunks, read_tables
 
 if TYPE_CHECKING:
     import pandas as pd
-    from anndata import AnnData
+    from scipy.sparse import csr_matrix
 
 FLAGS = ("low_counts", "high_counts", "low_genes", "high_genes", "high_mito", "high_hb", "high_top50", "doublet")
 
@@ -26,12 +28,17 @@ FLAGS = ("low_counts", "high_counts", "low_genes", "high_genes", "high_mito", "h
 PCT_MITO_FLOOR = 5.0
 
 TOP = 50  # genes whose joint share is a sign of debris
-BLOCK = 2000  # cells whose counts are widened at a time
 
-# Scrublet embeds with 30 principal components and needs neighbours to compare with
-MIN_DOUBLET_CELLS = 50
+# Doublets. Fewer cells than these hold less than one at the usual rate, and too few neighbours to judge by.
+MIN_DOUBLET_CELLS = 100
 MIN_DOUBLET_GENES = 50
-EXACT_NEIGHBOR_CELLS = 20_000  # up to here exact neighbours take less time than compiling approximate ones
+DOUBLET_GENES = 1350  # the most counted
+GROUP_CELLS = 10_000  # cells scored together
+GATHERED = 200_000_000  # stored counts whose cells are gathered in one reading of the file
+# A droplet holds two cells more often the more cells are loaded: 0.8 % per 1,000 cells captured (10x Genomics). One of
+# more than 10,000 comes of a chemistry with half that rate, or of several captures, each with a rate of its own.
+RATE_PER_CELL = 0.008 / 1000
+HIGHEST_RATE = 0.08
 
 # Gene groups by name, any species' capitals (MT-ND1, mt-Nd1). The patterns leave out genes that merely look alike:
 # RPS6KA1 (kinase) and RPS19BP1, HBEGF and HBP1, IGHMBP2 (helicase), TRADD and TRAF1.
@@ -71,8 +78,8 @@ def in_group(group: str, gene_ids: np.ndarray, gene_names: np.ndarray) -> np.nda
     return found
 
 
-def qc(adata: AnnData, config: QcConfig, seed: int) -> tuple[pd.DataFrame, Decisions]:
-    """Judge the cells of one sample.
+def qc(h5ad: Path, config: QcConfig, seed: int) -> tuple[pd.DataFrame, Decisions]:
+    """Judge the cells of one sample, whose counts are read chunk by chunk and never held whole.
 
     Thresholds lie at median ± ``n_mads`` scaled median absolute deviations (of log1p for counts and genes; upper
     side only for the mitochondrial and top-50 shares), with the fixed limits of `config` on top. Medians and MADs
@@ -80,9 +87,9 @@ def qc(adata: AnnData, config: QcConfig, seed: int) -> tuple[pd.DataFrame, Decis
 
     Parameters
     ----------
-    adata : one sample, as ``samples/{sample}/counts.h5ad`` holds it (cells, genes), unsigned integer CSR.
+    h5ad : ``samples/{sample}/counts.h5ad`` of one sample, as ``scvi-core ingest`` writes it.
     config : the qc section.
-    seed : of Scrublet.
+    seed : of the groups and the artificial doublets that cells are scored with.
 
     Returns
     -------
@@ -92,13 +99,16 @@ def qc(adata: AnnData, config: QcConfig, seed: int) -> tuple[pd.DataFrame, Decis
     Raises
     ------
     UserError
-        When no cell is left.
+        When no cell is left, or the file is not a sample that ingest wrote.
     """
-    sample = str(adata.obs["sample"].iloc[0])
+    obs, var, _ = read_tables(h5ad, ("barcode", "sample", "batch"))
+    sample = str(obs["sample"].iloc[0])
     decisions = Decisions("qc", sample)
-    frame = _metrics(adata, decisions)
+    frame, totals = _metrics(h5ad, obs, var, decisions)
     flags = _thresholds(frame, config, decisions)
-    frame["doublet_score"], frame["predicted_doublet"] = _doublets(adata, flags, config, seed, decisions)
+    frame["doublet_score"], frame["predicted_doublet"] = _doublets(
+        h5ad, frame["n_genes"].to_numpy(), totals, flags, config, seed, decisions
+    )
     flags["doublet"] = frame["predicted_doublet"].to_numpy()
 
     frame["flags"] = _joined(flags, FLAGS)
@@ -120,15 +130,15 @@ def qc(adata: AnnData, config: QcConfig, seed: int) -> tuple[pd.DataFrame, Decis
     return frame[order], decisions
 
 
-def _metrics(adata: AnnData, decisions: Decisions) -> pd.DataFrame:
-    """Sums a cell, block by block of rows.
+def _metrics(h5ad: Path, obs: pd.DataFrame, var: pd.DataFrame, decisions: Decisions) -> tuple[pd.DataFrame, np.ndarray]:
+    """Sums a cell, and (genes,) counts of all cells, in one reading of the file.
 
     They are what ``scanpy.pp.calculate_qc_metrics`` gives (a test says so). That function sums in the type of the
     data, where 8 bits wrap round, and takes a minute to compile on a new machine.
     """
     import pandas as pd
 
-    gene_ids, gene_names = adata.var_names.to_numpy(), adata.var["gene_name"].astype(str).to_numpy()
+    gene_ids, gene_names = var.index.to_numpy(), var["gene_name"].to_numpy()
     groups = {group: in_group(group, gene_ids, gene_names) for group in ("mitochondrial", "ribosomal", "haemoglobin")}
     for group, member in groups.items():
         found = int(member.sum())
@@ -137,42 +147,38 @@ def _metrics(adata: AnnData, decisions: Decisions) -> pd.DataFrame:
             text = "none recognised by name or Ensembl id: the share is 0 and no threshold on it applies"
         decisions.add(f"{group}_genes", found, text, n_genes=found)
 
-    X = adata.X
-    indptr = X.indptr.astype(np.int64)
-    n_counts = np.zeros(adata.n_obs, dtype=np.int64)
-    parts = {name: np.zeros(adata.n_obs, dtype=np.int64) for name in (*groups, "top")}
-    for start in range(0, adata.n_obs, BLOCK):
-        rows = slice(start, min(start + BLOCK, adata.n_obs))
-        ends = indptr[start : rows.stop + 1]
-        counts = X.data[ends[0] : ends[-1]].astype(np.int64)
-        gene = X.indices[ends[0] : ends[-1]]
-        ends = ends - ends[0]
-        n_counts[rows] = _row_sums(counts, ends)
-        for group, member in groups.items():
-            parts[group][rows] = _row_sums(np.where(member[gene], counts, 0), ends)
-        for row, (first, last) in enumerate(itertools.pairwise(ends), start):
-            values = counts[first:last]
-            parts["top"][row] = (np.partition(values, -TOP)[-TOP:] if values.size > TOP else values).sum()
+    n_counts, n_top = np.zeros(len(obs), dtype=np.int64), np.zeros(len(obs), dtype=np.int64)
+    n_genes, totals = np.zeros(len(obs), dtype=np.int32), np.zeros(len(var), dtype=np.int64)
+    members = np.column_stack([np.ones(len(var), dtype=bool), *groups.values()]).astype(np.int64)
+    parts = np.zeros((len(obs), len(groups)), dtype=np.int64)
+    for rows, counts in read_chunks(h5ad, np.ones(len(obs), dtype=bool)):
+        counts = counts.astype(np.int64)
+        sums = counts @ members
+        n_counts[rows], parts[rows] = sums[:, 0], sums[:, 1:]
+        n_genes[rows], n_top[rows] = np.diff(counts.indptr), _top_sums(counts)
+        np.add.at(totals, counts.indices, counts.data)
+    shares = np.column_stack([parts, n_top])
     # a cell without counts has no shares: 0, and low_counts flags it
-    share = {name: (100 * part / np.maximum(n_counts, 1)).astype(np.float32) for name, part in parts.items()}
-    return pd.DataFrame(
+    shares = (100 * shares / np.maximum(n_counts, 1)[:, None]).astype(np.float32)
+    frame = pd.DataFrame(
         {
-            "cell_id": adata.obs_names.astype(str).to_numpy(),
-            **{column: adata.obs[column].astype(str).to_numpy() for column in ("barcode", "sample", "batch")},
+            "cell_id": obs.index.astype(str).to_numpy(),
+            **{column: obs[column].astype(str).to_numpy() for column in ("barcode", "sample", "batch")},
             "n_counts": n_counts,
-            "n_genes": np.diff(indptr).astype(np.int32),
-            "pct_mito": share["mitochondrial"],
-            "pct_ribo": share["ribosomal"],
-            "pct_hb": share["haemoglobin"],
-            "pct_top50": share["top"],
+            "n_genes": n_genes,
+            **dict(zip(("pct_mito", "pct_ribo", "pct_hb", "pct_top50"), shares.T, strict=True)),
         }
     )
+    return frame, totals
 
 
-def _row_sums(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Sums of consecutive stretches of integers; exact, and right for empty stretches."""
+def _top_sums(counts: csr_matrix) -> np.ndarray:
+    """(cells,) sums of each cell's ``TOP`` largest counts, of fewer than 2^31 cells and counts below 2^32."""
+    ends = counts.indptr.astype(np.int64)
+    row = np.repeat(np.arange(counts.shape[0], dtype=np.int64), np.diff(ends))
+    values = np.sort(row << 32 | counts.data) & 0xFFFFFFFF  # sorted within each row, by one sort of them all
     total = np.concatenate([[0], np.cumsum(values)])
-    return total[ends[1:]] - total[ends[:-1]]
+    return total[ends[1:]] - total[np.maximum(ends[:-1], ends[1:] - TOP)]
 
 
 def _thresholds(frame: pd.DataFrame, config: QcConfig, decisions: Decisions) -> dict[str, np.ndarray]:
@@ -232,66 +238,90 @@ def _thresholds(frame: pd.DataFrame, config: QcConfig, decisions: Decisions) -> 
 
 
 def _doublets(
-    adata: AnnData, flags: dict[str, np.ndarray], config: QcConfig, seed: int, decisions: Decisions
+    h5ad: Path,
+    n_genes: np.ndarray,
+    totals: np.ndarray,
+    flags: dict[str, np.ndarray],
+    config: QcConfig,
+    seed: int,
+    decisions: Decisions,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scrublet scores (float32, NaN where not scored) and calls (bool) of every cell.
+    """Doublet scores (float32, NaN where not scored) and calls (bool) of every cell.
 
-    Empty droplets and dying cells are left out, as Scrublet's authors advise: added to another cell they make no
-    recognisable doublet. Cells with too many counts or genes stay in: that is what doublets look like.
+    Empty droplets and dying cells are left out: added to another cell they make no recognisable doublet. Cells with
+    too many counts or genes stay in: that is what doublets look like. A large sample is scored in random groups, so
+    that memory does not grow with it; one threshold, over all groups, calls.
     """
-    import scanpy as sc
-    from anndata import AnnData
-    from threadpoolctl import threadpool_limits
+    from scvi_core.preprocess.doublets import doublet_threshold, score_doublets
 
-    score = np.full(adata.n_obs, np.nan, dtype=np.float32)
-    called = np.zeros(adata.n_obs, dtype=bool)
+    score = np.full(len(n_genes), np.nan, dtype=np.float32)
+    called = np.zeros(len(n_genes), dtype=bool)
     if not config.doublets:
         decisions.add("doublets", "off", "qc.doublets is false: not scored")
         return score, called
     poor = [flag for flag in ("low_counts", "low_genes", "high_mito", "high_hb", "high_top50") if flag in config.drop]
-    rows = np.flatnonzero(~np.any([flags[flag] for flag in poor], axis=0)) if poor else np.arange(adata.n_obs)
-    X = adata.X[rows]
-    n_genes = int((np.bincount(X.indices, minlength=X.shape[1]) >= 3).sum())
-    if len(rows) < MIN_DOUBLET_CELLS or n_genes < MIN_DOUBLET_GENES:
+    rows = np.flatnonzero(~np.any([flags[flag] for flag in poor], axis=0)) if poor else np.arange(len(n_genes))
+    genes = np.sort(np.argsort(-totals, kind="stable")[: min(DOUBLET_GENES, np.count_nonzero(totals))])
+    if len(rows) < MIN_DOUBLET_CELLS or len(genes) < MIN_DOUBLET_GENES:
         decisions.add(
             "doublets",
-            "skipped",
-            f"{len(rows)} cells and {n_genes} genes in 3 cells or more: Scrublet needs at least {MIN_DOUBLET_CELLS} "
-            f"and {MIN_DOUBLET_GENES}; not scored",
+            "undecidable",
+            f"{len(rows)} cells and {len(genes)} genes to judge by, where {MIN_DOUBLET_CELLS} and {MIN_DOUBLET_GENES} "
+            "are needed; not scored",
         )
         return score, called
 
-    # float32 holds counts exactly to 16 million; Scrublet adds cells up, where 8 bits would wrap round
-    cells = AnnData(X.astype(np.float32))
-    try:
-        with threadpool_limits(1):  # sums in one order: the same scores for any number of threads
-            sc.pp.scrublet(
-                cells,
-                expected_doublet_rate=config.expected_doublet_rate,
-                use_approx_neighbors=False if len(rows) <= EXACT_NEIGHBOR_CELLS else None,
-                random_state=seed,
-                verbose=False,
-            )
-    except Exception as error:  # whatever it trips over, a sample without doublet scores is still a sample
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        decisions.add("doublets", "failed", f"Scrublet stopped with {text!r}: not scored, none flagged")
-        return score, called
-    score[rows] = cells.obs["doublet_score"].to_numpy(dtype=np.float32)
-    threshold = cells.uns["scrublet"].get("threshold")
-    if threshold is None:
-        decisions.add("doublets", "no threshold", "Scrublet's simulated scores have no two modes: none flagged")
-        return score, called
-    called[rows] = cells.obs["predicted_doublet"].fillna(False).to_numpy(dtype=bool)
-    share = 100 * called.sum() / len(rows)
+    known = config.expected_doublet_rate is not None
+    expected, why = config.expected_doublet_rate, "as qc.expected_doublet_rate says"
+    if not known:
+        expected = min(RATE_PER_CELL * len(rows), HIGHEST_RATE)
+        why = f"{100_000 * RATE_PER_CELL:g} % per 1,000 cells captured"
+        if expected == HIGHEST_RATE:
+            why += f", {100 * HIGHEST_RATE:g} % at most, as more cells come of several captures or a newer chemistry"
+    decisions.add("doublets_expected", round(expected, 4), f"share of {len(rows)} cells: {why}")
+    order = np.random.default_rng(seed).permutation(rows)
+    groups = [np.sort(group) for group in np.array_split(order, -(-len(rows) // GROUP_CELLS))]
+    if len(groups) > 1:
+        text = f"of {len(rows)} cells: random groups of {len(groups[0])} are scored alone, so that memory is bounded"
+        decisions.add("doublet_groups", len(groups), text)
+    artificial = []
+    for i, (group, counts) in enumerate(_gathered(h5ad, groups, n_genes, genes)):
+        score[group], of_artificial = score_doublets(counts, expected, known, seed + i)
+        artificial.append(of_artificial.astype(np.float32))
+    threshold = doublet_threshold(score[rows], np.concatenate(artificial), expected, known)
+    called[rows] = score[rows] > threshold
     decisions.add(
-        "doublet.scrublet",
-        round(float(threshold), 4),
-        f"scores above it are flagged: {share:.1f} % of {len(rows)} cells scored, where "
-        f"{100 * config.expected_doublet_rate:g} % were expected; "
+        "doublet.threshold",
+        round(threshold, 4),
+        f"scores above it are flagged: {100 * called.sum() / len(rows):.1f} % of {len(rows)} cells; "
         + ("flagged cells are dropped" if "doublet" in config.drop else "flagged cells are kept (qc.drop)"),
         n_cells=int(called.sum()),
     )
     return score, called
+
+
+def _gathered(
+    h5ad: Path, groups: list[np.ndarray], n_genes: np.ndarray, genes: np.ndarray
+) -> Iterator[tuple[np.ndarray, csr_matrix]]:
+    """Yield each group's rows with their counts of `genes`; a reading of the file gathers as many groups as fit."""
+    from scipy.sparse import vstack
+
+    sizes = np.cumsum([n_genes[group].sum(dtype=np.int64) for group in groups])
+    first = 0
+    while first < len(groups):
+        before = sizes[first - 1] if first else 0
+        last = max(first + 1, int(np.searchsorted(sizes, before + GATHERED, side="right")))
+        of_row = np.full(len(n_genes), -1, dtype=np.int32)
+        for i in range(first, last):
+            of_row[groups[i]] = i
+        pieces: dict[int, list[csr_matrix]] = {i: [] for i in range(first, last)}
+        for rows, counts in read_chunks(h5ad, of_row >= 0):
+            counts = counts[:, genes]
+            for i, kept in pieces.items():
+                kept.append(counts[of_row[rows] == i])
+        for i in range(first, last):
+            yield groups[i], vstack(pieces.pop(i), format="csr")
+        first = last
 
 
 def _joined(flags: dict[str, np.ndarray], names: list[str] | tuple[str, ...]) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 from scvi_core.files import UserError
 
 if TYPE_CHECKING:
+    import pandas as pd
     from scipy.sparse import csr_matrix
 
 CHUNK = 2_000_000  # stored counts read at a time
@@ -54,26 +55,56 @@ def open_samples(h5ads: Sequence[Path], qcs: Sequence[Path]) -> list[SampleFile]
     return [_open(Path(h5ad), Path(table)) for h5ad, table in zip(h5ads, qcs, strict=True)]
 
 
-def _open(h5ad: Path, table: Path) -> SampleFile:
+def read_tables(h5ad: Path, columns: Sequence[str] = ()) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, str]]:
+    """Read what counts.h5ad says about its cells and genes; the counts stay on disk.
+
+    Parameters
+    ----------
+    h5ad : as ``scvi-core ingest`` wrote it.
+    columns : of the cells, to be read too.
+
+    Returns
+    -------
+    obs : (cells, columns) indexed by cell id.
+    var : (genes, ...) indexed by gene id, with ``gene_name``.
+    uns : gene_ids, organism and content_sha256.
+
+    Raises
+    ------
+    UserError
+        For a file that is not as scvi-core writes it.
+    """
     import h5py
-    import pyarrow.parquet as pq
+    import pandas as pd
     from anndata.io import read_elem
 
     try:
         with h5py.File(h5ad) as file:
-            var, ids = read_elem(file["var"]), read_elem(file["obs"][file["obs"].attrs["_index"]])
+            group = file["obs"]
+            ids = read_elem(group[group.attrs["_index"]])
+            obs = pd.DataFrame({column: read_elem(group[column]) for column in columns}, index=pd.Index(ids))
+            var = read_elem(file["var"])
             uns = {key: str(read_elem(file["uns"][key])) for key in ("gene_ids", "organism", "content_sha256")}
             shape = tuple(file["X"].attrs["shape"])
-        names = var["gene_name"].astype(str).to_numpy()
-        if shape != (len(ids), len(var)):
-            raise ValueError(f"X is {shape}, the tables {(len(ids), len(var))}")
+        var["gene_name"] = var["gene_name"].astype(str)
+        if shape != (len(obs), len(var)):
+            raise ValueError(f"X is {shape}, the tables {(len(obs), len(var))}")
+    except FileNotFoundError:
+        raise UserError(f"{h5ad}: no such file; run `scvi-core ingest`") from None
     except (OSError, KeyError, ValueError) as error:
         raise UserError(f"{h5ad}: not a sample that `scvi-core ingest` wrote ({error}); run ingest again") from None
+    return obs, var, uns
+
+
+def _open(h5ad: Path, table: Path) -> SampleFile:
+    import pyarrow.parquet as pq
+
+    obs, var, uns = read_tables(h5ad)
     try:
         judged = pq.read_table(table, columns=["cell_id", "sample", "batch", "keep"])
     except (OSError, KeyError, ValueError) as error:
         raise UserError(f"{table}: not a table that `scvi-core qc` wrote ({error}); run qc again") from None
-    if not np.array_equal(judged["cell_id"].to_numpy(), np.asarray(ids, dtype=object)) or not len(ids):
+    if not np.array_equal(judged["cell_id"].to_numpy(), obs.index.to_numpy(dtype=object)) or not len(obs):
         raise UserError(f"{table}: its cells are not those of {h5ad}; run qc again")
     return SampleFile(
         path=h5ad,
@@ -82,19 +113,24 @@ def _open(h5ad: Path, table: Path) -> SampleFile:
         organism=uns["organism"],
         content_sha256=uns["content_sha256"],
         gene_ids=var.index.astype(str).to_numpy(),
-        gene_names=names,
+        gene_names=var["gene_name"].to_numpy(),
         keep=judged["keep"].to_numpy().astype(bool),
         batch=judged["batch"].to_numpy(),
     )
 
 
 def kept_chunks(sample: SampleFile, keep: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, csr_matrix]]:
-    """Yield (rows, counts): kept cells' positions in the file and their counts, a chunk of ``CHUNK`` at a time.
+    """:func:`read_chunks` of a sample's kept cells, or of those that `keep`, (cells,) bool, names instead."""
+    return read_chunks(sample.path, sample.keep if keep is None else keep)
+
+
+def read_chunks(h5ad: Path, keep: np.ndarray) -> Iterator[tuple[np.ndarray, csr_matrix]]:
+    """Yield (rows, counts): cells' positions in the file and their counts, a chunk of ``CHUNK`` at a time.
 
     Parameters
     ----------
-    sample : whose counts.
-    keep : (cells,) bool in place of the sample's own.
+    h5ad : counts.h5ad.
+    keep : (cells,) bool, which to read.
 
     Yields
     ------
@@ -104,10 +140,9 @@ def kept_chunks(sample: SampleFile, keep: np.ndarray | None = None) -> Iterator[
     import h5py
     from scipy.sparse import csr_matrix
 
-    keep = sample.keep if keep is None else keep
-    with h5py.File(sample.path) as file:
+    with h5py.File(h5ad) as file:
         X = file["X"]
-        indptr = X["indptr"][:].astype(np.int64)
+        indptr, n_genes = X["indptr"][:].astype(np.int64), int(X.attrs["shape"][1])
         start = 0
         while start < len(keep):
             stop = max(start + 1, int(np.searchsorted(indptr, indptr[start] + CHUNK, side="right")) - 1)
@@ -116,5 +151,5 @@ def kept_chunks(sample: SampleFile, keep: np.ndarray | None = None) -> Iterator[
                 first, last = rows[0], rows[-1] + 1
                 span = slice(indptr[first], indptr[last])
                 parts = X["data"][span], X["indices"][span], indptr[first : last + 1] - indptr[first]
-                yield rows, csr_matrix(parts, shape=(last - first, len(sample.gene_ids)))[rows - first]
+                yield rows, csr_matrix(parts, shape=(last - first, n_genes))[rows - first]
             start = stop

@@ -21,7 +21,6 @@ import yaml
 
 from scvi_core._version import __version__
 from scvi_core.config import Config, load_samples
-from scvi_core.de import weakest
 from scvi_core.files import Decisions, UserError, canonical_json, read_decisions, replacing, write_json
 from scvi_core.report import figures
 from scvi_core.report.manifest import manifest, public_config, software_versions
@@ -76,6 +75,7 @@ def read_atlas(folder: Path, config: Config) -> dict[str, Any]:
     factors : of a linear decoder, see :func:`factors`, else empty; contrasts : see :func:`contrasts`, empty where
     none is asked for; criticism : see :func:`read_criticism`.
     """
+    from scvi_core.de import weakest  # loads torch, which qc, who needs the figures alone, does without
 
     def need(name: str) -> Path:
         if not (folder / name).exists():

@@ -33,6 +33,7 @@ METRICS = {  # column of qc.parquet: (title, logarithmic)
     "pct_top50": ("top-50 genes %", False),
     "doublet_score": ("doublet score", False),
 }
+SHOWN = 20_000  # barcodes drawn as points; more are thinned at random, with a fixed seed
 
 
 def thresholds(decisions: Iterable[Any], sample: str | None = None) -> dict[str, list[float]]:
@@ -61,7 +62,8 @@ def _violins(ax: Axes, groups: list[np.ndarray], logarithmic: bool, theme: str) 
             ax.text(0.02, i, "not scored", va="center", color=THEMES[theme]["soft"], transform=ax.get_yaxis_transform())
             continue
         if np.ptp(values) > 0:
-            body = ax.violinplot([values], [i], orientation="horizontal", widths=0.86, showextrema=False)["bodies"][0]
+            thin = np.quantile(values, np.linspace(0, 1, 2001)) if len(values) > 2001 else values  # the same density
+            body = ax.violinplot([thin], [i], orientation="horizontal", widths=0.86, showextrema=False)["bodies"][0]
             body.set(facecolor=THEMES[theme]["main"], alpha=0.55, edgecolor="none")
         low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
         ax.plot([low, high], [i, i], color=THEMES[theme]["ink"], lw=2.2, solid_capstyle="round")
@@ -101,6 +103,8 @@ def qc_overview(qc: Mapping[str, pd.DataFrame], decisions: Iterable[Any], theme:
 def qc_figure(qc: pd.DataFrame, decisions: Iterable[Any] = (), theme: str = "light") -> Figure:
     """Draw one sample's QC: five violins, two scatters of kept and dropped barcodes, and the flags; limits dashed.
 
+    Time and size are those of ``SHOWN`` barcodes at most; all are counted.
+
     Parameters
     ----------
     qc : rows of ``samples/{sample}/qc.parquet``.
@@ -123,14 +127,16 @@ def qc_figure(qc: pd.DataFrame, decisions: Iterable[Any] = (), theme: str = "lig
                 ax.axvline(at, color=PALETTE[4], lw=1.2, ls=(0, (4, 2)))
         ax.set_xlim(low, high)
     axes = bottom.subplots(1, 3, width_ratios=[1, 1, 0.8])
+    some = qc.iloc[np.sort(np.random.default_rng(0).permutation(len(qc))[:SHOWN])]
+    shown, left = some["keep"].to_numpy(bool), f" ({SHOWN:,} barcodes at random)" if len(qc) > SHOWN else ""
     for ax, metric, log in ((axes[0], "n_genes", True), (axes[1], "pct_mito", False)):
-        for mask, colour, layer in ((keep, t["main"], 2), (~keep, PALETTE[4], 3)):
-            x = np.maximum(qc["n_counts"].to_numpy(float)[mask], 1)
-            y = qc[metric].to_numpy(float)[mask]
+        for mask, colour, layer in ((shown, t["main"], 2), (~shown, PALETTE[4], 3)):
+            x = np.maximum(some["n_counts"].to_numpy(float)[mask], 1)
+            y = some[metric].to_numpy(float)[mask]
             ax.scatter(x, np.maximum(y, 1) if log else y, s=5, c=colour, alpha=0.45, lw=0, zorder=layer)
         scale_axis(ax.xaxis, True)
         scale_axis(ax.yaxis, log)
-        ax.set(xlabel="counts", ylabel=METRICS[metric][0])
+        ax.set(xlabel=f"counts{left}", ylabel=METRICS[metric][0])
         if not log and not (qc[metric] > 0).any():
             ax.set_ylim(-0.05, 1)
         box = ax.get_xlim(), ax.get_ylim()
@@ -143,8 +149,9 @@ def qc_figure(qc: pd.DataFrame, decisions: Iterable[Any] = (), theme: str = "lig
     bottom.legend(
         dots, [f"kept {keep.sum():,}", f"dropped {(~keep).sum():,}"], loc="outside upper left", ncols=2, handletextpad=0
     )
-    counts = qc["flags"].fillna("").str.split(",").explode()
-    counts = counts[counts != ""].value_counts().sort_index(ascending=False)
+    texts = qc["flags"].fillna("").value_counts()
+    pairs = [(flag, n) for text, n in texts.items() for flag in text.split(",") if flag]
+    counts = pd.DataFrame(pairs, columns=["flag", "n"]).groupby("flag")["n"].sum().sort_index(ascending=False)
     axes[2].barh(range(len(counts)), counts.to_numpy(), color=PALETTE[4], height=0.6, alpha=0.85)
     axes[2].set_ylim(len(counts) - max(len(counts), 6) - 0.6, len(counts) - 0.4)
     for i, n in enumerate(counts):

@@ -1,19 +1,32 @@
+import tempfile
+from pathlib import Path
+
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
 from _samples import sample, split
 from scipy.stats import median_abs_deviation
 
 from scvi_core.config import QcConfig
 from scvi_core.files import UserError
-from scvi_core.preprocess.qc import FLAGS, MITOCHONDRIAL_IDS, PCT_MITO_FLOOR, in_group, qc
+from scvi_core.preprocess import qc as module
+from scvi_core.preprocess import samples
+from scvi_core.preprocess.doublets import doublet_threshold, score_doublets
+from scvi_core.preprocess.qc import FLAGS, MITOCHONDRIAL_IDS, PCT_MITO_FLOOR, in_group
 
 COLUMNS = [
     "cell_id", "barcode", "sample", "batch", "n_counts", "n_genes", "pct_mito", "pct_ribo", "pct_hb", "pct_top50",
     "doublet_score", "predicted_doublet", "flags", "keep", "reason",
 ]  # fmt: skip
 QUIET = QcConfig(doublets=False)
+
+
+def qc(adata, config, seed):
+    with tempfile.TemporaryDirectory() as folder:
+        adata.write_h5ad(Path(folder) / "counts.h5ad")
+        return module.qc(Path(folder) / "counts.h5ad", config, seed)
 
 
 def cells(n=120, g=300, mean=3.0, seed=0, mito=3):
@@ -91,6 +104,18 @@ def test_metrics_equal_scanpy():
     assert decided(decisions, "cells_kept").n_cells == (~frame["keep"]).sum()
 
 
+def test_metrics_do_not_depend_on_chunks(monkeypatch):
+    X, names = cells(mean=30)
+    X[3] = 0
+    X[4, 7] = 70_000  # counts past 16 bits, and rows longer than a chunk
+    whole, _ = qc(sample(X, gene_names=names), QUIET, 0)
+    for stored in (1, 1000):
+        monkeypatch.setattr(samples, "CHUNK", stored)
+        pd.testing.assert_frame_equal(qc(sample(X, gene_names=names), QUIET, 0)[0], whole)
+    top = -np.sort(-X, axis=1)[:, :50].sum(axis=1)
+    np.testing.assert_allclose(whole["pct_top50"], 100 * top / np.maximum(X.sum(axis=1), 1), rtol=1e-6)
+
+
 def test_thresholds_are_median_and_scaled_mad():
     X, names = cells(seed=1)
     X[7] *= 40
@@ -157,23 +182,76 @@ def test_doublets():
     assert np.isnan(frame["doublet_score"][299]) and frame["doublet_score"][:299].notna().all()
     assert frame["predicted_doublet"][:10].sum() >= 8 and frame["predicted_doublet"][10:].sum() <= 4
     assert (frame["reason"][frame["predicted_doublet"]] == "doublet").all()
-    assert decided(decisions, "doublet.scrublet").n_cells == frame["predicted_doublet"].sum()
+    assert decided(decisions, "doublet.threshold").n_cells == frame["predicted_doublet"].sum()
 
 
-def test_doublets_skipped_or_failed_is_said(monkeypatch):
-    import scanpy as sc
+def planted(n, n_doublets, seed=0, n_genes=400):
+    """Cells of four types, the first `n_doublets` of them sums of two types."""
+    rng = np.random.default_rng(seed)
+    kinds = rng.gamma(0.3, 4, (4, n_genes)) * rng.lognormal(0, 0.3, (n, 1, 1))
+    X = rng.poisson(kinds[np.arange(n), np.arange(n) % 4])
+    X[:n_doublets] += rng.poisson(kinds[np.arange(n_doublets), (np.arange(n_doublets) + 1) % 4])
+    return X
 
-    X, names = cells(30)
-    _, decisions = qc(sample(X, gene_names=names), QcConfig(), 0)
-    assert decided(decisions, "doublets").value == "skipped"
 
-    def broken(*_, **__):
-        raise ValueError("no genes")
+def test_too_few_cells_for_doublets_is_said():
+    for X in (planted(99, 5), planted(400, 20)[:, :40]):
+        frame, decisions = qc(sample(X), QcConfig(min_counts=1, min_genes=1), 0)
+        assert decided(decisions, "doublets").value == "undecidable"
+        assert frame["doublet_score"].isna().all() and not frame["predicted_doublet"].any()
 
-    monkeypatch.setattr(sc.pp, "scrublet", broken)
-    X, names = cells(60)
-    frame, decisions = qc(sample(X, gene_names=names), QcConfig(), 0)
-    assert decided(decisions, "doublets").value == "failed" and frame["doublet_score"].isna().all()
+
+def test_expected_doublets():
+    _, decisions = qc(sample(planted(400, 0)), QcConfig(min_counts=1), 0)
+    assert decided(decisions, "doublets_expected").value == 0.0032
+    frame, decisions = qc(sample(planted(400, 40)), QcConfig(min_counts=1, expected_doublet_rate=0.1), 0)
+    assert decided(decisions, "doublets_expected").value == 0.1
+    assert 35 <= frame["predicted_doublet"].sum() <= 50
+
+
+def test_large_samples_are_scored_in_groups_that_memory_holds(monkeypatch):
+    """Groups of at most GROUP_CELLS, all cells scored once, and the same however many a reading gathers."""
+    X = planted(1500, 90)
+    config = QcConfig(min_counts=1, expected_doublet_rate=0.06)
+    monkeypatch.setattr(module, "GROUP_CELLS", 400)
+    monkeypatch.setattr(samples, "CHUNK", 10_000)
+    frame, decisions = qc(sample(X), config, 0)
+    assert decided(decisions, "doublet_groups").value == 4
+    for gathered in (1, 2 * np.count_nonzero(X) // 3):
+        monkeypatch.setattr(module, "GATHERED", gathered)
+        pd.testing.assert_frame_equal(qc(sample(X), config, 0)[0], frame)
+    called = frame["predicted_doublet"]
+    assert called[:90].mean() > 0.9 and called[90:].mean() < 0.02
+
+
+def test_doublet_scores_do_not_depend_on_threads():
+    from threadpoolctl import threadpool_limits
+
+    counts = sp.csr_matrix(planted(300, 20).astype(np.uint8))
+    one = score_doublets(counts, 0.06, True, 0)
+    with threadpool_limits(2):
+        two = score_doublets(counts, 0.06, True, 0)
+    assert all((a == b).all() for a, b in zip(one, two, strict=True))
+    assert not (score_doublets(counts, 0.06, True, 1)[0] == one[0]).all()
+
+
+def test_doublet_threshold():
+    rng = np.random.default_rng(0)
+    cells, artificial = rng.beta(2, 8, 1000), rng.beta(8, 2, 2000)
+    cells[:60] = rng.beta(8, 2, 60)
+    for known in (True, False):
+        assert 0.04 < (cells > doublet_threshold(cells, artificial, 0.06, known)).mean() < 0.09
+    blind = rng.beta(2, 2, 1000), rng.beta(2, 2, 1000)  # scores say nothing: what is known decides
+    assert (blind[0] > doublet_threshold(*blind, 0.06, True)).mean() == pytest.approx(0.06, abs=0.03)
+
+
+def test_qc_needs_none_of_the_large_libraries():
+    import subprocess
+    import sys
+
+    code = "import sys, scvi_core.cli, scvi_core.preprocess.qc, scvi_core.report.figures as _; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "numba", "scanpy", "sklearn", "mlflow"} & set(loaded)
 
 
 def test_real_mouse_marrow(real_data):

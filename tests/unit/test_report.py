@@ -325,7 +325,8 @@ def test_figures_are_figures_with_fixed_bytes(atlas):
     limits.add("high_mito.max_pct_mito", 9.0, "x")
     limits.add("low_counts.min_counts", 100, "x")
     assert figures.thresholds(limits) == {"pct_mito": [9.0], "n_counts": [100.0]}
-    for rows in (qc, qc.head(1), qc.head(0)):
+    many = pd.concat([qc] * (figures.SHOWN // len(qc) + 1))
+    for rows in (qc, qc.head(1), qc.head(0), many):
         assert figures.png(figures.qc_figure(rows, limits))[:4] == b"\x89PNG"
     both = cells.assign(tsne_1=cells["umap_2"], tsne_2=np.nan)
     assert figures.png(figures.umap_figure(both, "cluster", "tsne", theme="dark"))
