@@ -11,6 +11,7 @@ and 10 kB of disk a cell. Timings are of this machine with nothing else running.
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import subprocess
@@ -110,7 +111,7 @@ def make(folder: Path, source: Path, cells: int, samples: int, seed: int, config
 
 
 class Peak(threading.Thread):
-    """The largest memory that a process and all it started held at one time, bytes of their own (USS)."""
+    """The largest memory that a process and all it started held at one time, in bytes of resident memory."""
 
     def __init__(self, pid: int):
         super().__init__(daemon=True)
@@ -149,7 +150,7 @@ def table(results: Path) -> pd.DataFrame:
     rows = []
     for path in sorted((results / "benchmarks").glob("*.tsv")):
         one = pd.read_csv(path, sep="\t").iloc[-1]
-        asked = json.loads(one["resources"]) if isinstance(one.get("resources"), str) else {}
+        asked = ast.literal_eval(one["resources"]) if isinstance(one.get("resources"), str) else {}
         rows.append(
             {
                 "rule": path.stem.split(".")[0],
@@ -183,11 +184,14 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="default: results/million/CELLS; kept, so that a rerun goes on")
     parser.add_argument("--config", default="{}", help="further configuration, as JSON")
+    parser.add_argument("--make-only", action="store_true", help="write the samples, build nothing")
     arguments = parser.parse_args()
     folder = (arguments.folder or ROOT / "results" / "million" / str(arguments.cells)).resolve()
     config = {"atlas": "big", "samples": "config/samples.tsv", "threads": arguments.cores}
     config |= json.loads(arguments.config)
     make(folder, arguments.source, arguments.cells, arguments.samples, arguments.seed, config)
+    if arguments.make_only:
+        return
     seconds, gigabytes, code = build(folder, arguments.cores)
     results = folder / "results" / "big"
     with pd.option_context("display.width", 160, "display.max_columns", None):

@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-PACKAGES = "torch numpy scipy pandas pyarrow anndata zarr scanpy umap openTSNE igraph mlflow duckdb pydeseq2"
+PACKAGES = "torch numpy scipy pandas pyarrow anndata zarr scanpy faiss scranpy openTSNE igraph mlflow duckdb pydeseq2"
 for name in PACKAGES.split():
     importlib.import_module(name)
 for name in ("snakemake", "pip"):

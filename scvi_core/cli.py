@@ -667,6 +667,19 @@ def report(
     build_report(folder, load_config(config))
 
 
+@app.command(cls=Step)
+def times(folder: Annotated[Path, typer.Argument(help="results/{atlas}")]) -> None:
+    """Show where the time of a build went: each rule's jobs, seconds and memory, the longest first.
+
+    Example: scvi-core times results/pancreas
+    """
+    from scvi_core.times import times_table
+
+    if not (folder / "benchmarks").is_dir():
+        raise UserError(f"{folder}: has no benchmarks/; name a folder results/ATLAS that Snakemake has built")
+    print(times_table(folder))
+
+
 @app.command("map", cls=Step)
 def map_(
     query: Annotated[Path, typer.Argument(help="new cells, in any format that ingest reads")],

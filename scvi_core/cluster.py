@@ -6,6 +6,8 @@ cells of an inverted file), how long Leiden goes on, and what the UMAP starts fr
 
 from __future__ import annotations
 
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +15,7 @@ import pandas as pd
 
 from scvi_core.config import ClusterConfig
 from scvi_core.files import Decisions, UserError
+from scvi_core.log import log
 
 if TYPE_CHECKING:
     from igraph import Graph
@@ -55,6 +58,10 @@ def cluster(
             f"cluster.n_neighbors: {config.n_neighbors} neighbours of {n_cells} cells; lower it below the cell count"
         )
     latent_nk = np.ascontiguousarray(latent_nk, dtype=np.float32)
+    perplexity = _tsne_perplexity(n_cells, config, decisions)
+    # the slowest of all, by a process of its own, as what follows leaves a core idle
+    aside = ProcessPoolExecutor(1, get_context("spawn")) if perplexity is not None and threads > 1 else None
+    drawn = aside.submit(_tsne, latent_nk, perplexity, seed) if aside is not None else None
     near_nk, distance_nk = neighbors(latent_nk, config.n_neighbors - 1, seed, threads, decisions)
     graph, weights = _graph(connectivities(near_nk, distance_nk))
     iterations = -1 if n_cells <= EXACT_CELLS else ITERATIONS
@@ -69,10 +76,12 @@ def cluster(
     umap = empty
     if config.umap:
         start = None if n_cells <= 2 * LANDMARKS else _landmark_places(latent_nk, config, seed, threads, decisions)
+        log.info("cluster: UMAP of %s cells begins", f"{n_cells:,}")
         umap = layout(near_nk, distance_nk, start, config.umap_min_dist, seed, threads)
-    tsne = _tsne(latent_nk, config, seed, decisions)
-    coordinates = {"umap_1": umap[:, 0], "umap_2": umap[:, 1]}
-    coordinates |= dict(zip(("tsne_1", "tsne_2"), (empty if tsne is None else tsne).T, strict=True))
+    tsne = empty if perplexity is None else _tsne(latent_nk, perplexity, seed) if drawn is None else drawn.result()
+    if aside is not None:
+        aside.shutdown()
+    coordinates = {"umap_1": umap[:, 0], "umap_2": umap[:, 1], "tsne_1": tsne[:, 0], "tsne_2": tsne[:, 1]}
     return pd.DataFrame(out | coordinates)
 
 
@@ -259,18 +268,20 @@ def _landmark_places(
     return places[nearest].mean(axis=1)
 
 
-def _tsne(latent_nk: np.ndarray, config: ClusterConfig, seed: int, decisions: Decisions) -> np.ndarray | None:
-    n_cells = len(latent_nk)
+def _tsne_perplexity(n_cells: int, config: ClusterConfig, decisions: Decisions) -> float | None:
+    """The perplexity of the t-SNE to draw; None where none is drawn."""
     if config.tsne == "auto" and n_cells > TSNE_CELLS:
         text = f"cluster.tsne: auto draws none of more than {TSNE_CELLS:,} cells, as it is slow; true draws it"
         decisions.add("tsne", "off", text)
-    if not config.tsne or (config.tsne == "auto" and n_cells > TSNE_CELLS):
         return None
+    perplexity, most = config.tsne_perplexity, (n_cells - 1) / 3
+    if config.tsne and perplexity > most:
+        decisions.add("tsne_perplexity", round(most, 1), f"{perplexity:g} is too many for {n_cells} cells")
+    return min(perplexity, most) if config.tsne else None
+
+
+def _tsne(latent_nk: np.ndarray, perplexity: float, seed: int) -> np.ndarray:
     from openTSNE import TSNE
 
-    perplexity, most = config.tsne_perplexity, (n_cells - 1) / 3
-    if perplexity > most:
-        decisions.add("tsne_perplexity", round(most, 1), f"{perplexity:g} is too many for {n_cells} cells")
-        perplexity = most
     # one thread: the sums of forces depend on how they are split
     return np.asarray(TSNE(perplexity=perplexity, random_state=seed, n_jobs=1).fit(latent_nk), dtype=np.float32)

@@ -12,18 +12,20 @@ Suffixes: r replicates, n cells, g genes, k groups.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+import torch
 
 from scvi_core.config import CriticismConfig
 from scvi_core.counts import Counts, unsigned
 from scvi_core.files import Decisions, UserError, replacing, write_json, write_parquet
-from scvi_core.log import log
+from scvi_core.log import log, progress
 from scvi_core.model import SCVI
 from scvi_core.posterior import posterior_predictive
 
@@ -177,7 +179,10 @@ def criticise(
     seed: int,
     made: Decisions,
 ) -> Criticism:
-    """Hold replicates of some cells against their counts. One replicate is in memory at a time, as a sparse matrix.
+    """Hold replicates of some cells against their counts.
+
+    On the CPU each of PyTorch's threads makes replicates of its own, as drawing from distributions takes one thread.
+    Each holds one in memory, as a sparse matrix.
 
     Parameters
     ----------
@@ -197,10 +202,14 @@ def criticise(
     observed, marked = moments(real), markers(real, groups)
     made_r: list[dict[str, dict[str, np.ndarray]]] = []
     agreement, between, lfc_kg, before = [], [], np.zeros_like(marked[0]), None
-    for r in range(config.n_replicates):
-        replicate = posterior_predictive(model, counts, seed * 1_000_003 + r)
-        made_r.append(moments(replicate))
-        now = markers(replicate, groups)
+
+    def replicate(r: int) -> tuple[dict[str, dict[str, np.ndarray]], tuple[np.ndarray, np.ndarray]]:
+        x_ng = posterior_predictive(model, counts, seed * 1_000_003 + r)
+        return moments(x_ng), markers(x_ng, groups)
+
+    replicates = _in_turn(replicate, config.n_replicates, next(model.parameters()).is_cuda)
+    for of_all, now in progress(replicates, "replicates made", config.n_replicates):
+        made_r.append(of_all)
         agreement.append(agree(marked, now))
         if before is not None:
             between.append(agree(before, now))
@@ -252,6 +261,17 @@ def criticise(
         log.info("%s = %s: %s", check["check"], check["verdict"], check["sentence"])
     summary = {"n_cells": n_cells, "n_replicates": config.n_replicates, "checks": checks}
     return Criticism(tables["gene"], tables["cell"], by_group, de, summary)
+
+
+def _in_turn(function: Callable[[int], Any], n: int, on_gpu: bool) -> Iterator[Any]:
+    """``function(0)``, ..., ``function(n - 1)``; on the CPU by as many threads as PyTorch has, each one alone."""
+    threads = torch.get_num_threads()
+    if on_gpu:
+        yield from map(function, range(n))
+        return
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield from pool.map(function, range(n))
+    torch.set_num_threads(threads)
 
 
 def _matrix(counts: Counts) -> sp.csr_matrix:

@@ -24,6 +24,7 @@ from scvi_core import native
 from scvi_core.config import DeConfig
 from scvi_core.counts import Counts
 from scvi_core.files import Decisions, UserError
+from scvi_core.log import progress
 from scvi_core.model import SCVI, Noise
 from scvi_core.posterior import blocks
 
@@ -346,7 +347,8 @@ def _compare(
     n_genes = model.rho.out_features
     columns = {key: np.empty((len(comparisons), n_genes)) for key in (*names, "scale_group", "scale_reference")}
     delta_i = _deltas(pool, model, comparisons, config, c, made)
-    for at, rho_gm in _decoded(pool, model):
+    blocks_of_genes = progress(_decoded(pool, model), "genes compared", n_genes, lambda b: b[0].stop - b[0].start)
+    for at, rho_gm in blocks_of_genes:
         mean_gkb = _by_group(rho_gm, pool)
         log_gm = rho_gm.add_(c).log2_()
         for i, one in enumerate(comparisons):

@@ -1,7 +1,15 @@
 """One logger for the package: plain lines on stderr, so that Snakemake's ``log:`` files read well."""
 
+from __future__ import annotations
+
 import logging
 import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+EVERY = 30  # seconds between two lines that say how far a step is
 
 log = logging.getLogger("scvi_core")
 log.setLevel(logging.INFO)
@@ -19,3 +27,45 @@ class _Stderr(logging.StreamHandler):
 if not log.handlers:
     log.addHandler(_Stderr())
     log.handlers[0].setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+
+
+def progress(items: Iterable[T], what: str, total: int, size: Callable[[T], int] = lambda _: 1) -> Iterator[T]:
+    """The items, saying meanwhile how far they are: a bar with an estimate on a terminal, else a line now and then.
+
+    Parameters
+    ----------
+    what : such as ``"qc: cells read"``.
+    total : of all items' sizes.
+    size : of an item, such as its number of cells.
+    """
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(what, total=total)
+            for item in items:
+                yield item
+                bar.advance(task, size(item))
+        return
+    done, began = 0, time.monotonic()
+    told = began
+    for item in items:
+        yield item
+        done += size(item)
+        now = time.monotonic()
+        if now - told > EVERY and done < total:
+            left = (now - began) * (total - done) / done
+            log.info("%s: %s of %s, about %s left", what, f"{done:,}", f"{total:,}", duration(left))
+            told = now
+
+
+def duration(seconds: float) -> str:
+    """Seconds as one reads them: 42 s, 5 min, 1.5 h."""
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{seconds / 60:.0f} min"
+        if seconds < 5400
+        else f"{seconds / 3600:.1f} h"
+    )

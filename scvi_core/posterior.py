@@ -15,6 +15,7 @@ import torch
 
 from scvi_core.counts import Counts, Minibatch
 from scvi_core.files import UserError
+from scvi_core.log import progress
 from scvi_core.model import SCVI, Noise, Posterior
 
 BLOCK = 1024  # cells at a time: 8 MB of float32 at 2,000 genes
@@ -41,7 +42,7 @@ def latent_std(model: SCVI, counts: Counts) -> np.ndarray:
 @torch.inference_mode()
 def _moments(model: SCVI, counts: Counts) -> np.ndarray:
     out = np.empty((2, len(counts), model.config.n_latent), dtype=np.float32)
-    for at, cells in blocks(counts):
+    for at, cells in progress(blocks(counts), "cells embedded", len(counts), lambda block: len(block[1].batch_n)):
         q = model.encode(cells)
         out[0, at], out[1, at] = q.mean_nk.cpu().numpy(), q.variance_nk.sqrt().cpu().numpy()
     return out

@@ -27,6 +27,7 @@ from scvi_core.io.blocks import Read, Reader, Scratch, Spool, stacked, take_colu
 from scvi_core.io.checks import listed, nearest
 from scvi_core.io.identity import as_text
 from scvi_core.io.write import content_sha256, write_counts
+from scvi_core.log import progress
 
 __all__ = ["content_sha256", "ingest", "read_counts"]
 
@@ -225,7 +226,7 @@ def ingest(path: str | Path, out: str | Path, sample: Sample, config: InputConfi
         ids, names, id_kind = identity.gene_identity(read.var, config.gene_ids, str(path), of_genes)
         to, ids, names = identity.merge_genes(ids, names, of_genes)
         spool, entries, left = Spool(scratch), 0, 0
-        for block in read.blocks:
+        for block in progress(read.blocks, "ingest: cells read", read.shape[0], lambda block: block.shape[0]):
             taken = take_columns(block, to, len(ids))
             spool.add(taken)
             entries, left = entries + block.nnz, left + taken.nnz

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from scvi_core.files import UserError
+from scvi_core.log import progress
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,7 +126,7 @@ def kept_chunks(sample: SampleFile, keep: np.ndarray | None = None) -> Iterator[
 
 
 def read_chunks(h5ad: Path, keep: np.ndarray) -> Iterator[tuple[np.ndarray, csr_matrix]]:
-    """Yield (rows, counts): cells' positions in the file and their counts, a chunk of ``CHUNK`` at a time.
+    """Yield (rows, counts): cells' positions in the file and their counts, a chunk of ``CHUNK`` at a time; say how far.
 
     Parameters
     ----------
@@ -137,6 +138,10 @@ def read_chunks(h5ad: Path, keep: np.ndarray) -> Iterator[tuple[np.ndarray, csr_
     rows : (n,) int, ascending.
     counts : (n, genes of the file) CSR in the file's integer type.
     """
+    return progress(_chunks(h5ad, keep), f"{h5ad}: cells read", int(keep.sum()), lambda chunk: len(chunk[0]))
+
+
+def _chunks(h5ad: Path, keep: np.ndarray) -> Iterator[tuple[np.ndarray, csr_matrix]]:
     import h5py
     from scipy.sparse import csr_matrix
 

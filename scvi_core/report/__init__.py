@@ -11,7 +11,11 @@ import base64
 import dataclasses
 import hashlib
 import json
+import multiprocessing
 import re
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +29,7 @@ from scvi_core.files import Decisions, UserError, canonical_json, read_decisions
 from scvi_core.report import figures
 from scvi_core.report.manifest import manifest, public_config, software_versions
 from scvi_core.report.sentences import kept_epoch, model_card, snippets, training_decisions, verdicts
-from scvi_core.report.viewer import CELL_COLUMNS, MISSING, continuous, label_table, levels, viewer_data
+from scvi_core.report.viewer import CELL_COLUMNS, MISSING, NAMED_CELLS, continuous, label_table, levels, viewer_data
 
 BEFORE = ("ingest", "qc", "genes", "store")  # steps, around training
 AFTER = ("embed", "cluster", "de", "contrast", "criticism", "report")
@@ -82,7 +86,7 @@ def read_atlas(folder: Path, config: Config) -> dict[str, Any]:
             raise UserError(f"{folder / name}: missing, and the report is made of it; run the step that writes it")
         return folder / name
 
-    cells = pd.read_parquet(need("cells.parquet"))
+    cells = _read(need("cells.parquet"), ids=NAMED_CELLS)
     names = sample_names(folder, config, cells)
     for column in config.report.labels:
         if column not in cells:
@@ -101,7 +105,7 @@ def read_atlas(folder: Path, config: Config) -> dict[str, Any]:
         "history": pd.read_parquet(need("model/history.parquet")),
         "model": model,
         "names": names,
-        "qc": {s: pd.read_parquet(need(f"samples/{s}/qc.parquet")) for s in names},
+        "qc": {s: _read(need(f"samples/{s}/qc.parquet")) for s in names},
         "decisions": collect_decisions(folder, names, model, config),
         "contrasts": contrasts(pd.read_parquet(need("contrast.parquet"))) if config.contrast.tests else [],
         "criticism": read_criticism(folder) if config.criticism.enabled else None,
@@ -116,6 +120,18 @@ def read_criticism(folder: Path) -> dict[str, Any] | None:
     return json.loads((folder / "criticism" / "checks.json").read_text()) | tables
 
 
+def _read(path: Path, ids: int = 0) -> pd.DataFrame:
+    """Read a table of cells: texts as categories, which take a byte or two a cell; names of cells only up to `ids`."""
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(path)
+    texts = [f.name for f in file.schema_arrow if str(f.type) in ("string", "large_string")]
+    names = ("cell_id", "barcode") if file.metadata.num_rows > ids else ()
+    columns = [name for name in file.schema_arrow.names if name not in names]
+    coded = [name for name in texts if name not in ("cell_id", "barcode")]
+    return pq.read_table(path, columns=columns, read_dictionary=coded).to_pandas()
+
+
 def _parquet_columns(path: Path) -> list[str]:
     import pyarrow.parquet as pq
 
@@ -127,7 +143,7 @@ def sample_names(folder: Path, config: Config, cells: pd.DataFrame) -> list[str]
     if Path(config.samples).is_file():
         return [s.sample for s in load_samples(config.samples)]
     found = sorted(p.parent.name for p in folder.glob("samples/*/qc.parquet"))
-    order = list(dict.fromkeys(cells["sample"].astype(str)))
+    order = [str(sample) for sample in cells["sample"].unique()]
     return [s for s in order if s in found] + [s for s in found if s not in order]
 
 
@@ -212,8 +228,11 @@ def number(value: Any) -> float | None:
 
 
 def _tally(flags: pd.Series) -> dict[str, int]:
-    each = flags.fillna("").str.split(",").explode()
-    return {str(k): int(v) for k, v in each[each != ""].value_counts().sort_index().items()}
+    each: dict[str, int] = {}
+    for text, n in flags.value_counts().items():
+        for flag in filter(None, text.split(",")):
+            each[flag] = each.get(flag, 0) + int(n)
+    return dict(sorted(each.items()))
 
 
 def agreement(clusters: pd.Series, labels: pd.Series) -> dict[str, Any]:
@@ -266,12 +285,10 @@ def contrasts(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 def draw(folder: Path, data: dict[str, Any], config: Config) -> dict[str, dict[str, str]]:
     """Draw every picture twice: light, as ``figures/{name}.png`` and for the page; dark, for the page. Give base64."""
-    cells, out, files = data["cells"], {}, {}
+    cells, jobs = data["cells"], {}
 
-    def add(name: str, function: Any, *arguments: Any) -> None:
-        themes = {t: figures.png(function(*arguments, theme=t)) for t in ("light", "dark")}
-        files[name] = themes["light"]
-        out[name] = {t: base64.b64encode(data).decode() for t, data in themes.items()}
+    def add(name: str, *job: Any) -> None:
+        jobs[name] = job
 
     add("qc", figures.qc_overview, data["qc"], data["decisions"])
     for name, qc in data["qc"].items():
@@ -289,15 +306,43 @@ def draw(folder: Path, data: dict[str, Any], config: Config) -> dict[str, dict[s
     add("markers", figures.markers_figure, data["de"], chosen)
     if data["criticism"]:
         add("criticism", figures.criticism_figure, data["criticism"])
-    for name, content in files.items():
+    out = {}
+    for name, themes in zip(jobs, _drawn(list(jobs.values()), config.threads), strict=True):
         with replacing(folder / "figures" / f"{name}.png") as temporary:
-            temporary.write_bytes(content)
+            temporary.write_bytes(themes["light"])
+        out[name] = {theme: base64.b64encode(content).decode() for theme, content in themes.items()}
     page = folder / "report.html"
     earlier = page.read_bytes() if page.is_file() else b""
     for path in (folder / "figures").glob("*.png"):  # of a sample or label that is no more; a user's own stay
-        if path.stem not in files and FIGURE.fullmatch(path.stem) and base64.b64encode(path.read_bytes()) in earlier:
+        if path.stem not in jobs and FIGURE.fullmatch(path.stem) and base64.b64encode(path.read_bytes()) in earlier:
             path.unlink()
     return out
+
+
+def _drawn(jobs: list[tuple[Any, ...]], processes: int) -> Iterator[dict[str, bytes]]:
+    """Draw each (function, *arguments) in both themes, by processes that are forked so that they share the tables."""
+
+    def drawn(job: tuple[Any, ...]) -> dict[str, bytes]:
+        function, *arguments = job
+        return {theme: figures.png(function(*arguments, theme=theme)) for theme in ("light", "dark")}
+
+    if processes == 1 or sys.platform != "linux":
+        return map(drawn, jobs)
+    global _DRAW
+    _DRAW = lambda i: drawn(jobs[i])  # noqa: E731
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"))
+    try:
+        return iter(list(pool.map(_draw, range(len(jobs)))))
+    finally:
+        pool.shutdown()
+        _DRAW = None
+
+
+_DRAW: Any = None
+
+
+def _draw(i: int) -> dict[str, bytes]:
+    return _DRAW(i)
 
 
 def slug(name: str) -> str:
@@ -326,7 +371,8 @@ def render(
     cells, decisions = data["cells"], data["decisions"]
     top = markers(data["de"], TABLE_MARKERS)
     limits = {s: figures.thresholds([d for d in decisions if d["step"] == "qc"], s) for s in data["names"]}
-    batch_of = cells.astype({"sample": str, "batch": str}).groupby("sample")["batch"].unique()
+    pairs = cells[["sample", "batch"]].drop_duplicates().astype(str)
+    batch_of = pairs.groupby("sample")["batch"].unique()
     return env.get_template("report.html.j2").render(
         config=config, m=numbers, model=data["model"], n_latent=data["n_latent"], viewer=viewer, pictures=pictures,
         verdicts=verdicts(numbers, data, config), card=model_card(data, config),

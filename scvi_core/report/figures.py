@@ -34,6 +34,7 @@ METRICS = {  # column of qc.parquet: (title, logarithmic)
     "doublet_score": ("doublet score", False),
 }
 SHOWN = 20_000  # barcodes drawn as points; more are thinned at random, with a fixed seed
+SHOWN_ON_MAP = 200_000  # cells on a UMAP or t-SNE
 
 
 def thresholds(decisions: Iterable[Any], sample: str | None = None) -> dict[str, list[float]]:
@@ -149,7 +150,7 @@ def qc_figure(qc: pd.DataFrame, decisions: Iterable[Any] = (), theme: str = "lig
     bottom.legend(
         dots, [f"kept {keep.sum():,}", f"dropped {(~keep).sum():,}"], loc="outside upper left", ncols=2, handletextpad=0
     )
-    texts = qc["flags"].fillna("").value_counts()
+    texts = qc["flags"].value_counts()
     pairs = [(flag, n) for text, n in texts.items() for flag in text.split(",") if flag]
     counts = pd.DataFrame(pairs, columns=["flag", "n"]).groupby("flag")["n"].sum().sort_index(ascending=False)
     axes[2].barh(range(len(counts)), counts.to_numpy(), color=PALETTE[4], height=0.6, alpha=0.85)
@@ -282,11 +283,12 @@ def umap_figure(cells: pd.DataFrame, column: str, basis: str = "umap", theme: st
     names, codes = levels(cells[column])
     xy = cells[[f"{basis}_1", f"{basis}_2"]].to_numpy(float)
     colour, shown = np.array(colours(names, theme)), min(len(names), len(PALETTE))
-    order = np.random.default_rng(0).permutation(len(cells))  # so that no category lies on top of all others
+    # in random order, so that no category lies on top of all others
+    order = np.random.default_rng(0).permutation(len(cells))[:SHOWN_ON_MAP]
     columns = -(-shown // 18)
     fig = Figure(figsize=(3.7 + 1.5 * columns, 3.8), layout="constrained")
     ax = fig.subplots()
-    size = float(np.clip(9000 / max(len(cells), 1), 0.4, 10))
+    size = float(np.clip(9000 / max(len(order), 1), 0.4, 10))
     ax.scatter(*xy[order].T, s=size, c=colour[codes[order]], lw=0, alpha=0.85)
     if column.startswith("cluster"):
         for i, name in enumerate(names):
@@ -297,7 +299,8 @@ def umap_figure(cells: pd.DataFrame, column: str, basis: str = "umap", theme: st
     ax.set_title(label(column, 40) + more)
     ax.set(xticks=[], yticks=[])
     title = {"umap": "UMAP", "tsne": "t-SNE"}.get(basis, basis)
-    ax.set_xlabel(f"{title} 1", loc="left")
+    some = f" ({SHOWN_ON_MAP:,} cells at random)" if len(cells) > SHOWN_ON_MAP else ""
+    ax.set_xlabel(f"{title} 1{some}", loc="left")
     ax.set_ylabel(f"{title} 2", loc="bottom")
     ax.set_aspect("equal", "box")
     ax.spines[:].set_visible(False)

@@ -11,8 +11,8 @@ from scvi_core.config import Config
 from scvi_core.files import UserError, sha256_file, sha256_text
 
 PACKAGES = (
-    "scvi-core anndata duckdb h5py igraph leidenalg matplotlib mlflow numpy openTSNE pandas pyarrow "
-    "pydeseq2 safetensors scanpy scikit-learn scikit-misc scipy torch umap-learn zarr"
+    "scvi-core anndata duckdb faiss-cpu h5py igraph knncolle matplotlib mlflow numpy openTSNE pandas pyarrow "
+    "pydeseq2 safetensors scikit-learn scikit-misc scipy scranpy torch zarr"
 )
 
 

@@ -31,11 +31,11 @@ def levels(values: pd.Series) -> tuple[list[str], np.ndarray]:
     -------
     names : the categories as text; codes : (cells,) int64, positions in `names`.
     """
-    text = values.astype(object).where(values.notna(), None).map(lambda v: MISSING if v is None else str(v))
-    text = text.map(lambda v: v if v.strip() else MISSING)
-    names = sorted(set(text), key=lambda v: (v == MISSING, _natural(v)))
+    codes, found = pd.factorize(values)  # -1 where there is no value
+    texts = [str(v) if str(v).strip() else MISSING for v in found] + [MISSING] * bool((codes < 0).any())
+    names = sorted(set(texts), key=lambda v: (v == MISSING, _natural(v)))
     position = {name: i for i, name in enumerate(names)}
-    return names, text.map(position).to_numpy(dtype=np.int64)
+    return names, np.array([position[text] for text in texts], dtype=np.int64)[codes]
 
 
 def _natural(text: str) -> list[tuple[int, int, str]]:
@@ -91,7 +91,7 @@ def viewer_data(cells: pd.DataFrame, labels: tuple[str, ...], decisions: Decisio
             continue
         counts = np.bincount(codes, minlength=len(names)).tolist()
         columns.append({"name": name, "names": names, "counts": counts, "codes": pack(codes[order])})
-    ids = cells["cell_id"].to_numpy()[order].tolist() if len(order) <= NAMED_CELLS else None
+    ids = cells["cell_id"].to_numpy()[order].tolist() if len(cells) <= NAMED_CELLS else None
     out = {"n": len(cells), "shown": len(order), "spaces": spaces, "columns": columns, "ids": ids}
     return {**out, "palette": PALETTE, "missing": MISSING}
 

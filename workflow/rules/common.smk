@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -10,6 +11,7 @@ from snakemake_interface_storage_plugins.registry import StoragePluginRegistry
 
 from scvi_core.config import check_columns, load_config, load_samples
 from scvi_core.files import UserError, code_sha256
+from scvi_core.times import times_table
 
 os.environ.update(
     SCVI_CORE_CODE=code_sha256()
@@ -41,6 +43,14 @@ SOURCES = {
     name: getattr(storage, row.plugin)(row.path) if row.plugin else row.path
     for name, row in SAMPLES.items()
 }
+
+
+BEGAN = time.time()
+
+
+onsuccess:
+    print("\nWhere the time went (scvi-core times shows all of the atlas):")
+    print(times_table(CONFIG.folder, BEGAN))
 
 
 onstart:

@@ -35,7 +35,7 @@ rule report:
         f"{ATLAS}/logs/report.log",
     benchmark:
         f"{ATLAS}/benchmarks/report.tsv"
-    threads: 1
+    threads: CONFIG.threads
     resources:
         mem_mb=megabytes(2500, 5),
         runtime=minutes(15, 0.05),
