@@ -14,7 +14,7 @@ cp "$here/check.py" "$here/sbom.py" "$venv/share/scvi-core/"
 cd "$venv"/lib/python3.*/site-packages
 # what only a compiler or a test of those packages reads
 rm -rf torch/include torch/share pyarrow/include numpy/_core/include
-for package in numpy scipy pandas sklearn statsmodels skimage networkx sympy numba matplotlib pyarrow; do
+for package in numpy scipy pandas sklearn statsmodels networkx sympy numba matplotlib pyarrow; do
     [ ! -d $package ] || find $package -type d -name tests -prune -exec rm -rf {} +
 done
 # bytecode without dates: the same files at each build. A few packages hold templates that are no Python: not an error

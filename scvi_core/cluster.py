@@ -26,7 +26,7 @@ RECALL = 0.95  # share of the true neighbours that a search of part of the cells
 ITERATIONS = 5  # of Leiden, beyond EXACT_CELLS
 LANDMARKS = 5_000  # cells whose own UMAP gives all cells their places to start from, beyond twice as many
 TSNE_CELLS = 10_000  # t-SNE by `auto` up to here: about a minute of one core
-BLOCK = 100_000  # cells at a time, where intermediate arrays are wider than a row of neighbours
+BLOCK = 20_000  # cells at a time, where intermediate arrays are wider than a row of neighbours
 
 
 def cluster(
@@ -281,7 +281,12 @@ def _tsne_perplexity(n_cells: int, config: ClusterConfig, decisions: Decisions) 
 
 
 def _tsne(latent_nk: np.ndarray, perplexity: float, seed: int) -> np.ndarray:
-    from openTSNE import TSNE
+    """Coordinates by openTSNE, (cells, 2) float32. One thread: sums of forces depend on how they are split."""
+    from openTSNE import TSNE, affinity
+    from openTSNE.nearest_neighbors import PrecomputedNeighbors
 
-    # one thread: the sums of forces depend on how they are split
-    return np.asarray(TSNE(perplexity=perplexity, random_state=seed, n_jobs=1).fit(latent_nk), dtype=np.float32)
+    k = min(len(latent_nk) - 1, int(3 * perplexity))  # as openTSNE itself
+    known = PrecomputedNeighbors(*neighbors(latent_nk, k, seed, 1, Decisions("cluster")))
+    near = affinity.PerplexityBasedNN(knn_index=known, perplexity=perplexity, n_jobs=1)
+    drawn = TSNE(perplexity=perplexity, random_state=seed, n_jobs=1).fit(latent_nk, affinities=near)
+    return np.asarray(drawn, dtype=np.float32)
