@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from scvi_core import report
 from scvi_core.config import load_config
 from scvi_core.files import Decisions, UserError, write_json, write_parquet
-from scvi_core.report import figures, style
+from scvi_core.report import figures, style, viewer
 from scvi_core.report.viewer import MISSING, PALETTE, levels
 
 HOSTILE = [
@@ -205,6 +205,34 @@ def test_viewer_data_are_those_of_the_table(atlas):
     x = np.frombuffer(base64.b64decode(data["spaces"][0]["x"]), "<u2").astype(float)
     assert np.corrcoef(x, cells["umap_1"])[0, 1] > 0.9999
     assert {"age", "n_counts", "sample", "batch", "cluster"} <= set(column) and "values" in column["age"]
+
+
+def test_many_cells_are_thinned_and_said_to_be():
+    n = viewer.SHOWN_CELLS + 10_000
+    rng = np.random.default_rng(0)
+    cells = pd.DataFrame(rng.normal(size=(n, 2)), columns=["umap_1", "umap_2"])
+    cells["cluster"] = pd.Categorical(rng.choice(["0", "1", "2"], n))
+    cells["sample"] = cells["batch"] = pd.Categorical(rng.choice(["a", "b"], n))
+    made = Decisions("report")
+    data = viewer.viewer_data(cells, (), made)  # without cell_id: beyond NAMED_CELLS it is not read
+    assert data["n"] == n and data["shown"] == viewer.SHOWN_CELLS and data["ids"] is None
+    assert [d.what for d in made] == ["cells_in_viewer"]
+    assert sum(data["columns"][0]["counts"]) == n
+
+
+def test_a_map_of_many_cells_says_how_many_it_shows(monkeypatch):
+    monkeypatch.setattr(figures, "SHOWN_ON_MAP", 50)
+    cells = pd.DataFrame({"umap_1": np.arange(60.0), "umap_2": 0.0, "cluster": ["0", "1"] * 30})
+    figure = figures.umap_figure(cells, "cluster")
+    assert len(figure.axes[0].collections[0].get_offsets()) == 50
+    assert figure.axes[0].get_xlabel() == "UMAP 1 (50 cells at random)"
+
+
+def test_pictures_are_the_same_by_any_number_of_processes(atlas):
+    folder, config = atlas
+    data = report.read_atlas(folder, config)
+    jobs = [(figures.umap_figure, data["cells"], column) for column in ("cluster", "batch", "sample")]
+    assert list(report._drawn(jobs, 1)) == list(report._drawn(jobs, 2))
 
 
 def test_policy_names_the_hash_of_the_script(atlas):

@@ -7,7 +7,7 @@ import pytest
 from _project import BIN, ROOT, cli, environment, here, make, snakemake
 
 COMMANDS = ["validate", "ingest", "qc", "genes", "store", "lookup", "train", "embed", "cluster", "de", "register"]
-COMMANDS += ["expression", "loadings", "contrast", "criticism", "report", "map"]
+COMMANDS += ["expression", "loadings", "contrast", "criticism", "report", "times", "map"]
 MODELS = ["list", "show", "promote"]
 
 
