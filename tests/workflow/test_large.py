@@ -1,4 +1,4 @@
-"""A build of 24,000 cells: every size at which something changes is passed, with the defaults of those who have such."""
+"""A build of 24,000 cells: every size at which something changes is passed, by the defaults but of training."""
 
 import json
 
