@@ -60,7 +60,7 @@ onstart:
             shutil.rmtree(SOURCES[name], ignore_errors=True)
             Path(SOURCES[name]).unlink(missing_ok=True)
     # nor does it copy a folder over the copy that it made before it was killed
-    copied = Path(".snakemake/backups", ATLAS.lstrip("/"), "figures")
+    copied = Path(".snakemake/backups", ATLAS.lstrip(os.sep), "figures")
     if ".." not in copied.parts:
         shutil.rmtree(copied, ignore_errors=True)
 
