@@ -91,31 +91,55 @@ NO_GPU = ["device"] if CONFIG.device == "cuda" else []
 CARD = int(CONFIG.device != "cpu" and shutil.which("nvidia-smi") is not None)
 
 
-def megabytes(base, per_megabyte, most=float("inf")):
-    """Memory by size of input, more at each attempt; `most` is the share that grows."""
+# what jobs took when they were measured (benchmarks/million.py), and more: a margin, and the Snakemake that Slurm's plugin
+# starts around each job
+MARGIN, AROUND = 1.25, 200
+
+
+def folder_mb(paths):
+    """Of the folders that inputs are or stand for: a sample's 10x or zarr folder, the store by its .zattrs."""
+    folders = [
+        os.path.dirname(path) if path.endswith(".zattrs") else path for path in paths
+    ]
+    inside = [
+        os.path.join(at, name)
+        for path in folders
+        for at, _, names in os.walk(path)
+        for name in names
+    ]
+    return sum(map(os.path.getsize, inside)) / 1e6
+
+
+def megabytes(base, *terms, of=None):
+    """Memory by size of input, more at each attempt.
+
+    base: of a tiny input. terms: (megabytes a megabyte of input, and the most that they are). of: the one input that
+    counts, a file; None: all.
+    """
 
     def estimate(wildcards, input, attempt):
-        # an input that stands for its folder: a sample's 10x or zarr folder, the store by its .zattrs
-        folders = [
-            os.path.dirname(path) if path.endswith(".zattrs") else path
-            for path in input
-        ]
-        inside = [
-            os.path.join(at, name)
-            for path in folders
-            for at, _, names in os.walk(path)
-            for name in names
-        ]
-        size = input.size_mb + sum(map(os.path.getsize, inside)) / 1e6
-        return int(attempt * (base + min(per_megabyte * size, most)))
+        if of is None:
+            size = input.size_mb + folder_mb(input)
+        else:
+            size = Path(input[of]).stat().st_size / 1e6 if os.path.exists(input[of]) else 0
+        used = base + sum(min(rate * size, most) for rate, most in terms)
+        return int(attempt * (AROUND + MARGIN * used))
 
     return estimate
 
 
 def minutes(base, per_megabyte):
-    """Time by size of input, more at each attempt."""
-    return megabytes(base, per_megabyte)
+    """Time by size of input, some four times what two cores took, more at each attempt."""
+
+    def estimate(wildcards, input, attempt):
+        size = input.size_mb + folder_mb(input)
+        return int(attempt * (base + per_megabyte * size))
+
+    return estimate
 
 
-# beyond which packed counts are streamed, and as much for what is made of them
-MOST = 2000 * CONFIG.train.memory_gb
+# what a GPU's driver takes of the computer's memory: not measured yet
+DRIVER = 0 if CONFIG.device == "cpu" else 3000
+ANY = float("inf")
+# beyond which packed counts are streamed
+MOST = 1000 * CONFIG.train.memory_gb

@@ -10,7 +10,7 @@ rule embed:
         f"{ATLAS}/benchmarks/embed.tsv"
     threads: CONFIG.threads
     resources:
-        mem_mb=megabytes(2500, 8, MOST),
+        mem_mb=megabytes(390, (3.2, MOST)),
         runtime=minutes(10, 0.1),
         card=CARD,
     params:
@@ -34,7 +34,7 @@ rule loadings:
         f"{ATLAS}/benchmarks/loadings.tsv"
     threads: 1
     resources:
-        mem_mb=megabytes(2000, 1),
+        mem_mb=megabytes(400, (2, ANY)),
         runtime=minutes(10, 0.01),
     params:
         model=subpath(input[0], parent=True),

@@ -11,7 +11,7 @@ rule genes:
         f"{ATLAS}/benchmarks/genes.tsv"
     threads: 1
     resources:
-        mem_mb=megabytes(3000, 1),
+        mem_mb=megabytes(310, (0.11, ANY)),
         runtime=minutes(15, 0.05),
     params:
         config=part("input.genes", "genes"),
@@ -34,7 +34,7 @@ rule store:
         f"{ATLAS}/benchmarks/store.tsv"
     threads: 1
     resources:
-        mem_mb=megabytes(3000, 2),
+        mem_mb=megabytes(240, (3, 90), (0.25, ANY)),
         runtime=minutes(10, 0.05),
     params:
         store=subpath(output.store, parent=True),

@@ -10,7 +10,7 @@ rule ingest:
         f"{ATLAS}/benchmarks/ingest.{{sample}}.tsv"
     threads: 1
     resources:
-        mem_mb=megabytes(2000, 0.2),
+        mem_mb=megabytes(200, (10, 200)),
         runtime=minutes(10, 0.05),
     params:
         batch=lambda wildcards: SAMPLES[wildcards.sample].batch,

@@ -16,7 +16,7 @@ rule qc:
         f"{ATLAS}/benchmarks/qc.{{sample}}.tsv"
     threads: 1
     resources:
-        mem_mb=megabytes(2000, 2),
+        mem_mb=megabytes(300, (16, 260), (2, 400), (0.4, ANY)),
         runtime=minutes(15, 0.2),
     params:
         config=part("qc", "seed"),

@@ -10,7 +10,7 @@ rule lookup:
         f"{ATLAS}/benchmarks/lookup.tsv"
     threads: 1
     resources:
-        mem_mb=megabytes(2000, 20),
+        mem_mb=megabytes(340, (0.8, ANY)),
         runtime=minutes(10, 0.02),
     params:
         store=subpath(input[0], parent=True),
@@ -38,7 +38,7 @@ rule train:
     threads: CONFIG.threads
     resources:
         mem_mb=megabytes(
-            4000 * CONFIG.devices, 8 * CONFIG.devices, MOST * CONFIG.devices
+            (390 + DRIVER) * CONFIG.devices, (3.2 * CONFIG.devices, MOST * CONFIG.devices)
         ),
         runtime=minutes(120, 0.2),  # four times what two cores took
         card=CARD,
