@@ -156,7 +156,7 @@ def table(results: Path) -> pd.DataFrame:
                 "rule": path.stem.split(".")[0],
                 "seconds": one["s"],
                 "cpu": one["cpu_time"],
-                "mb": one["max_rss"],
+                "mb": one["max_pss"],  # what processes share counts once
                 "asked_mb": asked.get("mem_mb", np.nan),
                 "asked_min": asked.get("runtime", np.nan),
             }

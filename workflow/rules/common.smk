@@ -121,7 +121,9 @@ def megabytes(base, *terms, of=None):
         if of is None:
             size = input.size_mb + folder_mb(input)
         else:
-            size = Path(input[of]).stat().st_size / 1e6 if os.path.exists(input[of]) else 0
+            size = (
+                Path(input[of]).stat().st_size / 1e6 if os.path.exists(input[of]) else 0
+            )
         used = base + sum(min(rate * size, most) for rate, most in terms)
         return int(attempt * (AROUND + MARGIN * used))
 

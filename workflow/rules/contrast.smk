@@ -15,7 +15,7 @@ rule contrast:
         f"{ATLAS}/benchmarks/contrast.tsv"
     threads: 1
     resources:
-        mem_mb=megabytes(3000, 5),
+        mem_mb=megabytes(2400, (4, ANY)),
         runtime=minutes(30 + 30 * len(CONFIG.contrast.tests), 0.2),
     params:
         config=part("contrast"),

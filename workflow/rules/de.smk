@@ -12,7 +12,7 @@ rule de:
         f"{ATLAS}/benchmarks/de.tsv"
     threads: CONFIG.threads
     resources:
-        mem_mb=megabytes(3000, 8, MOST),
+        mem_mb=megabytes(460, (3.2, MOST), (1.6, ANY)),
         runtime=minutes(20, 0.2),
         card=CARD,
     params:

@@ -55,7 +55,7 @@ rule cluster:
         f"{ATLAS}/benchmarks/cluster.tsv"
     threads: CONFIG.threads
     resources:
-        mem_mb=megabytes(3000, 20),
+        mem_mb=megabytes(480, (38, ANY), of="latent"),
         runtime=minutes(20, 1),
     params:
         store=subpath(input.store, parent=True),

@@ -11,7 +11,7 @@ rule register:
         f"{ATLAS}/benchmarks/register.tsv"
     threads: 1
     resources:
-        mem_mb=2000,
+        mem_mb=megabytes(290, (23, ANY), of="cells"),
         runtime=10,
     params:
         folder=subpath(output[0], parent=True),

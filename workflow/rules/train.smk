@@ -38,7 +38,8 @@ rule train:
     threads: CONFIG.threads
     resources:
         mem_mb=megabytes(
-            (390 + DRIVER) * CONFIG.devices, (3.2 * CONFIG.devices, MOST * CONFIG.devices)
+            (390 + DRIVER) * CONFIG.devices,
+            (3.2 * CONFIG.devices, MOST * CONFIG.devices),
         ),
         runtime=minutes(120, 0.2),  # four times what two cores took
         card=CARD,
