@@ -6,8 +6,6 @@ cells of an inverted file), how long Leiden goes on, and what the UMAP starts fr
 
 from __future__ import annotations
 
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,7 +38,7 @@ def cluster(
     latent_nk : (cells, latent) float32.
     config : neighbours, resolutions, which pictures.
     seed : of all of them.
-    threads : of the search for neighbours and of the UMAP; the result is the same for any number.
+    threads : of the search for neighbours and of the UMAP from landmarks; the result is the same for any number.
 
     Returns
     -------
@@ -51,7 +49,7 @@ def cluster(
     Raises
     ------
     UserError
-        When there are not more cells than neighbours.
+        When there are not more cells than neighbours, or a cell has no finite place.
     """
     n_cells = len(latent_nk)
     if n_cells <= config.n_neighbors:
@@ -59,10 +57,10 @@ def cluster(
             f"cluster.n_neighbors: {config.n_neighbors} neighbours of {n_cells} cells; lower it below the cell count"
         )
     latent_nk = np.ascontiguousarray(latent_nk, dtype=np.float32)
+    strange = int((~np.isfinite(latent_nk).all(axis=1)).sum())
+    if strange:
+        raise UserError(f"latent space: {strange:,} of {n_cells:,} cells have values that are not finite; train again")
     perplexity = _tsne_perplexity(n_cells, config, decisions)
-    # the slowest of all, by a process of its own, as what follows leaves a core idle
-    aside = ProcessPoolExecutor(1, get_context("spawn")) if perplexity is not None and threads > 1 else None
-    drawn = aside.submit(_tsne, latent_nk, perplexity, seed) if aside is not None else None
     near_nk, distance_nk = neighbors(latent_nk, config.n_neighbors - 1, seed, threads, decisions)
     graph, weights = _graph(connectivities(near_nk, distance_nk))
     iterations = -1 if n_cells <= EXACT_CELLS else ITERATIONS
@@ -79,9 +77,7 @@ def cluster(
         start = None if n_cells <= 2 * LANDMARKS else _landmark_places(latent_nk, config, seed, threads, decisions)
         log.info("cluster: UMAP of %s cells begins", f"{n_cells:,}")
         umap = layout(near_nk, distance_nk, start, config.umap_min_dist, seed, threads)
-    tsne = empty if perplexity is None else _tsne(latent_nk, perplexity, seed) if drawn is None else drawn.result()
-    if aside is not None:
-        aside.shutdown()
+    tsne = empty if perplexity is None else _tsne(latent_nk, perplexity, seed)
     coordinates = {"umap_1": umap[:, 0], "umap_2": umap[:, 1], "tsne_1": tsne[:, 0], "tsne_2": tsne[:, 1]}
     return pd.DataFrame(out | coordinates)
 
@@ -107,6 +103,7 @@ def neighbors(
     import faiss
 
     n_cells, n_latent = latent_nk.shape
+    before = faiss.omp_get_max_threads()
     exact = faiss.IndexFlatL2(n_latent)
     faiss.omp_set_num_threads(1)  # sums of the centres depend on how they are split
     if n_cells <= EXACT_CELLS:
@@ -145,6 +142,7 @@ def neighbors(
         order = np.lexsort((near, gap))
         near_nk[rows] = np.take_along_axis(near, order, 1)
         distance_nk[rows] = np.take_along_axis(gap, order, 1)
+    faiss.omp_set_num_threads(before)
     return near_nk, distance_nk
 
 
@@ -261,7 +259,7 @@ def _landmark_places(
 
     rows = np.sort(np.random.default_rng(seed).choice(len(latent_nk), LANDMARKS, replace=False))
     landmarks = np.ascontiguousarray(latent_nk[rows])
-    near, distance = neighbors(landmarks, config.n_neighbors - 1, seed, threads, decisions)
+    near, distance = neighbors(landmarks, min(config.n_neighbors, LANDMARKS) - 1, seed, threads, decisions)
     places = layout(near, distance, None, config.umap_min_dist, seed, 1)
     index = faiss.IndexFlatL2(latent_nk.shape[1])
     index.add(landmarks)
@@ -288,8 +286,10 @@ def _tsne(latent_nk: np.ndarray, perplexity: float, seed: int) -> np.ndarray:
     from openTSNE import TSNE, affinity
     from openTSNE.nearest_neighbors import PrecomputedNeighbors
 
-    k = min(len(latent_nk) - 1, int(3 * perplexity))  # as openTSNE itself
+    k = max(1, min(len(latent_nk) - 1, int(3 * perplexity)))  # as openTSNE itself
     known = PrecomputedNeighbors(*neighbors(latent_nk, k, seed, 1, Decisions("cluster")))
     near = affinity.PerplexityBasedNN(knn_index=known, perplexity=perplexity, n_jobs=1)
-    drawn = TSNE(perplexity=perplexity, random_state=seed, n_jobs=1).fit(latent_nk, affinities=near)
-    return np.asarray(drawn, dtype=np.float32)
+    # principal components are the start where there are two
+    start = "pca" if latent_nk.shape[1] > 1 and np.ptp(latent_nk, axis=0).any() else "random"
+    tsne = TSNE(perplexity=perplexity, initialization=start, random_state=seed, n_jobs=1)
+    return np.asarray(tsne.fit(latent_nk, affinities=near), dtype=np.float32)

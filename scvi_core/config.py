@@ -208,7 +208,7 @@ class ClusterConfig(Section):
     umap: bool = Field(True, description="draw a UMAP")
     umap_min_dist: float = Field(0.5, ge=0, description="how tightly the UMAP packs cells")
     tsne: bool | Literal["auto"] = Field("auto", description="draw a t-SNE; auto: up to 10,000 cells, as it is slow")
-    tsne_perplexity: float = Field(30.0, gt=0, description="of the t-SNE; lowered where cells are too few")
+    tsne_perplexity: float = Field(30.0, ge=1, description="of the t-SNE; lowered where cells are too few")
 
 
 class DeConfig(Section):
@@ -318,7 +318,7 @@ class Config(Section):
     results: Plain = Field("results", description="folder that holds {atlas}/")
     seed: int = Field(0, ge=0, lt=2**31, description="of everything random")
     threads: int = Field(
-        2, ge=1, description="CPU threads of train, embed, cluster and de; here, as it decides the last bits of results"
+        2, ge=1, description="CPU threads of train and what follows; here, as it decides the last bits of results"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto takes a GPU where there is one, and says so"

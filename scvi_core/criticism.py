@@ -181,8 +181,8 @@ def criticise(
 ) -> Criticism:
     """Hold replicates of some cells against their counts.
 
-    On the CPU each of PyTorch's threads makes replicates of its own, as drawing from distributions takes one thread.
-    Each holds one in memory, as a sparse matrix.
+    On the CPU up to four threads make a replicate each, as drawing from distributions takes one thread. Each holds one
+    in memory, as a sparse matrix.
 
     Parameters
     ----------
@@ -264,14 +264,16 @@ def criticise(
 
 
 def _in_turn(function: Callable[[int], Any], n: int, on_gpu: bool) -> Iterator[Any]:
-    """``function(0)``, ..., ``function(n - 1)``; on the CPU by as many threads as PyTorch has, each one alone."""
+    """``function(0)``, ..., ``function(n - 1)``; on the CPU by PyTorch's threads, up to four, each one alone."""
     threads = torch.get_num_threads()
     if on_gpu:
         yield from map(function, range(n))
         return
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield from pool.map(function, range(n))
-    torch.set_num_threads(threads)
+    try:
+        with ThreadPoolExecutor(min(threads, 4), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield from pool.map(function, range(n))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _matrix(counts: Counts) -> sp.csr_matrix:

@@ -81,7 +81,7 @@ def _features(counts_ng: csr_matrix, artificial: np.ndarray, rng: np.random.Gene
     weighted = (weight * near).sum(axis=1) / weight.sum(axis=1)
     nearest = [np.where(kind, distance, distance[:, -1:]).min(axis=1) for kind in (near, ~near)]
     features = [shares, weighted, *nearest, coexpression, np.log1p(library), n_genes, z_nk]
-    return np.column_stack(features).astype(np.float32), (coexpression / coexpression.max() + weighted) / 2
+    return np.column_stack(features).astype(np.float32), (coexpression / max(coexpression.max(), 1e-12) + weighted) / 2
 
 
 def _coexpression(seen_ng: np.ndarray, artificial: np.ndarray) -> np.ndarray:

@@ -8,14 +8,17 @@ build gives the same bytes. :func:`build_report` is the way in; read it first.
 from __future__ import annotations
 
 import base64
+import ctypes
 import dataclasses
 import hashlib
 import json
 import multiprocessing
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -322,27 +325,35 @@ def draw(folder: Path, data: dict[str, Any], config: Config) -> dict[str, dict[s
 def _drawn(jobs: list[tuple[Any, ...]], processes: int) -> Iterator[dict[str, bytes]]:
     """Draw each (function, *arguments) in both themes, by processes that are forked so that they share the tables."""
 
-    def drawn(job: tuple[Any, ...]) -> dict[str, bytes]:
-        function, *arguments = job
+    def drawn(i: int) -> dict[str, bytes]:
+        function, *arguments = jobs[i]
         return {theme: figures.png(function(*arguments, theme=theme)) for theme in ("light", "dark")}
 
-    if processes == 1 or sys.platform != "linux":
-        return map(drawn, jobs)
-    global _DRAW
-    _DRAW = lambda i: drawn(jobs[i])  # noqa: E731
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"))
+    processes = min(processes, 4)
+    if processes == 1 or sys.platform != "linux" or multiprocessing.current_process().daemon:
+        return map(drawn, range(len(jobs)))
+    fork = multiprocessing.get_context("fork")
     try:
-        return iter(list(pool.map(_draw, range(len(jobs)))))
-    finally:
-        pool.shutdown()
-        _DRAW = None
+        with ProcessPoolExecutor(processes, fork, initializer=_Drawing.begin, initargs=(drawn,)) as pool:
+            return iter(list(pool.map(_Drawing.draw, range(len(jobs)))))
+    except BrokenProcessPool:
+        told = "report: a process that draws was killed, most likely for want of memory; give the step more"
+        raise UserError(told) from None
 
 
-_DRAW: Any = None
+class _Drawing:
+    """In a forked process: what draws, and an end with the process that asked for it."""
 
+    drawn: Any = None
 
-def _draw(i: int) -> dict[str, bytes]:
-    return _DRAW(i)
+    @classmethod
+    def begin(cls, drawn: Any) -> None:
+        cls.drawn = staticmethod(drawn)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+    @classmethod
+    def draw(cls, i: int) -> dict[str, bytes]:
+        return cls.drawn(i)
 
 
 def slug(name: str) -> str:

@@ -63,8 +63,12 @@ def _violins(ax: Axes, groups: list[np.ndarray], logarithmic: bool, theme: str) 
             ax.text(0.02, i, "not scored", va="center", color=THEMES[theme]["soft"], transform=ax.get_yaxis_transform())
             continue
         if np.ptp(values) > 0:
-            thin = np.quantile(values, np.linspace(0, 1, 2001)) if len(values) > 2001 else values  # the same density
-            body = ax.violinplot([thin], [i], orientation="horizontal", widths=0.86, showextrema=False)["bodies"][0]
+            # 2,001 quantiles have the density of all values, if smoothed as much as all values would be (Scott's rule)
+            thin = np.quantile(values, np.linspace(0, 1, 2001)) if len(values) > 2001 else values
+            drawn = ax.violinplot(
+                [thin], [i], orientation="horizontal", widths=0.86, showextrema=False, bw_method=len(values) ** -0.2
+            )
+            body = drawn["bodies"][0]
             body.set(facecolor=THEMES[theme]["main"], alpha=0.55, edgecolor="none")
         low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
         ax.plot([low, high], [i, i], color=THEMES[theme]["ink"], lw=2.2, solid_capstyle="round")

@@ -136,6 +136,26 @@ def test_pictures_only_where_asked_for():
     assert found[["umap_1", "umap_2", "tsne_1", "tsne_2"]].isna().all(axis=None)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_places_that_are_not_finite_are_refused(value):
+    z, _ = latent(300)
+    z[7, 3] = value
+    with pytest.raises(UserError, match="1 of 300 cells have values that are not finite"):
+        cluster(z, ClusterConfig(), 0, 1, Decisions("cluster"))
+
+
+@pytest.mark.parametrize("z", [np.zeros((60, 5)), np.linspace(0, 1, 60)[:, None]], ids=["one spot", "one dimension"])
+def test_a_latent_space_without_two_dimensions(z):
+    found = cluster(z.astype(np.float32), ClusterConfig(), 0, 1, Decisions("cluster"))
+    assert np.isfinite(found[["umap_1", "umap_2", "tsne_1", "tsne_2"]]).all(axis=None)
+
+
+def test_more_neighbors_than_landmarks(early):
+    z, _ = latent(2_200)
+    found = cluster(z, ClusterConfig(n_neighbors=600, tsne=False), 0, 2, Decisions("cluster"))
+    assert np.isfinite(found[["umap_1", "umap_2"]]).all(axis=None)
+
+
 def test_fewer_cells_than_neighbors():
     with pytest.raises(UserError, match=r"cluster\.n_neighbors: 15 neighbours of 15 cells"):
         cluster(latent(15)[0], ClusterConfig(), 0, 1, Decisions("cluster"))

@@ -63,4 +63,4 @@ def test_times_are_summed_by_rule(tmp_path):
         "qc               2     2 min     2 min    0.7 GB",
         "genes            1       0 s       0 s    0.0 GB",
     ]
-    assert len(times_table(tmp_path, since=2**40).splitlines()) == 1
+    assert times_table(tmp_path, since=2**40) == ""

@@ -228,6 +228,20 @@ def test_a_map_of_many_cells_says_how_many_it_shows(monkeypatch):
     assert figure.axes[0].get_xlabel() == "UMAP 1 (50 cells at random)"
 
 
+def test_thinned_violins_keep_their_peaks():
+    values = np.random.default_rng(0).permutation(np.r_[np.full(15_000, 3.0), np.full(15_000, 3.4)])
+    values += np.random.default_rng(1).normal(0, 0.05, len(values))
+    shapes = []
+    for some in (values, np.concatenate([values] * 2)[: len(values)]):
+        axes = Figure().subplots()
+        figures._violins(axes, [some], False, "light")
+        shapes.append(axes.collections[0].get_paths()[0].vertices)
+    widths = np.abs(shapes[0][:, 1])
+    place = shapes[0][:, 0]
+    valley = widths[np.abs(place - 3.2) < 0.02].max()
+    assert valley < 0.15 * widths.max()
+
+
 def test_pictures_are_the_same_by_any_number_of_processes(atlas):
     folder, config = atlas
     data = report.read_atlas(folder, config)

@@ -49,7 +49,6 @@ BEGAN = time.time()
 
 
 onsuccess:
-    print("\nWhere the time went (scvi-core times shows all of the atlas):")
     print(times_table(CONFIG.folder, BEGAN))
 
 
@@ -122,8 +121,8 @@ def megabytes(base, *terms, of=None):
             size = input.size_mb + folder_mb(input)
         else:
             size = (
-                Path(input[of]).stat().st_size / 1e6 if os.path.exists(input[of]) else 0
-            )
+                os.path.getsize(input[of]) / 1e6
+            )  # not there yet: Snakemake asks again
         used = base + sum(min(rate * size, most) for rate, most in terms)
         return int(attempt * (AROUND + MARGIN * used))
 
@@ -143,5 +142,7 @@ def minutes(base, per_megabyte):
 # what a GPU's driver takes of the computer's memory: not measured yet
 DRIVER = 0 if CONFIG.device == "cpu" else 3000
 ANY = float("inf")
+# criticism and report work by as many at a time, each with memory of its own
+SIDE = min(CONFIG.threads, 4)
 # beyond which packed counts are streamed
 MOST = 1000 * CONFIG.train.memory_gb

@@ -16,7 +16,7 @@ rule criticism:
         f"{ATLAS}/benchmarks/criticism.tsv"
     threads: CONFIG.threads
     resources:
-        mem_mb=megabytes(560, (3.2, MOST), (0.4, ANY)),
+        mem_mb=megabytes(220 + 170 * SIDE, (3.2, MOST), (0.4, ANY)),
         runtime=minutes(20, 0.1),
         card=CARD,
     params:

@@ -42,10 +42,16 @@ rule loadings:
         "scvi-core loadings --model {params.model:q} --out {output:q} 2> {log:q}"
 
 
+# neighbours of a cell that are in memory, in units of the default's
+GRAPH = (
+    max(15, CONFIG.cluster.n_neighbors, 90 if CONFIG.cluster.tsne is True else 0) / 15
+)
+
+
 rule cluster:
     input:
         store=rules.store.output.store,
-        latent=rules.embed.output,
+        latent=rules.embed.output[0],
     output:
         cells=update(f"{ATLAS}/cells.parquet"),
         decisions=update(f"{ATLAS}/decisions/cluster.jsonl"),
@@ -55,7 +61,7 @@ rule cluster:
         f"{ATLAS}/benchmarks/cluster.tsv"
     threads: CONFIG.threads
     resources:
-        mem_mb=megabytes(480, (38, ANY), of="latent"),
+        mem_mb=megabytes(300, (380 * GRAPH / CONFIG.model.n_latent, ANY), of="latent"),
         runtime=minutes(20, 1),
     params:
         store=subpath(input.store, parent=True),

@@ -37,7 +37,7 @@ rule report:
         f"{ATLAS}/benchmarks/report.tsv"
     threads: CONFIG.threads
     resources:
-        mem_mb=megabytes(700, (1.4, ANY)),
+        mem_mb=megabytes(300 + 200 * SIDE, (1.4, ANY)),
         runtime=minutes(15, 0.05),
     params:
         folder=subpath(output[0], parent=True),
