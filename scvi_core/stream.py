@@ -8,6 +8,7 @@ a time, and through the cells of a window in random order.
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,7 +141,8 @@ def _open_counts(path: Path, adata: AnnData, schema: Schema, memory_gb: float) -
     n_slots = int(memory_gb * 1e9 / bytes_each) // slot_size
     if not whole and n_slots < 2:
         least = 2 * slot_size * bytes_each / 1e9
-        raise UserError(f"train.memory_gb: {memory_gb:g} is less than two blocks of {path}; allow {least:.3f} or more")
+        least = math.ceil(1000 * least) / 1000
+        raise UserError(f"train.memory_gb: {memory_gb:g} is less than two blocks of {path}; allow {least:g} or more")
     length = size if whole else n_slots * slot_size
     genes_m, values_m = (tensor_of(np.empty(0), kind).new_empty(length) for kind in (gene_type, value_type))
     library_n = np.empty(n_cells)

@@ -11,8 +11,7 @@ from scvi_core.cluster import EXACT_CELLS, LANDMARKS, TSNE_CELLS
 
 N_SAMPLES, SIZE = 3, 8_000
 N_CELLS = N_SAMPLES * SIZE
-# counts of 24,000 cells x 100 genes take more, so they are read in blocks
-MEMORY_GB = 0.002
+MEMORY_GB = 0.0065  # counts of 24,000 cells and 250 genes take more, so they are streamed
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +26,9 @@ def large(tmp_path_factory):
         CONFIG,
         atlas="large",
         threads=2,
+        genes__n_top=250,
         train__max_epochs=2,
+        train__validation_fraction=0.5,
         train__memory_gb=MEMORY_GB,
         input__metadata=["cell_type"],
         report__labels=["cell_type"],
@@ -52,7 +53,8 @@ def test_every_size_at_which_something_changes_is_passed(large):
     assert made["cluster", "neighbors"]["value"] == "inverted file"
     assert made["cluster", "umap_start"]["value"] == "landmarks"
     assert made["cluster", "tsne"]["value"] == "off"
-    assert made["criticism", "cells examined"]["value"] == 10_000
+    assert made["criticism", "cells examined"]["value"] == 10_000  # of as many that training held out
+    assert json.loads((folder / "model" / "model.json").read_text())["metrics"]["n_validation"] == 10_000
     assert "counts streamed from" in (folder / "logs" / "train.log").read_text()
 
 

@@ -49,7 +49,9 @@ BEGAN = time.time()
 
 
 onsuccess:
-    print(times_table(CONFIG.folder, BEGAN))
+    went = times_table(CONFIG.folder, BEGAN)
+    if went:
+        print(f"\nWhere the time went:\n{went}")
 
 
 onstart:
