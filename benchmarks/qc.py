@@ -5,8 +5,9 @@
 
 A planted doublet is the sum of two cells that then leave the set: of two types (`obs.cell_type`), or of one, which is
 reported apart, as no method finds those. Each cell has one part at most. The methods are our own, Scrublet as scanpy
-calls it, and pyscdblfinder where it can be imported. With `--given` each is told the planted rate; else our own and
-pyscdblfinder go by the number of cells, Scrublet by its default. Real doublets that a set holds count as cells.
+calls it where scikit-image can be imported, and pyscdblfinder where that can. With `--given` each is told the planted
+rate; else our own and pyscdblfinder go by the number of cells, Scrublet by its default. Real doublets that a set holds
+count as cells.
 
 With `--sizes` samples of many cells are drawn from the set instead, a Poisson draw around a random cell of it, 6 %
 planted, and judged by the command itself in a process of its own. OMP_NUM_THREADS=1 keeps threads from competing.
@@ -55,8 +56,10 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     methods = {name: METHODS[name] for name in options.methods}
-    if importlib.util.find_spec("pyscdblfinder") is None:
-        methods.pop("pyscdblfinder", None)
+    for name, package in (("scrublet", "skimage"), ("pyscdblfinder", "pyscdblfinder")):
+        if name in methods and importlib.util.find_spec(package) is None:
+            print(f"{name} is left out: {package} is not installed", file=sys.stderr)
+            del methods[name]
     rows = []
     for path in options.sets:
         for seed in options.seeds:

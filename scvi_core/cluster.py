@@ -71,6 +71,7 @@ def cluster(
         until = "until nothing improves" if iterations < 0 else f"{iterations} iterations"
         text = f"Leiden clusters at resolution {resolution:g}, {config.n_neighbors} neighbours, {until}"
         decisions.add(name, len(set(out[name])), text)
+    del graph, weights
     empty = np.full((n_cells, 2), np.nan, dtype=np.float32)
     umap = empty
     if config.umap:
@@ -192,11 +193,14 @@ def connectivities(near_nk: np.ndarray, distance_nk: np.ndarray) -> csr_matrix:
 def _graph(weights: csr_matrix) -> tuple[Graph, np.ndarray]:
     """An igraph graph of symmetric weights, each edge once, and the edges' weights."""
     import igraph
-    from scipy.sparse import triu
 
-    once = triu(weights, k=1).tocoo()
-    edges = np.stack([once.row, once.col], axis=1).astype(np.int64)
-    return igraph.Graph(n=weights.shape[0], edges=memoryview(edges)), once.data
+    rows = np.repeat(np.arange(weights.shape[0], dtype=np.int32), np.diff(weights.indptr))
+    once = weights.indices > rows
+    edges = np.empty((int(once.sum()), 2), np.int64)
+    edges[:, 0], edges[:, 1] = rows[once], weights.indices[once]
+    values = weights.data[once]
+    del rows, once  # igraph copies the edges several times: this is where memory is highest
+    return igraph.Graph(n=weights.shape[0], edges=memoryview(edges)), values
 
 
 def leiden(graph: Graph, weights: np.ndarray, resolution: float, iterations: int, seed: int) -> np.ndarray:

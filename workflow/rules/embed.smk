@@ -61,7 +61,7 @@ rule cluster:
         f"{ATLAS}/benchmarks/cluster.tsv"
     threads: CONFIG.threads
     resources:
-        mem_mb=megabytes(300, (380 * GRAPH / CONFIG.model.n_latent, ANY), of="latent"),
+        mem_mb=megabytes(300, (630 * GRAPH / CONFIG.model.n_latent, ANY), of="latent"),
         runtime=minutes(20, 1),
     params:
         store=subpath(input.store, parent=True),
