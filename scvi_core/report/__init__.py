@@ -63,7 +63,7 @@ def build_report(folder: Path, config: Config) -> None:
     own.write(folder / "decisions" / "report.jsonl")
     decisions = data["decisions"] = collect_decisions(folder, data["names"], data["model"], config)
     with replacing(folder / "decisions.jsonl", "JSONL") as temporary:
-        temporary.write_text("".join(canonical_json(d) + "\n" for d in decisions))
+        temporary.write_text("".join(canonical_json(d) + "\n" for d in decisions), "utf-8")
     numbers = _metrics(data, config)
     write_json(folder / "metrics.json", numbers)
     pictures = draw(folder, data, config)
@@ -95,7 +95,7 @@ def read_atlas(folder: Path, config: Config) -> dict[str, Any]:
         if column not in cells:
             have = ", ".join(c for c in cells if c not in ("cell_id", *CELL_COLUMNS))
             raise UserError(f"config report.labels: no column '{column}' in cells.parquet; there are {have}")
-    model = json.loads(need("model/model.json").read_text())
+    model = json.loads(need("model/model.json").read_text("utf-8"))
     de = pd.read_parquet(need("de.parquet")).astype({"group": str, "reference": str})
     return {
         "cells": cells,
@@ -120,7 +120,7 @@ def read_criticism(folder: Path) -> dict[str, Any] | None:
     if not (folder / "criticism" / "checks.json").exists():
         return None
     tables = {n: pd.read_parquet(folder / f"criticism/{n}.parquet") for n in ("genes", "cells", "groups", "de")}
-    return json.loads((folder / "criticism" / "checks.json").read_text()) | tables
+    return json.loads((folder / "criticism" / "checks.json").read_text("utf-8")) | tables
 
 
 def _read(path: Path, ids: int = 0) -> pd.DataFrame:
