@@ -798,7 +798,9 @@ def _write_schemas(folder: Path) -> None:
     for name, model in (("config", Config), ("samples", Sample)):
         text = yaml.safe_dump(model.model_json_schema(), sort_keys=False, width=110, allow_unicode=True)
         with replacing(folder / f"{name}.schema.yaml", "YAML") as temporary:
-            temporary.write_text("# Written by `scvi-core validate --schemas` from scvi_core/config.py.\n" + text, "utf-8")
+            temporary.write_text(
+                "# Written by `scvi-core validate --schemas` from scvi_core/config.py.\n" + text, "utf-8"
+            )
 
 
 def _give_up(message: str) -> NoReturn:

@@ -56,7 +56,7 @@ class Section(BaseModel):
 
 
 def name_matcher(entries: tuple[str, ...]) -> Callable[[str], bool]:
-    """Whether a name is among `entries`, which are names, or regular expressions between slashes that match within it."""
+    """Whether a name is among `entries`: names, or regular expressions between slashes that match within it."""
     patterns = [re.compile(entry[1:-1]) for entry in entries if _is_pattern(entry)]
     names = {entry for entry in entries if not _is_pattern(entry)}
     return lambda name: name in names or any(pattern.search(name) for pattern in patterns)
@@ -103,8 +103,8 @@ class InputConfig(Section):
     layer: str = Field(
         "auto",
         min_length=1,
-        description="AnnData inputs: 'X', 'raw', or the name of a layer that holds raw counts; auto looks for the first "
-        "of raw, layers such as counts, and X that holds whole numbers",
+        description="AnnData inputs: 'X', 'raw', or the name of a layer that holds raw counts; auto: the first of "
+        "raw, layers such as counts, and X that holds whole numbers",
     )
     gene_ids: Literal["auto", "ensembl", "symbol"] = Field(
         "auto", description="what identifies a gene; auto takes Ensembl ids where a sample has them, else symbols"
@@ -114,7 +114,7 @@ class InputConfig(Section):
     )
     not_genes: Names | None = Field(
         None,
-        description="features that are no genes, names or /patterns/; default: by their type, or where there is none by "
+        description="features that are no genes, names or /patterns/; default: by their type, or without one by "
         "how antibodies, hashtags, peaks, guides and spike-ins are called; [] keeps all",
     )
     genes: Literal["intersection", "union"] = Field(
@@ -167,7 +167,7 @@ class QcConfig(Section):
     )
     mitochondrial: Names | None = Field(
         None,
-        description="mitochondrial genes: ids, names or /patterns/, or a file with one a line; default: MT- and the like, "
+        description="mitochondrial genes: ids, names or /patterns/, or a file with one a line; default: MT- and so on, "
         "ND1, COX1 ... of species without a prefix, Ensembl ids of twelve species",
     )
     ribosomal: Names | None = Field(None, description="the same for ribosomal proteins; default: RPS and RPL")
@@ -598,8 +598,8 @@ def _sheet_text(path: str | Path) -> str:
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise UserError(
-            f"{path} line {line}: not UTF-8 text (byte {content[error.start]:#x}; Windows-1252, as spreadsheets save it?); "
-            "save it as UTF-8"
+            f"{path} line {line}: not UTF-8 text (byte {content[error.start]:#x}; Windows-1252, as of spreadsheets?)"
+            "; save it as UTF-8"
         ) from None
 
 
@@ -730,7 +730,9 @@ def check_columns(config: Config, samples: list[Sample], where: str = "config") 
                 f"{where}: model covariate '{name}': has one level ({levels.pop()!r}) in {config.samples}; leave it out"
             )
     for i, one in enumerate(config.contrast.tests):
-        if one.column in own or (one.column == "batch" and not own_batches):  # else the inputs' own tables have it, and the step itself looks
+        if one.column in own or (
+            one.column == "batch" and not own_batches
+        ):  # else the inputs' own tables have it, and the step itself looks
             levels = [level_text(s.batch if one.column == "batch" else s.metadata[one.column]) for s in samples]
             for key in ("group", "reference"):
                 found = levels.count(level_text(getattr(one, key)))

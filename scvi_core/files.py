@@ -295,7 +295,9 @@ def canonical_json(value: Any) -> str:
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON with sorted keys (so that equal values give equal bytes)."""
     with replacing(path, "JSON") as temporary:
-        temporary.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n", "utf-8")
+        temporary.write_text(
+            json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n", "utf-8"
+        )
 
 
 def write_parquet(path: str | Path, frame: Any) -> None:
@@ -400,4 +402,4 @@ class Decisions(list[Decision]):
 
 def read_decisions(path: str | Path) -> list[dict[str, Any]]:
     """Read a file that :meth:`Decisions.write` wrote."""
-    return [json.loads(line) for line in Path(path).read_text(encoding='utf-8').splitlines()]
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]

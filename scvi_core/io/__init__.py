@@ -76,8 +76,8 @@ def _open(path: Path, config: InputConfig, decisions: Decisions, scratch: Scratc
         kind, reader = _format(path)
         if config.layer not in ("auto", "X") and kind.startswith(("10x", "text")):
             raise UserError(
-                f"{path}: layer is {config.layer!r}, but a file of this format has only one matrix; leave it out (in the "
-                "sample sheet, call a column that describes the tissue otherwise)"
+                f"{path}: layer is {config.layer!r}, but a file of this format has only one matrix; leave it out (in "
+                "the sample sheet, call a column that describes the tissue otherwise)"
             )
         read = reader(path, config, decisions, scratch)
     n_cells, n_genes = read.shape
@@ -94,12 +94,14 @@ def _open(path: Path, config: InputConfig, decisions: Decisions, scratch: Scratc
     for name in config.cell_columns:
         if name not in obs:
             raise UserError(
-                f"{path}: the cell column {name!r} is asked for (input.metadata, batch_column, sample_column), which is "
-                f"not there{nearest(name, read.columns)}; found {listed(read.columns[:20]) or 'no columns'}"
+                f"{path}: the cell column {name!r} is asked for (input.metadata, batch_column, sample_column), which "
+                f"is not there{nearest(name, read.columns)}; found {listed(read.columns[:20]) or 'no columns'}"
             )
     barcodes = as_text(obs.index)
     index = pd.Index(barcodes)
-    apart = pd.MultiIndex.from_arrays([_levels(path, obs, config.sample_column), index]) if config.sample_column else index
+    apart = (
+        pd.MultiIndex.from_arrays([_levels(path, obs, config.sample_column), index]) if config.sample_column else index
+    )
     if apart.has_duplicates:
         twice = index[apart.duplicated()]
         raise UserError(
@@ -140,8 +142,8 @@ def _levels(path: Path, obs: pd.DataFrame, column: str) -> np.ndarray:
     odd = [level for level in set(levels.tolist()) if not level or CONTROL.search(level) or len(level) > 200]
     if odd:
         raise UserError(
-            f"{path}: cell column {column!r} has {odd[0][:80]!r} (empty, long, or with control characters), which names no "
-            "sample or batch; fill it in"
+            f"{path}: cell column {column!r} has {odd[0][:80]!r} (empty, long or unprintable), which names "
+            "no sample or batch; fill it in"
         )
     return levels
 
@@ -161,8 +163,8 @@ def _one_line(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: truncated or damaged gzip data ({error}); fetch the file again") from error
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path}: not UTF-8 text (byte {error.object[error.start]:#x}; Windows-1252, as spreadsheets save it?); save it "
-            "as UTF-8, or name the file by its format"
+            f"{path}: not UTF-8 text (byte {error.object[error.start]:#x}; Windows-1252, as of spreadsheets?); save "
+            "it as UTF-8, or name the file by its format"
         ) from error
     except Exception as error:  # h5py, zarr, anndata, scipy and pandas raise every type there is on damaged files
         line = " ".join(str(error).split())[:300]
@@ -183,7 +185,13 @@ def _format(path: Path) -> tuple[str, Reader]:
         if text.matrices(path):
             return "10x mtx", text.read_mtx
         found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-        below = sorted({p.parent.relative_to(path).as_posix() for depth in ("*", "*/*", "*/*/*") for p in path.glob(f"{depth}/*.mtx*")})
+        below = sorted(
+            {
+                p.parent.relative_to(path).as_posix()
+                for depth in ("*", "*/*", "*/*/*")
+                for p in path.glob(f"{depth}/*.mtx*")
+            }
+        )
         hint = f"; name one of the folders in it that have one: {listed(below[:6])}" if below else "; name one"
         raise UserError(f"{path}: a folder with neither matrix.mtx nor a zarr store in it (found: {found}){hint}")
     if not path.is_file():
@@ -205,7 +213,9 @@ def _format(path: Path) -> tuple[str, Reader]:
     if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise UserError(f"{path}: UTF-16 text, as spreadsheets save 'Unicode text'; save it as CSV in UTF-8")
     if start.startswith(b"PK\x03\x04") and _is_workbook(path):
-        raise UserError(f"{path}: an Excel workbook; save the sheet with the counts as CSV, or better: take the original file")
+        raise UserError(
+            f"{path}: an Excel workbook; save the sheet with the counts as CSV, or better: take the original file"
+        )
     for magic, what in (
         (b"PK\x03\x04", "a zip archive; unpack it"),
         (b"\x80", "a Python pickle, which can run code when read; export it as h5ad"),

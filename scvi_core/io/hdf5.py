@@ -103,7 +103,7 @@ def _read_anndata(root: Any, where: str, config: InputConfig, decisions: Decisio
         else f"the file has no other layer: {checks.FIND_COUNTS}"
     )
     if layer == "auto":
-        layer, remedy = _counts_layer(root, matrices, decisions)
+        layer, remedy = _counts_layer(root, matrices, where, decisions)
     if layer not in matrices:
         raise UserError(f"{where}: nothing in {layer!r}{nearest(layer, others)}; {remedy}")
     field = Field(f"{where}: {matrices[layer]}", remedy)
@@ -113,8 +113,10 @@ def _read_anndata(root: Any, where: str, config: InputConfig, decisions: Decisio
     return Read(blocks, shape, obs, var, field, columns)
 
 
-def _counts_layer(root: Any, matrices: dict[str, str], decisions: Decisions) -> tuple[str, str]:
+def _counts_layer(root: Any, matrices: dict[str, str], where: str, decisions: Decisions) -> tuple[str, str]:
     """Which matrix holds the counts, for ``input.layer: auto``, and what to do if there turns out to be none."""
+    if not matrices:
+        raise UserError(f"{where}: no matrix in it, neither X nor a layer; export the counts")
     if len(matrices) < 2:
         return next(iter(matrices), "X"), f"the file has no other layer: {checks.FIND_COUNTS}"
     whole = [name for name, key in matrices.items() if _looks_whole(root[key])]
@@ -122,7 +124,9 @@ def _counts_layer(root: Any, matrices: dict[str, str], decisions: Decisions) -> 
     others = [name for name in whole if name not in (*named, "X")]
     looked = f"looked at {listed(matrices)}"
     if len(others) > 1 and not named and "X" not in whole:
-        return others[0], f"several layers hold whole numbers ({listed(others)}); set input.layer to one of them"
+        raise UserError(
+            f"{where}: several layers hold whole numbers ({listed(others)}); set input.layer to one of them"
+        )
     if not whole:
         return "X" if "X" in matrices else next(iter(matrices)), f"no layer holds counts ({looked}); find the raw ones"
     layer = [*named, *(["X"] if "X" in whole else []), *others][0]
@@ -143,9 +147,7 @@ def _looks_whole(item: Any) -> bool:
     return True
 
 
-def _stored_counts(
-    item: Any, field: Field, scratch: Scratch
-) -> tuple[Iterator[sp.csr_matrix], tuple[int, int]]:
+def _stored_counts(item: Any, field: Field, scratch: Scratch) -> tuple[Iterator[sp.csr_matrix], tuple[int, int]]:
     """Blocks and shape of a matrix as AnnData stores it, dense, CSR or CSC, in HDF5 or zarr."""
     if not hasattr(item, "keys"):
         if len(item.shape) != 2:
@@ -182,8 +184,8 @@ def _check_whole(item: Any, where: str) -> None:
     elif hasattr(item, "nchunks_initialized") and item.nchunks_initialized < item.nchunks:
         lost = item.nchunks - item.nchunks_initialized
         raise UserError(
-            f"{where}: {lost:,} of {item.nchunks:,} chunks are missing, which would read as zeros; copy the whole store "
-            "(if they are zeros: write it again with zarr.config.set({'array.write_empty_chunks': True}))"
+            f"{where}: {lost:,} of {item.nchunks:,} chunks are missing, which would read as zeros; copy the whole "
+            "store (if they are zeros: write it again with zarr.config.set({'array.write_empty_chunks': True}))"
         )
 
 

@@ -17,7 +17,9 @@ from scvi_core.io.checks import listed, nearest
 ID = r"(?:ENS[A-Z]*G\d{11}|FBgn\d{7}|WBGene\d{8})"
 ENSEMBL = re.compile(ID + r"(?:\.\d+)?")
 VERSION = re.compile(rf"^({ID})\.\d+")  # what follows stays: GENCODE writes ENSG00000182378.15_PAR_Y
-JOINED = re.compile(rf"(?P<a>{ID}(?:\.\d+)?)[_|:;-](?P<b>.+)|(?P<d>.+)[_|:;](?P<c>{ID}(?:\.\d+)?)")  # id_symbol, or turned
+JOINED = re.compile(
+    rf"(?P<a>{ID}(?:\.\d+)?)[_|:;-](?P<b>.+)|(?P<d>.+)[_|:;](?P<c>{ID}(?:\.\d+)?)"
+)  # id_symbol, or turned
 ACCESSION = re.compile(rf"{ID}.*|[NX][MR]_\d+(?:\.\d+)?|(?:MGI|HGNC|RGD):\d+|ZDB-GENE-[\d-]+")  # no symbols
 NUMBER = re.compile(r"(?:[XV]|row_?)?\d+(?:\.0)?", re.IGNORECASE)  # numbers of rows, and what R makes of them
 # what aligners put in front of names where a reference is of several genomes
@@ -25,9 +27,9 @@ GENOME = re.compile(
     r"((?:GRC[a-z]\d+|hg\d\d|mm\d\d?|rn\d|dm\d|ce\d\d|danRer\d+|galGal\d+|susScr\d+|rheMac\d+|Mmul|mRatBN\d)\w*?)[_-]+"
 )
 ORGANISMS = {
-    "ENSG": "human", "ENSMUSG": "mouse", "ENSRNOG": "rat", "ENSMMUG": "rhesus macaque", "ENSMFAG": "crab-eating macaque",
-    "ENSPTRG": "chimpanzee", "ENSSSCG": "pig", "ENSBTAG": "cow", "ENSOCUG": "rabbit", "ENSDARG": "zebrafish",
-    "ENSGALG": "chicken", "FBgn": "fly", "WBGene": "worm",
+    "ENSG": "human", "ENSMUSG": "mouse", "ENSRNOG": "rat", "ENSMMUG": "rhesus macaque",
+    "ENSMFAG": "crab-eating macaque", "ENSPTRG": "chimpanzee", "ENSSSCG": "pig", "ENSBTAG": "cow", "ENSOCUG": "rabbit",
+    "ENSDARG": "zebrafish", "ENSGALG": "chicken", "FBgn": "fly", "WBGene": "worm",
 }  # fmt: skip
 BARCODE = re.compile(r"(?:.*[_:-])?[ACGT]{8,}(?:[-_.].*)?")
 # column names of symbols as they are met in the wild, best first, in lower case
@@ -36,27 +38,32 @@ SYMBOL_COLUMNS = (
     "mgi_symbol", "feature_name", "gene", "genes", "genename", "name",
 )  # fmt: skip
 # genes by which a list of names is known to be one: in nearly every cell, or on most targeted panels
-KNOWN = set(
-    "ACTB GAPDH MALAT1 B2M EEF1A1 RPLP0 TMSB4X FTL FTH1 TPT1 UBC PPIA HPRT1 TBP PTPRC CD3D CD3E CD3G CD4 CD8A CD8B CD14 CD19 "
-    "CD68 CD74 CD79A MS4A1 NKG7 GNLY LYZ S100A8 S100A9 FCGR3A IL7R CCR7 FOXP3 GZMB GZMK PRF1 EPCAM KRT5 KRT8 KRT14 KRT18 "
-    "KRT19 VIM COL1A1 COL1A2 COL3A1 ACTA2 PECAM1 VWF CDH1 CDH5 PDGFRA PDGFRB MKI67 TOP2A PCNA ESR1 ERBB2 EGFR TP53 MYC SOX2 "
-    "SOX9 SOX10 PAX6 OLIG1 OLIG2 GFAP AQP4 MBP PLP1 MOG GAD1 GAD2 SLC17A7 SLC17A6 SLC32A1 RBFOX3 SNAP25 CX3CR1 P2RY12 INS GCG "
-    "SST PPY ALB APOE APOA1 TTR CD34 KIT HBB HBA1 HBA2 JCHAIN IGHM IGKC IGHG1 TPSAB1 CPA3 CXCL8 IL1B TNF IFNG STAT1 JUN FOS".split()
-)
+KNOWN = {
+    "ACTB", "GAPDH", "MALAT1", "B2M", "EEF1A1", "RPLP0", "TMSB4X", "FTL", "FTH1", "TPT1", "UBC", "PPIA", "HPRT1",
+    "TBP", "PTPRC", "CD3D", "CD3E", "CD3G", "CD4", "CD8A", "CD8B", "CD14", "CD19", "CD68", "CD74", "CD79A", "MS4A1",
+    "NKG7", "GNLY", "LYZ", "S100A8", "S100A9", "FCGR3A", "IL7R", "CCR7", "FOXP3", "GZMB", "GZMK", "PRF1", "EPCAM",
+    "KRT5", "KRT8", "KRT14", "KRT18", "KRT19", "VIM", "COL1A1", "COL1A2", "COL3A1", "ACTA2", "PECAM1", "VWF", "CDH1",
+    "CDH5", "PDGFRA", "PDGFRB", "MKI67", "TOP2A", "PCNA", "ESR1", "ERBB2", "EGFR", "TP53", "MYC", "SOX2", "SOX9",
+    "SOX10", "PAX6", "OLIG1", "OLIG2", "GFAP", "AQP4", "MBP", "PLP1", "MOG", "GAD1", "GAD2", "SLC17A7", "SLC17A6",
+    "SLC32A1", "RBFOX3", "SNAP25", "CX3CR1", "P2RY12", "INS", "GCG", "SST", "PPY", "ALB", "APOE", "APOA1", "TTR",
+    "CD34", "KIT", "HBB", "HBA1", "HBA2", "JCHAIN", "IGHM", "IGKC", "IGHG1", "TPSAB1", "CPA3", "CXCL8", "IL1B", "TNF",
+    "IFNG", "STAT1", "JUN", "FOS",
+}  # fmt: skip
 FAMILIES = re.compile(r"MT[-.:]\S+|RP[SL]\d+[AXYL]?|HLA-\S+", re.IGNORECASE)
 
 # What the kinds of features are called (lower case, blanks for _ and -). Spliced and unspliced counts are of genes.
 TYPE_COLUMNS = ("feature_types", "feature_type", "modality", "feature_biotype")
 OF_GENES = {"gene expression", "gex", "rna", "gene", "genes", "mrna", "spliced", "unspliced", "ambiguous"}
 OF_OTHERS = {
-    "antibody capture", "crispr guide capture", "multiplexing capture", "antigen capture", "peaks", "custom", "adt", "hto",
-    "antibody", "antibodies", "protein", "proteins", "prot", "cite", "atac", "chromatin accessibility", "hashtag",
-    "hashtags", "cell hashing", "guide", "guides", "sgrna", "spike in", "spike ins", "ercc",
+    "antibody capture", "crispr guide capture", "multiplexing capture", "antigen capture", "peaks", "custom", "adt",
+    "hto", "antibody", "antibodies", "protein", "proteins", "prot", "cite", "atac", "chromatin accessibility",
+    "hashtag", "hashtags", "cell hashing", "guide", "guides", "sgrna", "spike in", "spike ins", "ercc",
 }  # fmt: skip
 # and how their names tell, where no column does
 OTHERS_BY_NAME = re.compile(
     r"(?:ADT|HTO|PROT|AB)[-_:].+|.+[-_.](?:ADT|HTO|PROT|TotalSeq-?[A-D]?|Total[A-D])|HTO\d+"  # not the worm's adt-1
-    r"|(?i:.*TotalSeq.*|.*hashtag.*|.*isotype.*|(?:(?:rat|mouse|hamster|human)[-_ ])?IgG\d?[a-c]?[-_ ].*(?:control|ctrl)\S*)"
+    r"|(?i:.*TotalSeq.*|.*hashtag.*|.*isotype.*)"
+    r"|(?i:(?:(?:rat|mouse|hamster|human)[-_ ])?IgG\d?[a-c]?[-_ ].*(?:control|ctrl)\S*)"
     r"|(?:chr\w+|\d\d?|[XYM]|MT|[A-Z]{2}\d{6}\.\d)[:_-]\d+[-_]\d+"  # peaks
     r"|(?i:(?:gRNA|sgRNA|guide|crispr)[-_].+|.+[-_](?:gRNA|sgRNA)(?:[-_]?\d+)?|non[-_]?targeting.*)"  # guides
     r"|ERCC-\d{5}"  # spike-ins
@@ -87,7 +94,9 @@ def as_text(values: object) -> np.ndarray:
 def gene_evidence(names: np.ndarray) -> int:
     """How many of `names` are recognised as genes: Ensembl ids, symbols and families that are known, in any case."""
     upper = [GENOME.sub("", n, count=1).upper().strip("\"'") for n in names]
-    return sum(n in KNOWN or bool(FAMILIES.fullmatch(n) or ENSEMBL.match(name)) for n, name in zip(upper, names, strict=True))
+    return sum(
+        n in KNOWN or bool(FAMILIES.fullmatch(n) or ENSEMBL.match(name)) for n, name in zip(upper, names, strict=True)
+    )
 
 
 def looks_like_genes(names: np.ndarray) -> bool:
@@ -165,7 +174,9 @@ def gene_identity(
             ids[empty] = names[empty]
         odd = [i for i in ids[~empty] if not ENSEMBL.match(i)]
         if odd:
-            text = f"ids that are not of Ensembl, such as {odd[0]!r}, are kept: are these genes? else see input.not_genes"
+            text = (
+                f"ids that are not of Ensembl, such as {odd[0]!r}, are kept: are these genes? else see input.not_genes"
+            )
             decisions.add("other_gene_ids", len(odd), text, n_genes=len(odd), warn=True)
     else:
         if symbol_field is None:
@@ -234,8 +245,8 @@ def _symbol_field(
         if f"column '{asked}'" not in texts:
             columns = [f.removeprefix("column '").removesuffix("'") for f in texts if f.startswith("column '")]
             raise UserError(
-                f"{where}: input.gene_names: no text column {asked!r} in its gene table{nearest(asked, columns)}; there "
-                f"are {listed(columns) or 'none'}"
+                f"{where}: input.gene_names: no text column {asked!r} in its gene table{nearest(asked, columns)}; "
+                f"there are {listed(columns) or 'none'}"
             )
         return f"column '{asked}'"
     candidates = [field for field in texts if field.endswith(", behind the id")]
@@ -247,7 +258,9 @@ def _symbol_field(
         return usable[0]
     left = [field for field in texts if field not in candidates and _nameable(texts[field], distinct=0.9)]
     if len(left) == 1:
-        decisions.add("gene_names", left[0], "the only field whose texts tell genes apart is taken for their names", warn=True)
+        decisions.add(
+            "gene_names", left[0], "the only field whose texts tell genes apart is taken for their names", warn=True
+        )
         return left[0]
     if not left and _accessions(texts[index]):
         return index
@@ -331,14 +344,16 @@ def genes_only(read: Read, where: str, config: InputConfig, decisions: Decisions
     other &= genes
     if not (genes & ~other).any():
         raise UserError(
-            f"{where}: no feature is a gene, by type or name ({said or listed(as_text(var.index)[:5])}); name the matrix "
-            "of gene expression, or see input.not_genes"
+            f"{where}: no feature is a gene, by type or name ({said or listed(as_text(var.index)[:5])}); name the "
+            "matrix of gene expression, or see input.not_genes"
         )
     if (n := int((~genes).sum())) > 0:
         decisions.add("features_dropped", n, f"only genes are modelled (not {said})", n_genes=n)
     if (n := int(other.sum())) > 0:
         example = listed(as_text(var.index)[other][:3])
-        why = "as input.not_genes says" if by_name is not None else "their names look like no genes; see input.not_genes"
+        why = (
+            "as input.not_genes says" if by_name is not None else "their names look like no genes; see input.not_genes"
+        )
         text = f"left out: {why} (such as {example})"
         decisions.add("features_dropped_by_name", n, text, n_genes=n, warn=by_name is None)
     genes &= ~other

@@ -1,4 +1,4 @@
-"""Readers of text: matrix market files as pipelines write them, CSV and TSV tables; see :func:`scvi_core.io.read_counts`."""
+"""Readers of text: matrix market files as pipelines write them, CSV and TSV; see :func:`scvi_core.io.read_counts`."""
 
 from __future__ import annotations
 
@@ -25,26 +25,43 @@ from scvi_core.io.identity import as_text
 
 MOST_TEXT = 2**30  # bytes of a table of barcodes or features, and of a line
 
-# What the tables beside a matrix are called, by the part of its name that `{}` stands for; first those of 10x, STARsolo,
-# BD Rhapsody and GEO, then those of kb, alevin-fry and Parse's split-pipe.
+# A matrix' name, and what the tables beside it are called then: by 10x, STARsolo, BD Rhapsody and GEO; by kb; by
+# alevin-fry; by Parse's split-pipe; and otherwise.
 LAYOUTS = (
-    (r"(?P<before>.*)matrix(?P<after>[^/]*)\.mtx", "{before}barcodes{after}", ("{before}features{after}", "{before}genes{after}")),
+    (r"(?P<before>.*)matrix(?P<after>[^/]*)\.mtx", "{before}barcodes{after}",
+     ("{before}features{after}", "{before}genes{after}")),
     (r"(?P<before>cells_x_[a-z]+)(?P<after>\.[a-z]+)?\.mtx", "{before}.barcodes", ("{before}.genes",)),
     (r"(?P<before>.*)quants_mat(?P<after>)\.mtx", "{before}quants_mat_rows", ("{before}quants_mat_cols",)),
-    (r"(?P<before>.*)(?:DGE|count_matrix)(?P<after>[^/]*)\.mtx", "{before}cell_metadata", ("{before}all_genes", "{before}genes")),
+    (r"(?P<before>.*)(?:DGE|count_matrix)(?P<after>[^/]*)\.mtx", "{before}cell_metadata",
+     ("{before}all_genes", "{before}genes")),
     (r"(?P<before>)[^/]*(?P<after>)\.mtx", "barcodes", ("features", "genes")),
 )  # fmt: skip
 # in the first line of a table that should have none
-HEADER = {"", "x", "v1", "0", "gene", "genes", "gene_id", "gene_ids", "gene_name", "gene_symbol", "symbol", "feature", "features"}
+HEADER = {
+    "",
+    "x",
+    "0",
+    "gene",
+    "genes",
+    "gene_id",
+    "gene_ids",
+    "gene_name",
+    "gene_symbol",
+    "symbol",
+    "feature",
+    "features",
+}
 HEADER |= {"id", "ids", "name", "names", "barcode", "barcodes", "cell", "cells", "cell_id", "cell_barcode", "bc_wells"}
 # columns of tables that hold no counts: of featureCounts, of genes, of cells
-ANNOTATION = set(
-    "chr chrom chromosome start end strand length gene_length description gene_description gene_type gene_biotype biotype "
-    "gene_name gene_names gene_symbol gene_symbols symbol gene_id gene_ids geneid ensembl_id entrez_id entrezid genename "
-    "numi ngene ncount_rna nfeature_rna n_counts n_genes total_counts n_genes_by_counts percent.mt percent.mito percent_mito "
-    "pct_mito pct_counts_mt cluster clusters seurat_clusters assigned_cluster louvain leiden cell_type celltype cell_ontology_class "
-    "orig.ident sample sample_id donor donor_id batch condition barcode tissue".split()
-)
+ANNOTATION = {
+    "chr", "chrom", "chromosome", "start", "end", "strand", "length", "gene_length", "description",
+    "gene_description", "gene_type", "gene_biotype", "biotype", "gene_name", "gene_names", "gene_symbol",
+    "gene_symbols", "symbol", "gene_id", "gene_ids", "geneid", "ensembl_id", "entrez_id", "entrezid", "genename",
+    "numi", "ngene", "ncount_rna", "nfeature_rna", "n_counts", "n_genes", "total_counts", "n_genes_by_counts",
+    "percent.mt", "percent.mito", "percent_mito", "pct_mito", "pct_counts_mt", "cluster", "clusters",
+    "seurat_clusters", "assigned_cluster", "louvain", "leiden", "cell_type", "celltype", "cell_ontology_class",
+    "orig.ident", "sample", "sample_id", "donor", "donor_id", "batch", "condition", "barcode", "tissue",
+}  # fmt: skip
 
 
 def matrices(folder: Path) -> list[Path]:
@@ -54,7 +71,7 @@ def matrices(folder: Path) -> list[Path]:
 
 
 def read_mtx(path: Path, config: InputConfig, decisions: Decisions, scratch: Scratch) -> Read:
-    """Matrix Market with the barcodes and features beside it, as 10x, STARsolo and others write them; folder or matrix."""
+    """Matrix Market with the barcodes and features beside it, as pipelines write them; folder or matrix."""
     found = matrices(path) if path.is_dir() else [path]
     if len(found) > 1:
         raise UserError(f"{path}: several matrices ({listed(m.name for m in found)}); name one of them as path")
@@ -62,7 +79,9 @@ def read_mtx(path: Path, config: InputConfig, decisions: Decisions, scratch: Scr
     if path.is_dir():
         checks.check_links(path)
     remedy = checks.FIND_COUNTS
-    whole = next((matrix.with_name(n) for n in ("matrix.mtx", "matrix.mtx.gz") if matrix.with_name(n).is_file()), matrix)
+    whole = next(
+        (matrix.with_name(n) for n in ("matrix.mtx", "matrix.mtx.gz") if matrix.with_name(n).is_file()), matrix
+    )
     if whole != matrix:
         remedy = f"take {whole.name} beside it, which has the counts"
     field = Field(str(matrix), remedy)
@@ -120,9 +139,7 @@ def _mtx_head(matrix: Path) -> _Head:
     return _Head(rows, columns, entries[0] if entries else rows * columns, form == "array", lines + 1)
 
 
-def _mtx_entries(
-    matrix: Path, head: _Head, field: Field
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _mtx_entries(matrix: Path, head: _Head, field: Field) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Rows, columns (from 0) and counts of a Matrix Market file, some lines at a time."""
     seen, lines = 0, head.lines
     with _open(matrix) as handle:
@@ -144,14 +161,14 @@ def _mtx_entries(
                     filled = [i for i, line in enumerate(text.splitlines()) if line.strip()]
                     at = lines - text.count(b"\n") + filled[int(outside.argmax())] + 1
                     raise UserError(
-                        f"{matrix}: Line {at}: its row or column lies outside of {head.rows:,} x {head.columns:,} (counted "
-                        "from 1); fetch it again"
+                        f"{matrix}: Line {at}: its row or column lies outside of {head.rows:,} x {head.columns:,} "
+                        "(counted from 1); fetch it again"
                     )
                 yield row, column, checks.pack_counts(values[:, 2], field)
             seen += len(values)
     if seen != head.entries:
         raise ValueError(
-            f"{'truncated' if seen < head.entries else 'too long'}: {seen:,} entries where {head.entries:,} are declared"
+            f"{'truncated' if seen < head.entries else 'too long'}: {seen:,} entries, {head.entries:,} are declared"
         )
 
 
@@ -211,7 +228,9 @@ def _tables_beside(matrix: Path, decisions: Decisions) -> tuple[list[list[str]],
         parts = {key: value or "" for key, value in match.groupdict().items()}
         for kind, names in (("barcodes", (barcodes,)), ("features", features)):
             # the names of 10x may also lie there without what GEO puts around them
-            stems = dict.fromkeys([*(n.format(**parts) for n in names), *(n.format(before="", after="") for n in names)])
+            stems = dict.fromkeys(
+                [*(n.format(**parts) for n in names), *(n.format(before="", after="") for n in names)]
+            )
             tried[kind] += stems
             there = [
                 path
@@ -266,7 +285,8 @@ def _fitting(
     """Barcodes and features as many as the matrix has, without the headers that some have; whether cells are rows."""
 
     def headed(rows: list[list[str]]) -> bool:
-        return any(field.strip("\"'").lower() in HEADER for field in rows[0])
+        names = [field.strip("\"'").lower() for field in rows[0]]
+        return any(name in HEADER or re.fullmatch(r"v\d+", name) for name in names)  # R calls columns V1, V2 ...
 
     for c in range(1 + headed(cells)):
         for g in range(1 + headed(genes)):
@@ -288,7 +308,9 @@ def _fitting(
 def _gene_table(rows: list[list[str]]) -> pd.DataFrame:
     """Features as a gene table: ids, names and kinds, in 10x's order of columns."""
     width = max(map(len, rows), default=0)
-    columns = [as_text(np.array([row[i] if i < len(row) else "" for row in rows], object)) for i in range(min(width, 3))]
+    columns = [
+        as_text(np.array([row[i] if i < len(row) else "" for row in rows], object)) for i in range(min(width, 3))
+    ]
     if not columns:
         return pd.DataFrame()
     var = pd.DataFrame({"gene_ids": columns[0]}, index=columns[1 if len(columns) > 1 else 0])
@@ -337,8 +359,8 @@ def read_table(path: Path, config: InputConfig, decisions: Decisions, scratch: S
     header, row = next(csv.reader([first], delimiter=delimiter)), next(csv.reader([second], delimiter=delimiter), [])
     if len(header) < 2 and ";" in first:
         raise UserError(
-            f"{path}: its columns are separated by semicolons, as spreadsheets of some languages write them; save it with "
-            "commas, or tabs (.tsv), and a point for decimals"
+            f"{path}: its columns are separated by semicolons, as spreadsheets of some languages write them; save it "
+            "with commas, or tabs (.tsv), and a point for decimals"
         )
     if not row:
         raise UserError(f"{path}: no row below the header, so no counts; check the export, or leave the sample out")
@@ -389,7 +411,9 @@ class _Table:
             rows = np.array(self.rows, object)
         self.orientation(oriented, columns)  # now that all rows are known
         cells, genes = (rows, columns) if as_cells else (columns, rows)
-        beside = pd.concat(self.annotation, ignore_index=True) if self.annotation else pd.DataFrame(index=range(len(rows)))
+        beside = (
+            pd.concat(self.annotation, ignore_index=True) if self.annotation else pd.DataFrame(index=range(len(rows)))
+        )
         if len(self.beside):
             text = f"columns of names known for annotation hold no counts: {listed(self.names[self.beside][:10])}"
             decisions.add("annotation_columns", len(self.beside), text, warn=True)
@@ -431,7 +455,9 @@ class _Table:
         if len(cells) > 20 and identity.looks_like_barcodes(cells):
             odd = [name for name in cells if not identity.looks_like_barcodes(np.array([name], object))]
             if odd:
-                text = f"names that are unlike the other cells' ({listed(odd[:5])}): are these cells? else take them out"
+                text = (
+                    f"names that are unlike the other cells' ({listed(odd[:5])}): are these cells? else take them out"
+                )
                 decisions.add("odd_cells", len(odd), text, n_cells=len(odd), warn=True)
 
     def blocks(self) -> Iterator[sp.csr_matrix]:

@@ -53,8 +53,11 @@ GENE_GROUPS = {
     "tcr": r"^(?:TR(?:A[VJ]|B[VDJ]|G[VJ]|D[VDJ])(?:\d|P|[AB]$|OR)|TR(?:A|B|G|D)C\d?(?:$|[-.])|TCR[ABGD][-.])",
 }
 # the genes of mitochondrial genomes where nothing stands in front of their names: of most vertebrates, and the worm's
-MITOCHONDRIAL_NAMES = set("ND1 ND2 ND3 ND4 ND4L ND5 ND6 COX1 COX2 COX3 CO1 CO2 CO3 CYTB CYB ATP6 ATP8".split())
-MITOCHONDRIAL_NAMES |= set("NDUO-1 NDUO-2 NDUO-3 NDUO-4 NDUO-5 NDUO-6 NDFL-4 CTC-1 CTC-2 CTC-3 CTB-1 ATP-6".split())
+MITOCHONDRIAL_NAMES = {
+    "ND1", "ND2", "ND3", "ND4", "ND4L", "ND5", "ND6", "COX1", "COX2", "COX3", "CO1", "CO2", "CO3", "CYTB", "CYB",
+    "ATP6", "ATP8", "NDUO-1", "NDUO-2", "NDUO-3", "NDUO-4", "NDUO-5", "NDUO-6", "NDFL-4", "CTC-1", "CTC-2", "CTC-3",
+    "CTB-1", "ATP-6",
+}  # fmt: skip
 ENOUGH_NAMES = 5  # of these, as one alone may be called so by chance
 
 
@@ -82,7 +85,9 @@ def in_group(
     """
     if given is not None:
         among = name_matcher(given)
-        return np.array([among(gene) or among(name) for gene, name in zip(gene_ids, gene_names, strict=True)], dtype=bool)
+        return np.array(
+            [among(gene) or among(name) for gene, name in zip(gene_ids, gene_names, strict=True)], dtype=bool
+        )
     matches = re.compile(GENE_GROUPS[group], re.IGNORECASE).match
     names = [GENOME.sub("", name, count=1) for name in gene_names]
     found = np.array([matches(name) is not None for name in names], dtype=bool)
@@ -164,7 +169,10 @@ def _metrics(
     given = {"mitochondrial": config.mitochondrial, "ribosomal": config.ribosomal, "haemoglobin": config.haemoglobin}
     groups = {group: in_group(group, gene_ids, gene_names, known) for group, known in given.items()}
     for group, member in groups.items():
-        found, how = int(member.sum()), f"as qc.{group} says" if given[group] is not None else "recognised by name or Ensembl id"
+        found, how = (
+            int(member.sum()),
+            f"as qc.{group} says" if given[group] is not None else "recognised by name or Ensembl id",
+        )
         text = how if found else f"none {how}: their share is 0 in every cell"
         lost = group == "mitochondrial" and not found
         if lost:
@@ -205,9 +213,7 @@ def _top_sums(counts: csr_matrix) -> np.ndarray:
     return total[ends[1:]] - total[np.maximum(ends[:-1], ends[1:] - TOP)]
 
 
-def _thresholds(
-    frame: pd.DataFrame, config: QcConfig, decisions: Decisions, sample: str
-) -> dict[str, np.ndarray]:
+def _thresholds(frame: pd.DataFrame, config: QcConfig, decisions: Decisions, sample: str) -> dict[str, np.ndarray]:
     """(cells,) flags of one sample's cells."""
     from scipy.stats import median_abs_deviation
 
@@ -274,7 +280,7 @@ def _doublets(
     seed: int,
     decisions: Decisions,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Doublet scores (float32, NaN where not scored) and calls (bool) of every cell; `members`: the rows of each sample.
+    """Doublet scores (float32, NaN where not scored) and calls (bool) of every cell; `members`: each sample's rows.
 
     Empty droplets and dying cells are left out: added to another cell they make no recognisable doublet. Cells with
     too many counts or genes stay in: that is what doublets look like. A large sample is scored in random groups, so
@@ -308,7 +314,9 @@ def _doublets(
             expected[name] = min(RATE_PER_CELL * len(rows), HIGHEST_RATE)
             why = f"{100_000 * RATE_PER_CELL:g} % per 1,000 cells captured"
             if expected[name] == HIGHEST_RATE:
-                why += f", {100 * HIGHEST_RATE:g} % at most, as more cells come of several captures or a newer chemistry"
+                why += (
+                    f", {100 * HIGHEST_RATE:g} % at most, as more cells come of several captures or a newer chemistry"
+                )
         text = f"share of {len(rows)} cells: {why}"
         decisions.add("doublets_expected", round(expected[name], 4), text, sample=name)
         parts = [np.sort(part) for part in np.array_split(rng.permutation(rows), -(-len(rows) // GROUP_CELLS))]

@@ -85,7 +85,9 @@ def read_tables(h5ad: Path, columns: Sequence[str] = ()) -> tuple[pd.DataFrame, 
             ids = read_elem(group[group.attrs["_index"]])
             obs = pd.DataFrame({column: read_elem(group[column]) for column in columns}, index=pd.Index(ids))
             var = read_elem(file["var"])
-            uns = {key: str(read_elem(file["uns"][key])) for key in ("sample", "gene_ids", "organism", "content_sha256")}
+            uns = {
+                key: str(read_elem(file["uns"][key])) for key in ("sample", "gene_ids", "organism", "content_sha256")
+            }
             shape = tuple(file["X"].attrs["shape"])
         var["gene_name"] = var["gene_name"].astype(str)
         if shape != (len(obs), len(var)):

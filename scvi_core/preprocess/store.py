@@ -230,8 +230,8 @@ def _cell_table(
     if obs.index.has_duplicates:
         twice = obs.index[obs.index.duplicated()][0]
         raise UserError(
-            f"cell {twice!r} is in two inputs; where input.sample_column takes sample names from the inputs themselves, a "
-            "name may repeat only if its barcodes differ"
+            f"cell {twice!r} is in two inputs; where input.sample_column takes sample names from the inputs, "
+            "a name may repeat only if its barcodes differ"
         )
     for column in ("sample", "batch"):  # categories in order of appearance
         obs[column] = pd.Categorical(obs[column].astype(str), categories=obs[column].astype(str).unique())
@@ -253,7 +253,9 @@ def _typed(column: str, values: pd.Series, own: bool, decisions: Decisions) -> p
         as_one = {text: level_text(text) if NUMBER.fullmatch(text) else text for text in filled}
         if len(set(as_one.values())) < len(as_one) or values[~empty].map(type).nunique() > 1:
             merged = sorted(text for text, level in as_one.items() if text != level)
-            decisions.add(f"column {column}", "levels as one", f"numbers that differ in writing only ({', '.join(merged[:5])})")
+            decisions.add(
+                f"column {column}", "levels as one", f"numbers that differ in writing only ({', '.join(merged[:5])})"
+            )
             texts = texts.map(as_one)
     filled = texts[~empty].unique()
     if not own and len(filled) and all(NUMBER.fullmatch(text) for text in filled):

@@ -534,7 +534,7 @@ def test_mtx_in_any_order_and_layout(tmp_path, few):
     (folder / "matrix.mtx").write_text("\n".join([head, sizes, *lines[:-2], "1 99 1", lines[-1]]))
     refused(folder, f"Line {len(lines) + 1}: its row or column lies outside of 5 x 7")
     (folder / "matrix.mtx").write_text("\n".join([head, sizes, *lines, "1 1 1"]))
-    refused(folder, f"too long: {len(lines) + 1} entries where {len(lines)}")
+    refused(folder, f"too long: {len(lines) + 1} entries, {len(lines)}")
     (folder / "matrix.mtx").write_text("\n".join([head, sizes, *lines[:-1]]))
     refused(folder, "truncated")
 
