@@ -14,7 +14,7 @@ rule genes:
         mem_mb=megabytes(310, (0.11, ANY)),
         runtime=minutes(15, 0.05),
     params:
-        samples=f"{ATLAS}/samples",  # not each of them: a command's line has an end
+        samples=subpath(input.counts[0], ancestor=2),  # not each of them: a command's line has an end
         config=part("samples", "input.genes", "genes"),
     shell:
         "scvi-core genes {params.samples:q} --config {params.config:q} --out {output.genes:q}"
@@ -39,7 +39,7 @@ rule store:
         runtime=minutes(10, 0.05),
     params:
         store=subpath(output.store, parent=True),
-        samples=f"{ATLAS}/samples",
+        samples=subpath(input.counts[0], ancestor=2),
         config=json.dumps(
             {
                 "samples": CONFIG.samples,
