@@ -358,33 +358,27 @@ def _compare(
     n_tested: dict[str, int] = {}
     for cell_group in dict.fromkeys(bulks.units["cell_group"]):
         mine = (bulks.units["cell_group"] == cell_group) & bulks.units["replicate"].isin(replicates.index) & large_u
-        units = bulks.units[mine]
+        found, kept_u, gene, why = None, *_testable(bulks, np.flatnonzero(mine), replicates, one, config)
+        units = bulks.units.iloc[kept_u]
         chosen = replicates.loc[units["replicate"]]
-        design = design_matrix(chosen, one)
-        is_group = chosen[IS_GROUP].to_numpy(bool)
-        n_group, n_reference = int(is_group.sum()), int((~is_group).sum())
-        why = ""
-        if min(n_group, n_reference) < config.min_replicates:
-            why = (
-                f"{n_group} {config.replicate}s of '{one.group}' and {n_reference} of '{one.reference}' have enough "
-                f"cells; contrast.min_replicates is {config.min_replicates}"
-            )
-        elif np.linalg.matrix_rank(design) < design.shape[1] or len(design) <= design.shape[1]:
-            why = f"the {len(design)} {config.replicate}s that have it cannot carry the covariates"
         if not why:
-            counts_rg = bulks.counts_ug[np.flatnonzero(mine)].toarray()
-            enough = (counts_rg >= config.min_counts).sum(axis=0) >= min(n_group, n_reference)
-            everywhere = bulks.measured_rg.loc[units["replicate"]].to_numpy().all(axis=0)
-            gene = np.flatnonzero(enough & everywhere)
-            if not len(gene):
-                why = f"no gene reaches {config.min_counts} counts in enough {config.replicate}s (contrast.min_counts)"
-        if why:
-            n_cells = int(units["n_cells"].sum())
+            empty = sorted(set(bulks.units.loc[mine, "replicate"]) - set(units["replicate"]))
+            if empty:
+                text = f"{config.within or 'cells'} {cell_group}: no count of any gene that can be tested"
+                decisions.add(f"{one.label}: replicates left out", empty, text)
+            counts_rg = bulks.counts_ug[kept_u][:, gene].toarray()
+            try:
+                found = deseq2(counts_rg, design_matrix(chosen, one), config.fdr)
+            except (ArithmeticError, LookupError, ValueError) as error:  # of a fit on counts that nobody foresaw
+                why = f"PyDESeq2 cannot fit it ({' '.join(str(error).split())[:200]})"
+        if found is None:
+            n_cells = int(bulks.units.loc[mine, "n_cells"].sum())
             decisions.add(f"{one.label}: cell group not tested", cell_group, why, n_cells=n_cells)
             continue
-        found = deseq2(counts_rg[:, gene], design, config.fdr)
         for what, (value, text) in found.attrs["notes"].items():
             decisions.add(f"{one.label}: {what}", value, f"{config.within or 'cells'} {cell_group}: {text}")
+        is_group = chosen[IS_GROUP].to_numpy(bool)
+        n_group, n_reference = int(is_group.sum()), int((~is_group).sum())
         n_tested[cell_group] = len(gene)
         size = units["n_cells"].to_numpy()
         order = np.lexsort((np.arange(len(found)), -found["stat"].abs().to_numpy(), found["p_value"].isna()))
@@ -415,6 +409,44 @@ def _compare(
     if partly.any():
         text += f"; {int(partly.sum())} genes are not measured in all samples, and a gap is no zero"
     decisions.add(f"{one.label}: genes tested", n_tested, text)
+
+
+def _testable(
+    bulks: Pseudobulks, kept_u: np.ndarray, replicates: pd.DataFrame, one: Comparison, config: ContrastConfig
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """What of a cell group can be tested: its pseudobulks, its genes, and why not where nothing can.
+
+    A replicate without a count of any gene that can be tested has no size factor: it is left out, which leaves fewer
+    replicates to ask of a gene, so genes are chosen again.
+
+    Parameters
+    ----------
+    kept_u : positions of the cell group's pseudobulks of enough cells, of the contrast's replicates.
+    """
+    none = np.zeros(0, np.int64)
+    while True:
+        units = bulks.units.iloc[kept_u]
+        chosen = replicates.loc[units["replicate"]]
+        n_group = int(chosen[IS_GROUP].sum())
+        n_reference = len(chosen) - n_group
+        if min(n_group, n_reference) < config.min_replicates:
+            have = f"{n_group} {config.replicate}s of '{one.group}' and {n_reference} of '{one.reference}'"
+            text = f"{have} have enough cells and counts; contrast.min_replicates is {config.min_replicates}"
+            return kept_u, none, text
+        design = design_matrix(chosen, one)
+        if np.linalg.matrix_rank(design) < design.shape[1] or len(design) <= design.shape[1]:
+            return kept_u, none, f"the {len(design)} {config.replicate}s that have it cannot carry the covariates"
+        counts_rg = bulks.counts_ug[kept_u].toarray()
+        enough = (counts_rg >= config.min_counts).sum(axis=0) >= min(n_group, n_reference)
+        everywhere = bulks.measured_rg.loc[units["replicate"]].to_numpy().all(axis=0)
+        gene = np.flatnonzero(enough & everywhere)
+        if not len(gene):
+            text = f"no gene reaches {config.min_counts} counts in enough {config.replicate}s (contrast.min_counts)"
+            return kept_u, none, text
+        counted = counts_rg[:, gene].any(axis=1)
+        if counted.all():
+            return kept_u, gene, ""
+        kept_u = kept_u[counted]
 
 
 def deseq2(counts_rg: np.ndarray, design: pd.DataFrame, fdr: float) -> pd.DataFrame:
