@@ -21,6 +21,7 @@ from scvi_core.files import UserError
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # names become folders and shell words: nothing else gets in
 Name = Annotated[str, Field(pattern=NAME)]
+NUMBER = r"[+-]?(?:(?:0|[1-9]\d*)(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?"  # not 007: that is a name
 # of paths: what Snakemake takes for wildcards, commands for options, and terminals for orders stays out
 PLAIN = r"^[^-{}\x00-\x1f\x7f][^{}\x00-\x1f\x7f]*$"
 Plain = Annotated[str, Field(pattern=PLAIN)]
@@ -216,8 +217,8 @@ class DeConfig(Section):
 
     groupby: str = Field("cluster", description="cell column whose groups are compared")
     reference: Literal["rest", "pairs"] = Field("rest", description="each group against all others, or all pairs")
-    compare: Literal["cells", "means"] = Field(
-        "cells", description="pairs of cells: do they differ; or the groups' means: has the average changed"
+    compare: Literal["means", "cells"] = Field(
+        "means", description="the groups' means: has the average changed; or pairs of cells: do single cells differ"
     )
     mode: Literal["change", "vanilla"] = Field("change", description="|LFC| > delta, or the sign alone (the paper's)")
     delta: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
@@ -225,8 +226,10 @@ class DeConfig(Section):
     )
     fdr: float = Field(0.05, gt=0, lt=1, description="expected share of false calls allowed in `is_de`")
     n_samples: int = Field(2000, ge=100, description="posterior samples a group; 2000 give probabilities to 0.01")
-    batches: Literal["all", "within", "own"] = Field(
-        "all", description="decode every cell under every batch; pair cells of one batch only; or neither"
+    batches: Literal["auto", "all", "within", "own"] = Field(
+        "auto",
+        description="all decodes every cell under every batch, within pairs cells of one batch only, own does neither; "
+        "auto is all, but own where no batch holds two groups",
     )
     balance: bool = Field(
         True, description="a batch's weight rises with its cells up to 100 only, so that the largest does not decide"
@@ -470,11 +473,11 @@ def explain(model: type[BaseModel], error: Any) -> str:
 
 
 def level_text(value: object) -> str:
-    """A level as text, however a number is written: 24, 24.0 and '24' are one."""
-    try:
-        number = float(str(value))
-    except ValueError:
-        return str(value)
+    """A level as text, however a number is written: 24, 24.0 and '24' are one; '007' is a name."""
+    text = str(value)
+    if not re.fullmatch(NUMBER, text):
+        return text
+    number = float(text)
     return str(int(number)) if number.is_integer() else repr(number)
 
 

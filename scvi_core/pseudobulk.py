@@ -24,6 +24,7 @@ from scvi_core.preprocess.samples import kept_chunks, open_samples
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
+ABSENT = ("NA", "N/A", "na", "NaN", "nan", "null", "None")  # how people write that a covariate is not known
 ALL = "all"  # the cell group where `within` is null
 IS_GROUP = "(group)"  # a column that no sample sheet can have
 MIN_RATIO_GENES = 50  # fewer genes with counts in every pseudobulk: too few for a median of ratios
@@ -116,8 +117,7 @@ def contrast(
     if not config.tests:
         raise UserError("contrast.tests: no contrast is asked for; name column, group and reference of one")
     decisions = Decisions("contrast")
-    replicates = replicate_table(cells, config)
-    designs = [_check(replicates, one, config, decisions) for one in config.tests]
+    replicates = designs(cells, config, decisions)
     bulks = sum_counts(h5ads, qcs, cells, genes, config, decisions)
     small = bulks.units["n_cells"] < config.min_cells
     if small.any():
@@ -125,7 +125,7 @@ def contrast(
         n_cells = int(bulks.units.loc[small, "n_cells"].sum())
         decisions.add("pseudobulks left out", int(small.sum()), text, n_cells=n_cells)
     frames = [pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in COLUMNS.items()})]
-    for one, chosen in zip(config.tests, designs, strict=True):
+    for one, chosen in zip(config.tests, replicates, strict=True):
         tested = list(_compare(bulks, ~small.to_numpy(), chosen, one, config, decisions))
         called = {str(frame["cell_group"].iloc[0]): int(frame["is_de"].sum()) for frame in tested}
         text = f"genes of each tested cell group at a false discovery rate of {config.fdr:g}"
@@ -133,6 +133,22 @@ def contrast(
         frames += tested
     frame = pd.concat(frames[1:] or frames, ignore_index=True)
     return frame.astype(COLUMNS), bulks, decisions
+
+
+def designs(cells: pd.DataFrame, config: ContrastConfig, decisions: Decisions) -> list[pd.DataFrame]:
+    """The replicates of each contrast, with ``IS_GROUP`` (bool) and the columns that it names.
+
+    Parameters
+    ----------
+    cells : a row a cell, or a sample where only the sheet is known yet.
+
+    Raises
+    ------
+    UserError
+        As :func:`contrast`, but for cells of no sample.
+    """
+    replicates = replicate_table(cells, config)
+    return [_check(replicates, one, config, decisions) for one in config.tests]
 
 
 def replicate_table(cells: pd.DataFrame, config: ContrastConfig) -> pd.DataFrame:
@@ -154,12 +170,13 @@ def replicate_table(cells: pd.DataFrame, config: ContrastConfig) -> pd.DataFrame
             f"contrast.replicate: {int(names.isna().sum())} cells have no '{config.replicate}'; fill the column, or "
             "take sample"
         )
-    table = cells[list(dict.fromkeys(used))].groupby(_texts(names).to_numpy(), sort=True)
+    table = pd.DataFrame({column: _levels(cells[column]) for column in dict.fromkeys(used)})
+    table = table.groupby(_levels(names).to_numpy(), sort=True)
     n_values = table.nunique(dropna=False)
     for column in n_values:
         several = n_values.index[n_values[column] > 1]
         if len(several):
-            inside = cells.loc[(_texts(names) == several[0]).to_numpy(), column]
+            inside = cells.loc[(_levels(names) == several[0]).to_numpy(), column]
             values = ", ".join(map(str, list(pd.unique(inside))[:4]))
             raise UserError(
                 f"contrast: column '{column}' has several values ({values}) in {config.replicate} '{several[0]}'; "
@@ -168,16 +185,15 @@ def replicate_table(cells: pd.DataFrame, config: ContrastConfig) -> pd.DataFrame
     return table.first()
 
 
-def _texts(values: pd.Series) -> pd.Series:
+def _levels(values: pd.Series) -> pd.Series:
     """Levels as texts; missing stays missing."""
-    return values.map(level_text if pd.api.types.is_numeric_dtype(values) else str, na_action="ignore").astype(object)
+    return values.astype("category").map(level_text, na_action="ignore").astype(object)
 
 
 def _check(replicates: pd.DataFrame, one: Comparison, config: ContrastConfig, decisions: Decisions) -> pd.DataFrame:
     """The replicates of a contrast, with ``IS_GROUP`` (bool): enough of them, and a design that can be fitted."""
-    levels = _texts(replicates[one.column])
-    numeric = pd.api.types.is_numeric_dtype(replicates[one.column])
-    group, reference = (level_text(x) if numeric else x for x in (one.group, one.reference))
+    levels = _levels(replicates[one.column])
+    group, reference = level_text(one.group), level_text(one.reference)
     for key, level in (("group", group), ("reference", reference)):
         n = int((levels == level).sum())
         if not n:
@@ -192,18 +208,20 @@ def _check(replicates: pd.DataFrame, one: Comparison, config: ContrastConfig, de
             )
     chosen = replicates[levels.isin([group, reference]).to_numpy()].copy()
     for column in (*one.categorical_covariates, *one.continuous_covariates):
-        missing = chosen.index[chosen[column].isna()]
+        missing = chosen.index[chosen[column].isna() | chosen[column].isin(ABSENT)]
         if len(missing):
             raise UserError(
                 f"contrast {one.label}: {config.replicate} '{missing[0]}' has no '{column}'; fill it in the sample "
                 "sheet, or leave the covariate out"
             )
     for column in one.continuous_covariates:
-        if not pd.api.types.is_numeric_dtype(chosen[column]):
+        numbers = pd.to_numeric(chosen[column], errors="coerce")
+        if not np.isfinite(numbers).all():
             raise UserError(
-                f"contrast {one.label}: continuous_covariates: '{column}' is not all numbers; name it in "
-                "categorical_covariates"
+                f"contrast {one.label}: continuous_covariates: '{column}' is not all numbers (such as "
+                f"'{chosen.loc[~np.isfinite(numbers), column].iloc[0]}'); mend it, or name it in categorical_covariates"
             )
+        chosen[column] = numbers
     chosen.insert(0, IS_GROUP, (levels[chosen.index] == group).to_numpy())
     design = design_matrix(chosen, one)
     if np.linalg.matrix_rank(design) < design.shape[1]:
@@ -236,7 +254,7 @@ def design_matrix(chosen: pd.DataFrame, one: Comparison) -> pd.DataFrame:
     """
     columns = {"intercept": np.ones(len(chosen)), "contrast": chosen[IS_GROUP].to_numpy(np.float64)}
     for name in one.categorical_covariates:
-        values = _texts(chosen[name])
+        values = _levels(chosen[name])
         for level in sorted(set(values))[1:]:
             columns[f"{name}[{level}]"] = (values == level).to_numpy(np.float64)
     for name in one.continuous_covariates:
@@ -284,8 +302,8 @@ def sum_counts(
     from scipy.sparse import csr_matrix, vstack
 
     samples = open_samples(h5ads, qcs)
-    replicate = _texts(cells[config.replicate])
-    group = _texts(cells[config.within]) if config.within else pd.Series(ALL, index=cells.index)
+    replicate = _levels(cells[config.replicate])
+    group = _levels(cells[config.within]) if config.within else pd.Series(ALL, index=cells.index)
     unlabelled = int(group.isna().sum())
     if unlabelled:
         text = f"of {len(cells)}: no value in column '{config.within}' (contrast.within)"

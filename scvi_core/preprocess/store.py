@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from scvi_core.config import NUMBER
 from scvi_core.files import Decisions, UserError, canonical_json, replacing, sha256_file, sha256_text
 from scvi_core.preprocess.samples import SampleFile, kept_chunks, open_samples
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 ZARR_CHUNK = 1 << 20  # values a file of the store
 FIXED_OBS = ("sample", "batch", "n_counts", "n_genes", "pct_mito", "doublet_score")
-NUMBER = re.compile(r"[+-]?(?:(?:0|[1-9]\d*)(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?")  # not 007: that is a name
 
 
 def write_store(
@@ -230,12 +230,12 @@ def _cell_table(
     for column in ("sample", "batch"):  # categories in order of appearance
         obs[column] = pd.Categorical(obs[column].astype(str), categories=obs[column].astype(str).unique())
     for column in further:
-        obs[column] = _typed(column, obs[column], column in metadata, decisions)
+        obs[column] = typed(column, obs[column], column in metadata, decisions)
     return obs[[*FIXED_OBS, *further]]
 
 
-def _typed(column: str, values: pd.Series, own: bool, decisions: Decisions) -> pd.Series:
-    """Numbers as they are; texts of the sample sheet as numbers where all are; else categories, sorted."""
+def typed(column: str, values: pd.Series, own: bool, decisions: Decisions) -> pd.Series:
+    """Give a column its type: numbers stay; texts of the sheet are numbers where all are; else sorted categories."""
     import pandas as pd
 
     if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
@@ -243,7 +243,7 @@ def _typed(column: str, values: pd.Series, own: bool, decisions: Decisions) -> p
     empty = values.isna() | (values.astype(str) == "")
     texts = values.astype(str).where(~empty)
     filled = texts[~empty].unique()
-    if not own and len(filled) and all(NUMBER.fullmatch(text) for text in filled):
+    if not own and len(filled) and all(re.fullmatch(NUMBER, text) for text in filled):
         numbers = pd.to_numeric(texts)
         decisions.add(f"column {column}", str(numbers.dtype), "every value in the sample sheet is a number")
         return numbers

@@ -49,9 +49,12 @@ def verdicts(numbers: dict[str, Any], data: dict[str, Any], config: Config) -> l
     text = f"{sum(counts.values()):,} significant markers over {len(counts)} groups of {config.de.groupby}."
     out.append(("good", text))
     if few:
-        out.append(
-            ("look", f"Fewer than three markers for group {', '.join(few[:12])}: perhaps not a group of its own.")
-        )
+        text = f"Fewer than three significant markers for group {', '.join(few[:12])}: "
+        if config.de.compare == "cells":
+            text += "single cells of it often look like some of the rest. Its average may differ: de.compare: means."
+        else:
+            text += "few averages differ for sure, as where a group is small, shallow or much like the rest."
+        out.append(("look", text))
     return out
 
 
