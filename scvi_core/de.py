@@ -27,6 +27,7 @@ from scvi_core.files import Decisions, UserError
 from scvi_core.log import progress
 from scvi_core.model import SCVI, Noise
 from scvi_core.posterior import blocks
+from scvi_core.tables import natural
 
 DE_COLUMNS = [
     "group", "reference", "gene_id", "gene_name", "lfc_mean", "lfc_median", "lfc_std", "lfc_ci_low", "lfc_ci_high",
@@ -151,7 +152,9 @@ def weakest(pairs: pd.DataFrame) -> pd.DataFrame:
     both["strength"] = both["lfc_median"] * np.sqrt(both["nonzero_group"])
     order = ["group", "gene_id", "lfc_median", "reference"]
     least = both.sort_values(order, kind="stable").drop_duplicates(["group", "gene_id"])
-    least = least.sort_values(["group", "strength", "gene_id"], ascending=[True, False, True], kind="stable")
+    least = least.sort_values(["strength", "gene_id"], ascending=[False, True], kind="stable")
+    place = {name: i for i, name in enumerate(sorted(set(least["group"]), key=natural))}
+    least = least.sort_values("group", key=lambda of: of.map(place), kind="stable")
     least["rank"] = (least.groupby("group").cumcount() + 1).astype(np.int32)
     return least[list(pairs.columns)].reset_index(drop=True)
 
@@ -169,12 +172,13 @@ def _groups(groups: pd.Series, config: DeConfig, made: Decisions) -> dict[str, n
     """Group -> positions of its cells, for the groups that are large enough, by name."""
     labels = groups.astype("string").to_numpy(dtype=object, na_value=None)
     named = labels[[label is not None for label in labels]]
-    sizes = dict(zip(*np.unique(named.astype(str), return_counts=True), strict=True))
-    small = [str(name) for name, n in sizes.items() if n < config.min_cells]
+    found, counts = np.unique(named.astype(str), return_counts=True)
+    sizes = dict(sorted(zip(map(str, found), counts, strict=True), key=lambda item: natural(item[0])))
+    small = [name for name, n in sizes.items() if n < config.min_cells]
     if small:
         n_cells = int(sum(sizes[name] for name in small))
         made.add("groups left out", small, f"fewer than {config.min_cells} cells (de.min_cells)", n_cells=n_cells)
-    names = [str(name) for name in sizes if name not in small]
+    names = [name for name in sizes if name not in small]
     if len(names) < 2:
         raise UserError(
             f"de: {len(names)} groups of '{groups.name}' have {config.min_cells} cells or more; two are needed "

@@ -20,6 +20,7 @@ import pandas as pd
 from scvi_core.config import Comparison, ContrastConfig, level_text
 from scvi_core.files import Decisions, UserError
 from scvi_core.preprocess.samples import kept_chunks, open_samples
+from scvi_core.tables import natural
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -310,7 +311,7 @@ def sum_counts(
         decisions.add("cells left out", unlabelled, text, n_cells=unlabelled)
     place = pd.MultiIndex.from_arrays([group, replicate])
     units = pd.DataFrame(
-        sorted(set(place[group.notna()]), key=lambda unit: (_natural(unit[0]), unit[1])),
+        sorted(set(place[group.notna()]), key=lambda unit: (natural(unit[0]), unit[1])),
         columns=["cell_group", "replicate"],
     )
     unit_n = pd.MultiIndex.from_frame(units).get_indexer(place)
@@ -351,11 +352,6 @@ def sum_counts(
     counts_ug.sort_indices()
     columns = ["replicate", "cell_group", "n_cells"]
     return Pseudobulks(units[columns], counts_ug, genes[["gene_id", "gene_name"]].reset_index(drop=True), measured_rg)
-
-
-def _natural(name: str) -> tuple[bool, float, str]:
-    """Clusters in order of their numbers, then all else by name."""
-    return (not name.isdecimal(), int(name) if name.isdecimal() else 0, name)
 
 
 def _compare(

@@ -213,11 +213,17 @@ def _metrics(data: dict[str, Any], config: Config) -> dict[str, Any]:
             "one_batch": [c for c, row in zip(clusters, table, strict=True) if row.max() >= 0.9 * row.sum()],
             "by_column": {c: int(cells[c].nunique()) for c in cells if re.fullmatch(r"cluster(_r[\d.]+)?", c)},
         },
-        "labels": {c: agreement(cells["cluster"], cells[c]) for c in config.report.labels if not continuous(cells[c])},
+        "labels": {
+            c: agreement(cells["cluster"], cells[c])
+            | {"of_samples": bool((cells.groupby("sample", observed=True)[c].nunique() <= 1).all())}
+            for c in config.report.labels
+            if not continuous(cells[c])
+        },
         "de": {
             "groupby": config.de.groupby,
             "upregulated": {g: int(significant.get(g, 0)) for g in levels(de["group"])[0]},
         },
+        "contrasts": {one.label: _tested(data["contrasts"], one.label, cells, config) for one in config.contrast.tests},
         "criticism": {
             c["check"]: {"value": c["value"], "verdict": c["verdict"]}
             for c in (data["criticism"]["checks"] if data["criticism"] else [])
@@ -284,6 +290,13 @@ def contrasts(frame: pd.DataFrame) -> list[dict[str, Any]]:
         first = part.iloc[0][["n_replicates_group", "n_replicates_reference"]].to_dict()
         rows.append({"contrast": name, "cell_group": group, "n_genes": len(part), **first, **counts, **genes})
     return rows
+
+
+def _tested(rows: list[dict[str, Any]], label: str, cells: pd.DataFrame, config: Config) -> dict[str, int]:
+    """How many cell groups there are, how many of them a contrast could be tested in, and genes called."""
+    mine, within = [row for row in rows if row["contrast"] == label], config.contrast.within
+    called = sum(row["n_up"] + row["n_down"] for row in mine)
+    return {"groups": int(cells[within].nunique()) if within else 1, "tested": len(mine), "called": called}
 
 
 def draw(folder: Path, data: dict[str, Any], config: Config) -> dict[str, dict[str, str]]:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pandas as pd
 
 from scvi_core.config import Config
+from scvi_core.design import remarks
 from scvi_core.files import Decisions
+from scvi_core.report.viewer import CELL_COLUMNS
+
+AGREES, FOLLOWS = 0.5, 0.2  # adjusted Rand index: of cell types from which all is well, of samples' columns up to which
+DRAWN = r"(umap|tsne)_\d|cluster(_r[\d.]+)?"  # columns of cells.parquet that are made of the cells, not of the design
 
 
 def verdicts(numbers: dict[str, Any], data: dict[str, Any], config: Config) -> list[tuple[str, str]]:
-    """Say in plain sentences what came out: ``("good" or "look", sentence)``; "look" asks for the reader's eye."""
-    cells, model, clusters, out = numbers["cells"], numbers["model"], numbers["clusters"], []
+    """Say in plain sentences what came out: ``("good" or "look", sentence)``; "look" asks for the reader's eye.
+
+    Those that ask come first.
+    """
+    cells, model, clusters = numbers["cells"], numbers["model"], numbers["clusters"]
+    out = _design(numbers["contrasts"], data["cells"], config)
     lost = cells["before"] - cells["after"]
     share = lost / max(cells["before"], 1)
     tally = pd.DataFrame([s["reasons"] for s in numbers["samples"].values()]).sum()
@@ -40,9 +50,14 @@ def verdicts(numbers: dict[str, Any], data: dict[str, Any], config: Config) -> l
         good = "No cluster has 90% or more of its cells from one batch."
         out.append(("look", one) if names else ("good", good))
     for column, a in numbers["labels"].items():
-        if a["ari"] is not None:
-            text = f"Clusters and the labels {column} agree with an adjusted Rand index of {a['ari']:.2f}"
-            out.append(("good", f"{text} (1: identical, 0: as by chance)."))
+        if a["ari"] is None:
+            continue
+        text = f"adjusted Rand index of {a['ari']:.2f} (1: identical, 0: as by chance)."
+        if a["of_samples"]:  # such as sex: of samples, so that clusters are not meant to find it
+            if a["ari"] > FOLLOWS:
+                out.append(("look", f"Clusters follow {column}, which is one value a sample: {text}"))
+            continue
+        out.append(("good" if a["ari"] >= AGREES else "look", f"Clusters and the labels {column} agree with an {text}"))
     out += _criticism(data["criticism"])
     counts = numbers["de"]["upregulated"]
     few = [g for g, n in counts.items() if n < 3]
@@ -55,7 +70,19 @@ def verdicts(numbers: dict[str, Any], data: dict[str, Any], config: Config) -> l
         else:
             text += "few averages differ for sure, as where a group is small, shallow or much like the rest."
         out.append(("look", text))
-    return out
+    return sorted(out, key=lambda verdict: verdict[0] != "look")
+
+
+def _design(contrasts: dict[str, Any], cells: pd.DataFrame, config: Config) -> list[tuple[str, str]]:
+    """How far each contrast could be tested, and what the design makes hard to tell."""
+    out = []
+    for label, n in contrasts.items():
+        what = f"of {n['groups']} groups of {config.contrast.within}" if config.contrast.within else "of 1 group"
+        text = f"Contrast {label}: {n['tested']} {what} could be tested, with {n['called']:,} genes called."
+        whole = n["tested"] == n["groups"]
+        out.append(("good" if whole else "look", text + ("" if whole else " Decisions says why not the others.")))
+    own = [c for c in cells if c not in (*CELL_COLUMNS, "cell_id", "barcode") and not re.fullmatch(DRAWN, c)]
+    return out + [("look", text) for text in remarks(cells[own].drop_duplicates(), config)]
 
 
 def _criticism(criticism: dict[str, Any] | None) -> list[tuple[str, str]]:
