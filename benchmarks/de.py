@@ -21,6 +21,7 @@ its own; finished ones are kept in `--out`, by content. What the figures say: be
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import logging
@@ -268,13 +269,14 @@ def _cached(task: dict[str, Any], method: str, seed: int, options: argparse.Name
         spec |= {"threads": options.threads, "fits": str(options.out / "fits"), "code": sha256_text(str(code))[:12]}
         python = options.peer_python if method == "scvi-tools" else sys.executable
         environment = os.environ | {f"{of}_NUM_THREADS": str(options.threads) for of in ("OMP", "MKL", "OPENBLAS")}
-        with replacing(path) as temporary:
+        with contextlib.suppress(subprocess.CalledProcessError), replacing(path) as temporary:
             given = temporary.with_suffix(".json")
             given.write_text(json.dumps(spec))
             command = [python, __file__, "--worker", json.dumps({"spec": str(given)}), str(temporary)]
-            if subprocess.run(command, env=environment, check=False).returncode:
-                print(f"{name}: failed; its own message stands above", file=sys.stderr)
-                return None
+            subprocess.run(command, env=environment, check=True)
+        if not path.exists():
+            print(f"{name}: failed; its own message stands above", file=sys.stderr)
+            return None
     import pyarrow.parquet as pq
 
     table = pq.read_table(path)
@@ -385,7 +387,6 @@ def _wilcoxon(adata: ad.AnnData, spec: dict[str, Any]) -> tuple[list[pd.DataFram
 
 def _pydeseq2(adata: ad.AnnData, spec: dict[str, Any]) -> tuple[list[pd.DataFrame], dict[str, Any]]:
     """Sums over each side's cells of a batch; batch in the design where both sides share batches."""
-    import contextlib
     import io
 
     from pydeseq2.dds import DeseqDataSet
