@@ -300,6 +300,7 @@ class ClusterConfig(Section):
         min_length=1,
         description="Leiden resolutions; the first gives `cluster`, others cluster_r{resolution}",
     )
+    stability: bool = Field(True, description="cluster anew by other seeds and resolutions, and suggest one that stays")
     umap: bool = Field(True, description="draw a UMAP")
     umap_min_dist: float = Field(0.5, ge=0, description="how tightly the UMAP packs cells")
     tsne: bool | Literal["auto"] = Field("auto", description="draw a t-SNE; auto: up to 10,000 cells, as it is slow")

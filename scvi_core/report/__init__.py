@@ -215,6 +215,7 @@ def _metrics(data: dict[str, Any], config: Config) -> dict[str, Any]:
     batches, codes = levels(cells["batch"])
     table = np.zeros((len(clusters), len(batches)), dtype=np.int64)
     np.add.at(table, (rows, codes), 1)
+    told = {d["what"]: d["value"] for d in data["decisions"] if d["step"] == "cluster"}
     significant = de[de["is_de"] & (de["lfc_mean"] > 0)].groupby("group").size()
     return {
         "cells": {
@@ -236,6 +237,8 @@ def _metrics(data: dict[str, Any], config: Config) -> dict[str, Any]:
             "n": len(clusters),
             "sizes": {name: int(n) for name, n in zip(clusters, sizes, strict=True)},
             "one_batch": [c for c, row in zip(clusters, table, strict=True) if row.max() >= 0.9 * row.sum()],
+            "stability": told.get("stability", {}),
+            "suggested": told.get("suggested resolution"),
             "by_column": {c: int(cells[c].nunique()) for c in cells if re.fullmatch(r"cluster(_r[\d.]+)?", c)},
         },
         "labels": {
@@ -435,6 +438,7 @@ def render(
         losses=[d for d in decisions if (d["n_cells"] or d["n_genes"]) and d["what"] not in TOLD],
         kept_epoch=kept_epoch(data["model"]),
         tables={c: label_table(cells, c) for c in numbers["labels"]},
+        stability=sorted(numbers["clusters"]["stability"].items(), key=lambda item: float(item[0])),
         factors=data["factors"], contrasts=data["contrasts"],
         markers=[row for frame in top.values() for row in frame.to_dict("records")],
         unmarked=[g for g, frame in top.items() if not frame["is_de"].any()],

@@ -44,6 +44,13 @@ def verdicts(numbers: dict[str, Any], data: dict[str, Any], config: Config) -> l
     sizes = clusters["sizes"]
     text = f"{clusters['n']} clusters, of {min(sizes.values()):,} to {max(sizes.values()):,} cells."
     out.append(("good" if clusters["n"] > 1 else "look", text))
+    used = f"{config.cluster.resolutions[0]:g}"
+    if used in clusters["stability"]:
+        agreement, best = clusters["stability"][used]["agreement"], clusters["suggested"]
+        text = f"By another seed, clusters at resolution {used} agree by an adjusted Rand index of {agreement:.2f}"
+        finest = f"{best:g} is suggested (cluster.resolutions), as the finest at which seeds agree"
+        kind = "good" if float(used) <= best else "look"
+        out.append((kind, f"{text}{'.' if float(used) == best else f'; {finest}.'}"))
     if numbers["batches"] > 1:
         names = ", ".join(clusters["one_batch"][:12])
         one = f"At least 90% of cells are of one batch in cluster {names}: biology of that batch, or a batch effect."

@@ -365,6 +365,25 @@ def test_a_label_of_samples_is_no_cell_type(tmp_path):
     assert [kind for kind, text in told(folder, load_config(config)) if "Clusters follow sex" in text] == ["look"]
 
 
+@pytest.mark.parametrize(("used", "kind"), [(0.5, "good"), (1.0, "look")])
+def test_the_resolution_is_held_against_others(tmp_path, used, kind):
+    folder = tmp_path / "test"
+    config = write_atlas(folder).model_dump(mode="json") | {"cluster": {"resolutions": [used]}}
+    made = Decisions("cluster")
+    made.add("stability", {r: {"clusters": 5, "agreement": a} for r, a in (("1", 0.8), ("0.5", 0.97), ("2", 0.7))}, "x")
+    made.add("suggested resolution", 0.5, "x")
+    made.write(folder / "decisions/cluster.jsonl")
+    config = load_config(config)
+    (said,) = [(of, text) for of, text in told(folder, config) if "By another seed" in text]
+    assert said[0] == kind and ("0.5 is suggested" in said[1]) == (used == 1.0)
+    data = report.read_atlas(folder, config)
+    numbers = report.metrics(folder, config)
+    pictures = {name: {"light": "", "dark": ""} for name in report.draw(folder, data, config)}
+    text = report.render(data, config, numbers, None, pictures)
+    rows = re.findall(r'<th scope="row" class="r">([^<]*)</th>', text[text.index("Which resolution?") :])
+    assert [row.split(" ")[0] for row in rows[:3]] == ["0.5", "1", "2"] and "(suggested)" in rows[0]
+
+
 def test_few_markers_are_no_proof_of_anything(atlas):
     folder, config = atlas
     (few,) = [text for kind, text in told(folder, config) if "Fewer than three" in text]
