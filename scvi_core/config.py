@@ -45,7 +45,7 @@ PLUGINS = {"s3": "s3", "gs": "gcs", "az": "azure", "http": "http", "https": "htt
 # columns of cells.parquet, latent.parquet and of the inside of the store, which a sample sheet may not redefine
 RESERVED = {
     "_index", "cell_id", "barcode", "n_counts", "n_genes", "pct_mito", "pct_ribo", "pct_hb", "pct_top50",
-    "doublet_score", "predicted_doublet", "flags", "keep", "reason", "cluster",
+    "doublet_score", "s_score", "g2m_score", "cycle_phase", "predicted_doublet", "flags", "keep", "reason", "cluster",
     "umap_1", "umap_2", "tsne_1", "tsne_2",
 }  # fmt: skip
 
@@ -159,6 +159,7 @@ class QcConfig(Section):
     max_counts: int | None = Field(None, ge=1, description="fixed limit: most counts a cell")
     max_pct_mito: float = Field(20.0, ge=0, le=100, description="fixed limit: largest mitochondrial share, per cent")
     max_pct_hb: float | None = Field(None, ge=0, le=100, description="fixed limit: largest haemoglobin share, per cent")
+    cell_cycle: bool = Field(True, description="score the S and G2M phases of kept cells (human, mouse)")
     doublets: bool = Field(True, description="score doublets, sample by sample")
     expected_doublet_rate: float | None = Field(
         None,
@@ -196,7 +197,8 @@ class GenesConfig(Section):
     span: float = Field(0.3, gt=0, le=1, description="loess span of the mean-variance fit")
     include: tuple[str, ...] = Field((), description="always selected: ids, names, /regular expressions/ or @groups")
     exclude: tuple[str, ...] = Field(
-        (), description="never selected; groups: @mitochondrial @ribosomal @haemoglobin @immunoglobulin @tcr"
+        (),
+        description="never selected; groups: @mitochondrial @ribosomal @haemoglobin @immunoglobulin @tcr @cell_cycle",
     )
 
     @field_validator("n_top")

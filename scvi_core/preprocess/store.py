@@ -16,6 +16,7 @@ import numpy as np
 
 from scvi_core.config import NUMBER, level_text
 from scvi_core.files import Decisions, UserError, canonical_json, replacing, sha256_file, sha256_text
+from scvi_core.preprocess.cellcycle import CYCLE_OBS
 from scvi_core.preprocess.samples import SampleFile, kept_chunks, open_samples
 
 if TYPE_CHECKING:
@@ -213,10 +214,10 @@ def _cell_table(
 
     tables, further = [], {}
     for sample, table, keep in zip(samples, qcs, keeps, strict=True):
-        judged = pd.read_parquet(table, columns=["cell_id", *FIXED_OBS])[keep]
+        judged = pd.read_parquet(table, columns=["cell_id", *FIXED_OBS, *CYCLE_OBS])[keep]
         with h5py.File(sample.path, locking=False) as file:
             own = read_elem(file["obs"])[keep]
-        own = own.drop(columns=[c for c in (*FIXED_OBS, "barcode") if c in own])
+        own = own.drop(columns=[c for c in (*FIXED_OBS, *CYCLE_OBS, "barcode") if c in own])
         further.update(dict.fromkeys(own.columns))
         own.index = judged.index
         tables.append(pd.concat([judged, own.astype({c: object for c in own if own[c].dtype == "category"})], axis=1))
@@ -236,7 +237,7 @@ def _cell_table(
         obs[column] = pd.Categorical(obs[column].astype(str), categories=obs[column].astype(str).unique())
     for column in further:
         obs[column] = typed(column, obs[column], column in metadata, decisions)
-    return obs[[*FIXED_OBS, *further]]
+    return obs[[*FIXED_OBS, *further, *CYCLE_OBS]]
 
 
 def typed(column: str, values: pd.Series, own: bool, decisions: Decisions) -> pd.Series:

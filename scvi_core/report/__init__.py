@@ -437,7 +437,7 @@ def render(
         limits=limits,
         losses=[d for d in decisions if (d["n_cells"] or d["n_genes"]) and d["what"] not in TOLD],
         kept_epoch=kept_epoch(data["model"]),
-        tables={c: label_table(cells, c) for c in numbers["labels"]},
+        tables={c: label_table(cells, c) for c in [*numbers["labels"], *_phases(cells)]},
         stability=sorted(numbers["clusters"]["stability"].items(), key=lambda item: float(item[0])),
         factors=data["factors"], contrasts=data["contrasts"],
         markers=[row for frame in top.values() for row in frame.to_dict("records")],
@@ -446,6 +446,11 @@ def render(
         software=software_versions(), package_version=__version__,
         settings=yaml.safe_dump(public_config(config), sort_keys=False, allow_unicode=True),
     )  # fmt: skip
+
+
+def _phases(cells: pd.DataFrame) -> list[str]:
+    """The column of cell cycle phases, where cells were scored."""
+    return ["cycle_phase"] if "cycle_phase" in cells and cells["cycle_phase"].astype(str).str.len().any() else []
 
 
 def _text(value: Any) -> str:

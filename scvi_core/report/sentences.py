@@ -12,8 +12,8 @@ from scvi_core.design import remarks
 from scvi_core.files import Decisions
 from scvi_core.report.viewer import CELL_COLUMNS
 
-AGREES, FOLLOWS = 0.5, 0.2  # adjusted Rand index: of cell types from which all is well, of samples' columns up to which
-DRAWN = r"(umap|tsne)_\d|cluster(_r[\d.]+)?"  # columns of cells.parquet that are made of the cells, not of the design
+AGREES, FOLLOWS = 0.5, 0.2  # adjusted Rand index: all is well from there with cell types, up to there with samples
+DRAWN = r"(umap|tsne)_\d|cluster(_r[\d.]+)?|cycle_phase"  # columns that are made of the cells
 
 
 def verdicts(numbers: dict[str, Any], data: dict[str, Any], config: Config) -> list[tuple[str, str]]:

@@ -21,7 +21,7 @@ PALETTE = (  # noqa: SIM905
 MISSING = "(none)"  # cells without a value
 SHOWN_CELLS = 50_000  # points in the page's viewer; more are thinned at random, with a fixed seed
 NAMED_CELLS = 20_000  # up to here the viewer knows the cells' names
-CELL_COLUMNS = ("n_counts", "n_genes", "pct_mito", "doublet_score")
+CELL_COLUMNS = ("n_counts", "n_genes", "pct_mito", "doublet_score", "s_score", "g2m_score")
 
 
 def levels(values: pd.Series) -> tuple[list[str], np.ndarray]:
