@@ -13,6 +13,7 @@ from scvi_core.files import Decisions
 from scvi_core.report.viewer import CELL_COLUMNS
 
 AGREES, FOLLOWS = 0.5, 0.2  # adjusted Rand index: all is well from there with cell types, up to there with samples
+FALL = 0.01  # of the best held-out ELBO: in fits that are as they should be it ends within half of that
 DRAWN = r"(umap|tsne)_\d|cluster(_r[\d.]+)?|cycle_phase"  # columns that are made of the cells
 
 
@@ -39,6 +40,17 @@ def verdicts(numbers: dict[str, Any], data: dict[str, Any], config: Config) -> l
         gap = (model["train_elbo"] - elbo) / max(abs(elbo), 1e-9)
         more = " The gap is wide: few cells for so large a model, or cells unlike the rest." if gap > 0.1 else ""
         out.append(("look" if more else "good", text + more))
+    held_out = data["history"]["validation_elbo"].dropna()
+    if len(held_out) and not config.train.early_stopping:
+        fall = float(held_out.max() - held_out.iloc[-1])
+        if fall > FALL * abs(held_out.max()):
+            epoch = int(data["history"]["epoch"][held_out.idxmax()])
+            text = (
+                f"The ELBO on held-out cells was highest at epoch {epoch} and has fallen by {fall:,.1f} nats a cell "
+                "since: the model learns these cells by heart. train.early_stopping: true keeps the best weights; the "
+                "default goes on, as batches mix later: compare both where batches matter."
+            )
+            out.append(("look", text))
     if config.train.early_stopping and best is not None and best == epochs:
         out.append(("look", "The last epoch was the best one: more epochs (train.max_epochs) may fit better."))
     sizes = clusters["sizes"]

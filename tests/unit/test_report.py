@@ -384,6 +384,20 @@ def test_the_resolution_is_held_against_others(tmp_path, used, kind):
     assert [row.split(" ")[0] for row in rows[:3]] == ["0.5", "1", "2"] and "(suggested)" in rows[0]
 
 
+@pytest.mark.parametrize(("lost", "said"), [(4.0, 0), (40.0, 1)])
+def test_a_curve_that_falls_says_what_to_do(tmp_path, lost, said):
+    folder = tmp_path / "test"
+    config = write_atlas(folder)
+    history = pd.read_parquet(folder / "model/history.parquet")
+    history["validation_elbo"] = -912 - lost * np.abs(history["epoch"] - 12) / 18
+    write_parquet(folder / "model/history.parquet", history)
+    found = [text for kind, text in told(folder, config) if kind == "look" and "by heart" in text]
+    assert len(found) == said
+    assert all(
+        "highest at epoch 12 and has fallen by 40.0 nats" in t and "train.early_stopping: true" in t for t in found
+    )
+
+
 def test_few_markers_are_no_proof_of_anything(atlas):
     folder, config = atlas
     (few,) = [text for kind, text in told(folder, config) if "Fewer than three" in text]
