@@ -113,7 +113,7 @@ def validate(
         if not sample.plugin and not Path(sample.path).exists():
             raise UserError(f"{settings.samples}: sample '{sample.sample}': no file {sample.path}; mend the path")
     check_columns(settings, samples, config if not config.lstrip().startswith("{") else "--config")
-    table = design.sheet_table(samples)
+    table = design.sheet_table(samples, settings)
     design.check(table, settings)
     for remark in design.remarks(table, settings):
         log.warning("design: %s", remark)

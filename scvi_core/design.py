@@ -12,11 +12,18 @@ from scvi_core.pseudobulk import designs
 ENOUGH = 3  # replicates of a level from which dispersions are known well enough to find more than a few genes
 
 
-def sheet_table(samples: list[Sample]) -> pd.DataFrame:
-    """A row a sample: sample, batch and further columns, of the types that ``cells.parquet`` gives them."""
+def sheet_table(samples: list[Sample], config: Config) -> pd.DataFrame:
+    """A row a sample: sample, batch and further columns, of the types that ``cells.parquet`` gives them.
+
+    Without ``batch`` or ``sample`` where the inputs have their own (``input.batch_column``, ``input.sample_column``),
+    which the sheet does not know.
+    """
     rows = [{"sample": s.sample, "batch": s.batch, **s.metadata} for s in samples]
     table = pd.DataFrame(rows)
-    for column in table.columns.drop(["sample", "batch"]):
+    for column in ("batch", "sample"):
+        if any(getattr(s.reads(config.input), f"{column}_column") for s in samples):
+            table = table.drop(columns=column)
+    for column in table.columns.drop(["sample", "batch"], errors="ignore"):
         table[column] = typed(column, table[column], False, Decisions("store"))
     return table
 
@@ -49,7 +56,11 @@ def remarks(table: pd.DataFrame, config: Config) -> list[str]:
         if {one.column, "batch", config.contrast.replicate} <= {*table}:
             out += _of_contrast(table, one, config)
     groupby = config.de.groupby
-    if config.de.batches == "auto" and groupby in table and share_no_batch(table[groupby], table["batch"]):
+    if (
+        config.de.batches == "auto"
+        and {groupby, "batch"} <= {*table}
+        and share_no_batch(table[groupby], table["batch"])
+    ):
         out.append(
             f"No batch holds two groups of '{groupby}' (de.groupby): each cell is decoded under its own batch, and "
             "differences between batches are part of every fold change. Cells are no replicates of a condition: "

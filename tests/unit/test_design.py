@@ -10,14 +10,14 @@ from scvi_core.files import UserError
 TEST = {"column": "condition", "group": "stim", "reference": "ctrl"}
 
 
-def sheet(batch="sample", **columns):
+def sheet(batch="sample", given=None, **columns):
     """Three donors, each with a control and a stimulated sample."""
     rows = []
     for i, (donor, condition) in enumerate((d, c) for d in ("d1", "d2", "d3") for c in ("ctrl", "stim")):
         own = {"donor": donor, "condition": condition, "age": ["31", "31", "45", "45", "62", "62"][i]}
         own |= {name: values[i] for name, values in columns.items()}
         rows.append(Sample(sample=f"s{i}", path="x", batch=own.get(batch, f"s{i}"), metadata=own))
-    return design.sheet_table(rows)
+    return design.sheet_table(rows, load_config(given or {}))
 
 
 def config(*tests, de=None, **contrast) -> Config:
@@ -60,6 +60,15 @@ def test_columns_that_only_the_inputs_have_are_left_to_the_step():
     design.check(sheet(), config({**TEST, "column": "treatment"}))
     design.check(sheet(), config(replicate="well"))
     assert design.remarks(sheet(), config({**TEST, "column": "treatment"})) == []
+
+
+def test_batches_that_only_the_inputs_know_are_not_judged():
+    table = sheet("donor", {"input": {"batch_column": "well"}})
+    assert "batch" not in table and not any("batch" in said for said in design.remarks(table, config()))
+    design.check(table, config())
+    table = sheet("donor", {"input": {"sample_column": "well"}})[:1]  # one file, of many samples
+    design.check(table, config())
+    assert "sample" not in table and design.remarks(table, config()) == []
 
 
 def test_a_batch_that_spans_the_levels():
