@@ -398,6 +398,20 @@ def test_a_curve_that_falls_says_what_to_do(tmp_path, lost, said):
     )
 
 
+def test_phases_of_the_cell_cycle_by_cluster(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "png", lambda figure: b"picture")
+    folder = tmp_path / "test"
+    config = write_atlas(folder)
+    cells = pd.read_parquet(folder / "cells.parquet")
+    cells["s_score"] = cells["g2m_score"] = np.linspace(-1, 1, len(cells), dtype="float32")
+    for phases, shown in ((np.resize(["G1", "S", "G2M"], len(cells)), True), ("", False)):
+        cells["cycle_phase"] = phases
+        write_parquet(folder / "cells.parquet", cells)
+        report.build_report(folder, config)
+        text = (folder / "report.html").read_text()
+        assert (" cycle_phase</h3>" in text) == ("Tirosh et al. 2016" in text) == shown
+
+
 def test_few_markers_are_no_proof_of_anything(atlas):
     folder, config = atlas
     (few,) = [text for kind, text in told(folder, config) if "Fewer than three" in text]
