@@ -32,7 +32,7 @@ from scvi_core.files import UserError
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # names become folders and shell words: nothing else gets in
 Name = Annotated[str, Field(pattern=NAME)]
-NUMBER = r"[+-]?(?:(?:0|[1-9]\d*)(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?"  # not 007: that is a name
+NUMBER = r"[+-]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-][0-9]+)?"  # 007 and 1E1 are names
 # of paths: what Snakemake takes for wildcards, commands for options, and terminals for orders stays out
 PLAIN = r"^[^-{}\x00-\x1f\x7f][^{}\x00-\x1f\x7f]*$"
 Plain = Annotated[str, Field(pattern=PLAIN)]
@@ -135,7 +135,7 @@ class InputConfig(Section):
     @field_validator("metadata", mode="before")
     @classmethod
     def _from_a_sheet(cls, value: Any) -> Any:
-        return [name.strip() for name in value.split(",")] if isinstance(value, str) and "," in value else value
+        return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
     @property
     def cell_columns(self) -> tuple[str, ...]:
@@ -575,12 +575,10 @@ def explain(model: type[BaseModel], error: Any) -> str:
 
 
 def level_text(value: object) -> str:
-    """A level as text, however a number is written: 24, 24.0 and '24' are one; '007' is a name."""
-    text = str(value)
-    if not re.fullmatch(NUMBER, text):
-        return text
-    number = float(text)
-    return str(int(number)) if number.is_integer() else repr(number)
+    """A level as text: 24, 24.0 and '24' are one; '007', '1E1' and '1.10' are names."""
+    text = str(value).strip()
+    whole = re.fullmatch(r"([+-]?(?:0|[1-9][0-9]*))(?:\.0*)?", text)
+    return whole[1] if whole else text
 
 
 MISSING = ("NA", "N/A", "n/a", "#N/A", "NaN", "nan", "<NA>")  # what spreadsheets and R write where nothing is known

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
@@ -18,25 +19,40 @@ ID = r"(?:ENS[A-Z]*G\d{11}|FBgn\d{7}|WBGene\d{8})"
 ENSEMBL = re.compile(ID + r"(?:\.\d+)?")
 VERSION = re.compile(rf"^({ID})\.\d+")  # what follows stays: GENCODE writes ENSG00000182378.15_PAR_Y
 JOINED = re.compile(
-    rf"(?P<a>{ID}(?:\.\d+)?)[_|:;-](?P<b>.+)|(?P<d>.+)[_|:;](?P<c>{ID}(?:\.\d+)?)"
+    rf"(?P<a>{ID}(?:\.\d+)?)[_|:;-]+(?P<b>.*)|(?P<d>.+?)(?:[_|:;]+| \()(?P<c>{ID}(?:\.\d+)?)\)?"
 )  # id_symbol, or turned
-ACCESSION = re.compile(rf"{ID}.*|[NX][MR]_\d+(?:\.\d+)?|(?:MGI|HGNC|RGD):\d+|ZDB-GENE-[\d-]+")  # no symbols
-NUMBER = re.compile(r"(?:[XV]|row_?)?\d+(?:\.0)?", re.IGNORECASE)  # numbers of rows, and what R makes of them
+ACCESSION = re.compile(
+    rf"{ID}.*|ENS[A-Z]*T\d{{11}}.*|[NX][MR]_\d+(?:\.\d+)?|(?:MGI|HGNC|RGD):\d+|ZDB-GENE-[\d-]+"
+)  # no symbols
+# numbers of rows, and what R makes of them
+NUMBER = re.compile(r"(?:[XV]|row_?|(?:gene|feature|var)[-_ .]?)?\d+(?:\.0)?", re.IGNORECASE)
 # what aligners put in front of names where a reference is of several genomes
 GENOME = re.compile(
-    r"((?:GRC[a-z]\d+|hg\d\d|mm\d\d?|rn\d|dm\d|ce\d\d|danRer\d+|galGal\d+|susScr\d+|rheMac\d+|Mmul|mRatBN\d)\w*?)[_-]+"
+    r"((?:GRC[a-z]\d+|hg\d\d|mm\d\d?|rn\d|dm\d|ce\d\d|danRer\d+|galGal\d+|susScr\d+|rheMac\d+|Mmul(?:_\d+)?|mRatBN\d)"
+    r"(?:\.\d+)?\w*?(?:[_-](?:\d{4}-[A-Z]|pre-?m?rna))?)[_-]+"
 )
+QUOTED = re.compile(r"b?([\"']).*\1")  # also what Python makes of bytes
 ORGANISMS = {
     "ENSG": "human", "ENSMUSG": "mouse", "ENSRNOG": "rat", "ENSMMUG": "rhesus macaque",
     "ENSMFAG": "crab-eating macaque", "ENSPTRG": "chimpanzee", "ENSSSCG": "pig", "ENSBTAG": "cow", "ENSOCUG": "rabbit",
     "ENSDARG": "zebrafish", "ENSGALG": "chicken", "FBgn": "fly", "WBGene": "worm",
 }  # fmt: skip
 BARCODE = re.compile(r"(?:.*[_:-])?[ACGT]{8,}(?:[-_.].*)?")
-# column names of symbols as they are met in the wild, best first, in lower case
-SYMBOL_COLUMNS = (
-    "gene_name", "gene_names", "gene_symbol", "gene_symbols", "gene_short_name", "symbol", "symbols", "hgnc_symbol",
-    "mgi_symbol", "feature_name", "gene", "genes", "genename", "name",
+# column names of ids and of symbols as they are met in the wild, best first, as `plain` writes them
+ID_COLUMNS = (
+    "gene_ids", "gene_id", "ensembl_id", "ensembl_ids", "ensembl_gene_id", "ensembl", "ensemblid", "feature_id",
+    "gene_stable_id", "accession", "id", "ids", "geneid",
 )  # fmt: skip
+SYMBOL_COLUMNS = (
+    "gene_name", "gene_names", "external_gene_name", "gene_symbol", "gene_symbols", "gene_short_name", "symbol",
+    "symbols", "hgnc_symbol", "mgi_symbol", "feature_name", "gene", "genes", "genename", "name",
+)  # fmt: skip
+# what stands in place of a name, many times, where a gene has none
+PLACEHOLDER = re.compile(
+    r"nan|n/?a|<na>|none|null|unknown|[-.?]|protein[_ ]coding|l(?:nc|inc)RNA|misc_RNA|(?:\w+_)?pseudogene|mi?RNA",
+    re.IGNORECASE,
+)
+MOST_ROWS = 5  # of one gene before it seems to be none
 # genes by which a list of names is known to be one: in nearly every cell, or on most targeted panels
 KNOWN = {
     "ACTB", "GAPDH", "MALAT1", "B2M", "EEF1A1", "RPLP0", "TMSB4X", "FTL", "FTH1", "TPT1", "UBC", "PPIA", "HPRT1",
@@ -53,27 +69,47 @@ FAMILIES = re.compile(r"MT[-.:]\S+|RP[SL]\d+[AXYL]?|HLA-\S+", re.IGNORECASE)
 
 # What the kinds of features are called (lower case, blanks for _ and -). Spliced and unspliced counts are of genes.
 TYPE_COLUMNS = ("feature_types", "feature_type", "modality", "feature_biotype")
-OF_GENES = {"gene expression", "gex", "rna", "gene", "genes", "mrna", "spliced", "unspliced", "ambiguous"}
+OF_GENES = {
+    "gene expression",
+    "gex",
+    "rna",
+    "gene",
+    "genes",
+    "mrna",
+    "transcriptome",
+    "spliced",
+    "unspliced",
+    "ambiguous",
+}
 OF_OTHERS = {
-    "antibody capture", "crispr guide capture", "multiplexing capture", "antigen capture", "peaks", "custom", "adt",
-    "hto", "antibody", "antibodies", "protein", "proteins", "prot", "cite", "atac", "chromatin accessibility",
-    "hashtag", "hashtags", "cell hashing", "guide", "guides", "sgrna", "spike in", "spike ins", "ercc",
+    "multiplexing capture", "antigen capture", "custom", "adt",
+    "hto", "prot", "cite", "atac", "chromatin accessibility",
+    "cell hashing", "sgrna", "spike in", "spike ins", "ercc",
 }  # fmt: skip
+WORDS_OF_OTHERS = "antibod|protein(?! coding)|guide|peak|hashtag"
 # and how their names tell, where no column does
 OTHERS_BY_NAME = re.compile(
-    r"(?:ADT|HTO|PROT|AB)[-_:].+|.+[-_.](?:ADT|HTO|PROT|TotalSeq-?[A-D]?|Total[A-D])|HTO\d+"  # not the worm's adt-1
+    r"(?:ADT|HTO|PROT|AB)[-:].+|.+[-_.](?:ADT|HTO|PROT|TotalSeq-?[A-D]?|Total[A-D])|HTO\d+"  # not the worm's adt-1
+    r"|(?i:(?:adt|hto|prot|protein(?!_coding)|ab)_.+|.+_(?:adt|hto|prot|protein)|.+[|.](?:p|st)AbO)|CMO3\d\d"
+    r"|.+-[ACGT]{12,}|unmapped"  # of CITE-seq-Count
     r"|(?i:.*TotalSeq.*|.*hashtag.*|.*isotype.*)"
-    r"|(?i:(?:(?:rat|mouse|hamster|human)[-_ ])?IgG\d?[a-c]?[-_ ].*(?:control|ctrl)\S*)"
+    r"|(?i:(?:(?:rat|mouse|hamster|human)[-_ ])?IgG(?:\d[a-c]?|\d?[a-c]?[-_ ].*(?:control|ctrl)\S*))"
     r"|(?:chr\w+|\d\d?|[XYM]|MT|[A-Z]{2}\d{6}\.\d)[:_-]\d+[-_]\d+"  # peaks
-    r"|(?i:(?:gRNA|sgRNA|guide|crispr)[-_].+|.+[-_](?:gRNA|sgRNA)(?:[-_]?\d+)?|non[-_]?targeting.*)"  # guides
-    r"|ERCC-\d{5}"  # spike-ins
-    r"|__(?:no_feature|ambiguous|too_low_aQual|not_aligned|alignment_not_unique)"  # what htseq-count and STAR add
+    r"|(?i:(?:gRNA|sgRNA|guide|crispr)[-_].+|.+[-_](?:gRNA|sgRNA|sg\d)(?:[-_]?\d+)?|non[-_]?targeting.*)"  # guides
+    r"|sg[A-Z][A-Za-z0-9]*(?:[-_.]\w+)*|(?i:(?:gspikein_)?ERCC[-_.]\d{5})"  # and spike-ins
+    r"|(?i:neg(?:control\w*|(?:ative|prb)\d+)|blank[-_]\d+|(?:unassigned|deprecated|blank)codeword\w*)"  # of imaging
+    r"|(?:__)?(?:no_feature|ambiguous|too_low_aQual|not_aligned|alignment_not_unique)"  # what htseq-count and STAR add
     r"|N_(?:unmapped|multimapping|noFeature|ambiguous)"
 )
 # gene names that a spreadsheet made dates or numbers of: 1-Mar, Sep-07, 2021-03-01, 2.31E+13
-MONTHS = "(?:jan|feb|mar|apr|may|jun|jul|aug|sep|sept|oct|nov|dec)"
+MONTHS = (  # in English, German, French, Italian, Spanish and Dutch
+    "(?:jan|feb|mar|apr|may|jun|jul|aug|sep|sept|oct|nov|dec|mrz|mär|mai|okt|dez|mars|avr|août|déc|gen|mag|giu|lug|ago|"
+    "set|ott|dic|ene|abr|mrt|mei)"
+)
 SPREADSHEET = re.compile(
-    rf"\d{{1,2}}[-/. ]{MONTHS}[a-z]*|{MONTHS}[-/. ]\d{{1,4}}|\d{{4}}[-/]\d\d[-/]\d\d(?: 00:00:00)?|\d(?:\.\d+)?E\+\d\d",
+    rf"\d{{1,2}}(?:[-/. ]|\. ){MONTHS}[a-z]*\.?(?:[-/. ]\d{{2,4}})?|(?-i:(?![a-z])){MONTHS}[-/. ]\d{{1,4}}"  # not dec-7
+    r"|\d{4}[-/]\d\d[-/]\d\d(?: 00:00:00)?|\d{1,2}/\d{1,2}/\d{2,4}|4[0-6]\d{3}"  # the last: days since 1900
+    r"|\d(?:\.\d+)?E\+\d\d|#(?:NAME\?|REF!|VALUE!|NUM!|N/A|DIV/0!)",
     re.IGNORECASE,
 )
 
@@ -89,6 +125,11 @@ def as_text(values: object) -> np.ndarray:
             value = ""
         out[i] = str(value).strip()
     return out
+
+
+def plain(column: str) -> str:
+    """A column's name without what people write in different ways: capitals, blanks, points and hyphens."""
+    return re.sub(r"[ ._-]+", "_", column.strip().lower())
 
 
 def gene_evidence(names: np.ndarray) -> int:
@@ -148,9 +189,8 @@ def gene_identity(
             texts.setdefault(f"column '{column}'", as_text(var[column]))
     for field, values in list(texts.items()):
         texts.update(_untangled(field, values, decisions))
-    shares = {field: _ensembl_share(values) for field, values in texts.items()}
-    id_field = max(shares, key=shares.__getitem__)  # ties: the first, so the index before columns
-    has_ids = shares[id_field] >= 0.9
+    id_field = _id_field(texts, index, decisions)
+    has_ids = id_field is not None
     symbol_field = _symbol_field(texts, index, config.gene_names, where, decisions)
 
     if choice == "ensembl" and not has_ids:
@@ -164,10 +204,10 @@ def gene_identity(
             f"{where}: input.gene_ids asks for symbol, but the gene table has Ensembl ids only "
             f"(such as {_example(texts[index])}); set input.gene_ids to ensembl"
         )
-    if has_ids and choice != "symbol":
+    if id_field is not None and choice != "symbol":
         ids, kind = texts[id_field].copy(), "ensembl"
         names = texts[symbol_field].copy() if symbol_field else ids.copy()
-        decisions.add("gene_ids", kind, f"{shares[id_field]:.1%} of {id_field} are Ensembl gene ids")
+        decisions.add("gene_ids", kind, f"{_ensembl_share(ids):.1%} of {id_field} are Ensembl gene ids")
         empty = ids == ""
         if (n := int((empty & (names != "")).sum())) > 0:
             decisions.add("gene_ids_missing", n, "genes without an id are identified by their symbol", n_genes=n)
@@ -201,13 +241,18 @@ def gene_identity(
 
 
 def _untangled(field: str, values: np.ndarray, decisions: Decisions) -> dict[str, np.ndarray]:
-    """One field of names as one or two: quotes, the name of the genome and joined ids and symbols taken apart."""
+    """One field of names as one or two: quotes, the name of the genome and joined ids and symbols taken apart.
+
+    Words that stand for a name that is missing become "".
+    """
+    often = {n for n, times in pd.Series(values).value_counts().items() if times > 1 and PLACEHOLDER.fullmatch(n)}
+    values = np.array(["" if v in often else v for v in values.tolist()], object)
     filled = [v for v in values.tolist() if v]
     most = 0.9 * len(filled)
     if not filled:
         return {field: values}
-    if sum(len(v) > 1 and v[0] == v[-1] and v[0] in "\"'" for v in filled) >= most:
-        values = np.array([v.strip("\"'") for v in values], object)
+    if sum(QUOTED.fullmatch(v) is not None for v in filled) >= most:
+        values = np.array([v[v[:1] == "b" and QUOTED.fullmatch(v) is not None :].strip("\"'") for v in values], object)
         filled = [v for v in values.tolist() if v]
         decisions.add("quotes", len(filled), f"{field}: names are in quotes, which were taken off", n_genes=len(filled))
     genomes = [match[1] for v in filled if (match := GENOME.match(v))]
@@ -221,7 +266,12 @@ def _untangled(field: str, values: np.ndarray, decisions: Decisions) -> dict[str
     parts = [JOINED.fullmatch(v) for v in values.tolist()]
     if sum(part is not None for part in parts) >= most and not all(VERSION.match(v) for v in filled):
         ids = [(part["a"] or part["c"]) if part else v for part, v in zip(parts, values, strict=True)]
-        symbols = [(part["b"] or part["d"]) if part else v for part, v in zip(parts, values, strict=True)]
+        symbols = [(part["b"] or part["d"] or "") if part else v for part, v in zip(parts, values, strict=True)]
+        if 2 * len(set(symbols)) < len(filled):  # gene:ENSG..., human_ENSG...
+            beside = listed(sorted(set(symbols))[:3])
+            text = f"{field}: what stands beside ids is cut, as it is the same for many ({beside})"
+            decisions.add("ids_cut", len(filled), text, n_genes=len(filled))
+            return {field: np.array(ids, object)}
         decisions.add("ids_joined", len(filled), f"{field}: ids and symbols are joined, and were taken apart")
         return {field: np.array(ids, object), f"{field}, behind the id": np.array(symbols, object)}
     return {field: values}
@@ -236,11 +286,46 @@ def _nameable(values: np.ndarray, distinct: float = 0.0) -> bool:
     return unlike > 0.5 * len(filled)
 
 
+def _columns(texts: dict[str, np.ndarray]) -> dict[str, str]:
+    """The fields that are columns, by their plain names."""
+    of: dict[str, str] = {}
+    for field in texts:
+        if field.startswith("column '"):
+            of.setdefault(plain(field.removeprefix("column '").removesuffix("'")), field)
+    return of
+
+
+def _id_field(texts: dict[str, np.ndarray], index: str, decisions: Decisions) -> str | None:
+    """Which field holds Ensembl ids: the index, a column known for it, or one that hardly ever repeats one.
+
+    Ids of orthologs say what another species' gene is called.
+    """
+    full = [field for field, values in texts.items() if _ensembl_share(values) >= 0.9]
+    columns = _columns(texts)
+    known = [columns[name] for name in ID_COLUMNS if name in columns]
+    others = [
+        field
+        for field in full
+        if not re.search("ortholog|homolog", field, re.IGNORECASE) and _repeats(texts[field]) <= 0.05
+    ]
+    found = next((field for field in (index, *known, *others) if field in full), None)
+    species = {field: next(re.sub(r"\d.*", "", v) for v in texts[field] if ENSEMBL.fullmatch(v)) for field in full}
+    if found is not None and len(set(species.values())) > 1:
+        held = ", ".join(f"{field} {prefix}..." for field, prefix in species.items())
+        decisions.add("ids_of_two_species", found, f"it is taken, and others are not; there are {held}", warn=True)
+    return found
+
+
+def _repeats(values: np.ndarray) -> float:
+    """Share of the non-empty names that are there before."""
+    filled = values[values != ""]
+    return 1 - len(set(filled)) / max(1, len(filled))
+
+
 def _symbol_field(
     texts: dict[str, np.ndarray], index: str, asked: str | None, where: str, decisions: Decisions
 ) -> str | None:
     """Which field holds symbols: the one asked for, one known for it, the index, or the only one that can."""
-    lower = {field.removeprefix("column '").removesuffix("'").lower(): field for field in texts if field != index}
     if asked is not None:
         if f"column '{asked}'" not in texts:
             columns = [f.removeprefix("column '").removesuffix("'") for f in texts if f.startswith("column '")]
@@ -249,10 +334,11 @@ def _symbol_field(
                 f"there are {listed(columns) or 'none'}"
             )
         return f"column '{asked}'"
-    candidates = [field for field in texts if field.endswith(", behind the id")]
-    known = [lower[name] for name in SYMBOL_COLUMNS if name in lower]
+    columns = _columns(texts)
+    known = [columns[name] for name in SYMBOL_COLUMNS if name in columns]
+    known += [field for field in texts if field.endswith(", behind the id")]
     # an index that can name is what the file's maker calls its genes; their columns may lag behind
-    candidates += [index, *known] if _nameable(texts[index]) else known
+    candidates = [index, *known] if _nameable(texts[index]) else known
     usable = [field for field in candidates if _nameable(texts[field])]
     if usable:
         return usable[0]
@@ -311,8 +397,10 @@ def merge_genes(ids: np.ndarray, names: np.ndarray, decisions: Decisions) -> tup
         decisions.add("genes_without_name", n, "genes with neither id nor name are dropped", n_genes=n)
     codes, unique = pd.factorize(ids[named])
     if (n := len(named) - len(unique)) > 0:
-        repeated = ids[named][pd.Index(ids[named]).duplicated()]
-        decisions.add("genes_merged", n, f"rows of one gene are summed ({repeated[0]} is one of them)", n_genes=n)
+        rows = np.bincount(codes)
+        most = int(rows.argmax())
+        text = f"rows of one gene are summed ({unique[most]} has most of them, {rows[most]})"
+        decisions.add("genes_merged", n, text, n_genes=n, warn=bool(rows[most] > MOST_ROWS))
     to = np.full(len(ids), -1)
     to[named] = codes
     first = named[np.unique(codes, return_index=True)[1]]
@@ -328,19 +416,18 @@ def genes_only(read: Read, where: str, config: InputConfig, decisions: Decisions
         For a matrix without a gene.
     """
     (n_cells, n_features), var = read.shape, read.var
-    told = _kinds(var, decisions)
-    kinds = None if told is None else told.str.lower().str.replace("[_-]", " ", regex=True)
-    genes = ~kinds.isin(OF_OTHERS).to_numpy() if kinds is not None else np.ones(n_features, bool)
-    if kinds is not None and kinds.isin(OF_GENES).any():
-        genes = kinds.isin(OF_GENES).to_numpy()
+    told = _others_by_type(var, decisions)
+    genes = np.ones(n_features, bool) if told is None else (told == GENE).to_numpy()
     dropped = told[~genes].value_counts().sort_index() if told is not None else pd.Series(dtype=int)
     said = ", ".join(f"{n:,} {name or 'without a type'}" for name, n in dropped.items())
     by_name = config.not_genes
-    if by_name is None and kinds is None:
-        other = np.array([OTHERS_BY_NAME.fullmatch(name) is not None for name in as_text(var.index)])
-    else:
-        texts = [as_text(var.index), *(as_text(var[c]) for c in ("gene_ids",) if c in var)]
-        other = np.any([np.array([name_matcher(by_name or ())(n) for n in names], bool) for names in texts], axis=0)
+    matches = name_matcher(by_name or ()) if by_name is not None or told is not None else OTHERS_BY_NAME.fullmatch
+    other = np.zeros(n_features, bool)
+    for names in _names_of_features(var, config):
+        other |= np.array([bool(matches(name)) for name in names], bool)
+    if by_name and not other.any():
+        text = f"input.not_genes ({listed(by_name[:5])}) is no feature's name; look at how they are written"
+        decisions.add("features_dropped_by_name", 0, text, n_genes=0, warn=True)
     other &= genes
     if not (genes & ~other).any():
         raise UserError(
@@ -348,7 +435,7 @@ def genes_only(read: Read, where: str, config: InputConfig, decisions: Decisions
             "matrix of gene expression, or see input.not_genes"
         )
     if (n := int((~genes).sum())) > 0:
-        decisions.add("features_dropped", n, f"only genes are modelled (not {said})", n_genes=n)
+        decisions.add("features_dropped", n, f"only genes are modelled (not {said})", n_genes=n, warn="" in dropped)
     if (n := int(other.sum())) > 0:
         example = listed(as_text(var.index)[other][:3])
         why = (
@@ -369,26 +456,48 @@ def genes_only(read: Read, where: str, config: InputConfig, decisions: Decisions
     return dataclasses.replace(read, blocks=blocks, shape=(n_cells, len(kept)), var=kept)
 
 
-def _kinds(var: pd.DataFrame, decisions: Decisions) -> pd.Series | None:
-    """What kind each feature is, if a column says so in words that are known."""
+GENE = "a gene"
+
+
+def _others_by_type(var: pd.DataFrame, decisions: Decisions) -> pd.Series | None:
+    """``GENE``, or what kind a feature is, if columns say so in words that are known; each may tell of others."""
+    told = None
     for column in TYPE_COLUMNS:
         if column in var:
             kinds = pd.Series(as_text(var[column]))
-            if kinds.str.lower().str.replace("[_-]", " ", regex=True).isin(OF_GENES | OF_OTHERS).any():
-                return kinds
+            words = kinds.str.lower().str.replace("[_-]", " ", regex=True)
+            of_genes, of_others = words.isin(OF_GENES), words.isin(OF_OTHERS) | words.str.contains(WORDS_OF_OTHERS)
+            if (of_genes | of_others).any():
+                kinds = kinds.mask(of_genes if of_genes.any() else ~of_others, GENE)
+                told = kinds if told is None else told.where(told != GENE, kinds)
+                continue
             text = f"it has no kind of feature that is known (such as {kinds.iloc[0]!r}), so it says nothing here"
             decisions.add(f"column {column}", "ignored", text)
-    return None
+    return told
+
+
+def _names_of_features(var: pd.DataFrame, config: InputConfig) -> Iterator[list[str]]:
+    """The names and ids of features, in all columns that hold such, as they are and without quotes and genome."""
+    index = as_text(var.index).tolist()
+    numbered = all(NUMBER.fullmatch(name) for name in index)
+    texts = [index]
+    for column in var:
+        known = column == config.gene_names or plain(str(column)) in (*ID_COLUMNS, *SYMBOL_COLUMNS)
+        if known or (numbered and _nameable(as_text(var[column]), distinct=0.9)):
+            texts.append(as_text(var[column]).tolist())
+    for names in texts:
+        yield names
+        yield [GENOME.sub("", name.strip("\"'"), count=1) for name in names]
 
 
 def _unsplit(names: np.ndarray, decisions: Decisions | None) -> np.ndarray:
-    """Names without alevin-fry's endings: G, G-U and G-A are spliced, unspliced and ambiguous counts of one gene."""
+    """Names without alevin-fry's endings: G, G-U, G-A and G-I are spliced, unspliced, ambiguous, intronic counts."""
     there = set(names.tolist())
-    of = {n: n[:-2] for n in there if n[-2:] in ("-U", "-A") and n[:-2] in there}
-    if len(of) < 0.6 * len(there) or not of:  # two thirds, where every gene has both
+    of = {n: n[:-2] for n in there if n[-2:] in ("-U", "-A", "-I") and n[:-2] in there}
+    if len(of) < max(10, 0.05 * len(there)):  # two thirds where every gene has both; HLA-A is none
         return names
     if decisions is not None:
-        text = "unspliced (-U) and ambiguous (-A) counts are added to the spliced ones of their gene"
+        text = "unspliced (-U), ambiguous (-A) and intronic (-I) counts are added to the spliced ones of their gene"
         decisions.add("spliced_unspliced_summed", len(of), text, n_genes=len(of), warn=True)
     return np.array([of.get(n, n) for n in names], object)
 

@@ -47,7 +47,8 @@ HIGHEST_RATE = 0.08
 # RPS6KA1 (kinase) and RPS19BP1, HBEGF and HBP1, IGHMBP2 (helicase), TRADD and TRAF1.
 # A '.' may stand for '-' in names that went through R.
 GENE_GROUPS = {
-    "mitochondrial": r"^(?:MT[-.:]|ATMG\d{5}$|Q0\d{3}$)",  # the last two: thale cress, yeast
+    # the last two: thale cress, yeast
+    "mitochondrial": r"^(?:MT[-.:]|MT_?(?:ND\dL?|COX?\d|ATP\d|CYTB?|RNR\d)$|ATMG\d{5}$|Q0\d{3}$)",
     "ribosomal": r"^RP(?:[SL]\d+(?![\dK]|BP)|LP[0-2]|SA(?:$|P))(?!.*[-.](?:AS|DT)\d*$)",
     "haemoglobin": r"^HB(?:[ABDEGMQZ]\d?|Q1[AB]|[AB][AE]\d(?:\.\d)?)(?:$|[-.])",
     "immunoglobulin": r"^IG(?:H[VJ]|HD\d|H[ADEGM](?:\d[ABC]?)?(?:P\d?)?$|K[CVJ]|L[CVJ])",
@@ -96,8 +97,8 @@ def in_group(
     if group == "mitochondrial":
         found |= np.array([gene in _mitochondrial_ids() for gene in gene_ids], dtype=bool)
         bare = np.array([name.upper() in MITOCHONDRIAL_NAMES for name in names], dtype=bool)
-        if not found.any() and bare.sum() >= ENOUGH_NAMES:
-            return bare
+        if (found | bare).sum() >= ENOUGH_NAMES:  # some of one annotation may have names, and others ids alone
+            found |= bare
     return found
 
 

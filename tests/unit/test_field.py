@@ -12,7 +12,7 @@ import pytest
 import scipy.sparse as sp
 
 from scvi_core import io
-from scvi_core.config import InputConfig, QcConfig, Sample, load_samples
+from scvi_core.config import InputConfig, QcConfig, Sample, level_text, load_samples
 from scvi_core.files import Decisions, UserError
 from scvi_core.preprocess.qc import in_group, qc
 
@@ -159,6 +159,53 @@ def test_ids_and_symbols_wherever_they_are(tmp_path):
         assert list(adata.var_names) == IDS and adata.uns["gene_ids"] == "ensembl"
 
 
+def test_what_stands_beside_ids(tmp_path):
+    for name, before in (("gff", "gene:"), ("human", "human_"), ("pre", "GRCh38_premrna_")):
+        var = pd.DataFrame({"gene_name": NAMES}, index=[before + i for i in IDS])
+        right(h5ad(tmp_path / f"{name}.h5ad", var=var))
+        assert list(read(tmp_path / f"{name}.h5ad")[0].var_names) == IDS
+    right(mtx(tmp_path / "m", features=[f"gene:{i}\t{n}\tGene Expression" for i, n in zip(IDS, NAMES, strict=True)]))
+    for k, joined in enumerate(("{}__{}", "{}_{}", "{1} ({0})")):
+        names = [joined.format(i, n) for i, n in zip(IDS, NAMES, strict=True)]
+        right(h5ad(tmp_path / f"{k}.h5ad", var=pd.DataFrame(index=names)))
+    names[7] = f"{IDS[7]}_"
+    right(h5ad(tmp_path / "empty.h5ad", var=pd.DataFrame(index=names)), [*NAMES[:7], IDS[7], *NAMES[8:]])
+    for before in ("Mmul_10_", "GRCh38-2020-A_", "mRatBN7.2_"):
+        right(h5ad(tmp_path / f"{before}.h5ad", var=pd.DataFrame(index=[before + n for n in NAMES])))
+    right(h5ad(tmp_path / "bytes.h5ad", var=pd.DataFrame(index=[f"b'{n}'" for n in NAMES])))
+    numbered = [f"gene_{i}" for i in range(G)]
+    right(h5ad(tmp_path / "n.h5ad", var=pd.DataFrame({"External gene name": NAMES}, index=numbered)))
+    refused(h5ad(tmp_path / "none.h5ad", var=pd.DataFrame(index=numbered)), "only numbered")
+    right(h5ad(tmp_path / "t.h5ad", var=pd.DataFrame({"name": NAMES}, index=[f"ENST{i:011d}" for i in range(G)])))
+
+
+def test_orthologs_are_not_the_genes(tmp_path):
+    mouse = [f"ENSMUSG{i:011d}" for i in range(G - 2)] + ["EGFP", "tdTomato"]
+    var = pd.DataFrame({"human_ortholog": [IDS[i // 2] for i in range(G)], "gene_name": NAMES}, index=mouse)
+    assert right(h5ad(tmp_path / "a.h5ad", var=var))["ids_of_two_species"].warning
+    assert list(read(tmp_path / "a.h5ad")[0].var_names) == mouse
+    for name in ("human_homolog", "of_man"):
+        var = pd.DataFrame({name: [IDS[i // 2] if i % 4 else "" for i in range(G)]}, index=NAMES)
+        right(h5ad(tmp_path / f"{name}.h5ad", var=var))
+        assert list(read(tmp_path / f"{name}.h5ad")[0].var_names) == NAMES
+    var = pd.DataFrame({"of_mouse": mouse, "gene_ids": IDS}, index=NAMES)
+    right(h5ad(tmp_path / "c.h5ad", var=var))
+    assert list(read(tmp_path / "c.h5ad")[0].var_names) == IDS
+
+
+def test_words_in_place_of_a_name(tmp_path):
+    for word in ("nan", "NA", "-", "protein_coding", "None"):
+        names = [*NAMES[:-6], *[word] * 6]
+        path = h5ad(tmp_path / f"{word}.h5ad", var=pd.DataFrame(index=names))
+        assert right(path, NAMES[:-6], X[:, :-6])["genes_without_name"].value == 6
+        path = h5ad(tmp_path / f"{word}2.h5ad", var=pd.DataFrame({"gene_name": names}, index=IDS))
+        right(path, [*NAMES[:-6], *IDS[-6:]])
+    right(h5ad(tmp_path / "fly.h5ad", var=pd.DataFrame(index=["nan", *NAMES[1:]])), ["nan", *NAMES[1:]])
+    names = [*NAMES[:-6], *["Y_RNA"] * 6]
+    decisions = read(h5ad(tmp_path / "y.h5ad", var=pd.DataFrame(index=names)))[1]
+    assert decisions["genes_merged"].warning and "Y_RNA has most of them, 6" in decisions["genes_merged"].reason
+
+
 def test_ids_of_fly_and_worm(tmp_path):
     ids = [f"FBgn{i:07d}" for i in range(G)]
     fly = [n.replace("MT-", "mt:") for n in NAMES]
@@ -183,6 +230,9 @@ def test_names_that_a_spreadsheet_damaged(tmp_path):
     assert adata.n_vars == G and decisions["spreadsheet_names"].n_genes == 4 and decisions["spreadsheet_names"].warning
     np.testing.assert_array_equal(adata.X.toarray(), X)
     assert not {d for d in decisions if d == "genes_merged"}
+    made = ["44256", "44256", "3/1/2021", "1-Mar-21", "#NAME?", "#REF!", "1. Mrz", "01-Okt", "SEP-07"]
+    decisions = read(h5ad(tmp_path / "b.h5ad", var=pd.DataFrame(index=[*NAMES[: G - len(made)], *made])))[1]
+    assert decisions["spreadsheet_names"].n_genes == len(made)
 
 
 # --- what is no gene --------------------------------------------------------------------------------------------------
@@ -246,6 +296,59 @@ def test_others_by_name(tmp_path):
     assert list(read(h5ad(tmp_path / "b.h5ad", var=pd.DataFrame(index=names)))[0].var_names) == names
 
 
+OTHERS = [
+    "CD3|CD3E|AH0001|pAbO",
+    "CD4.stAbO",
+    "CMO301",
+    "adt_CD4",
+    "hto_1",
+    "prot_x",
+    "CD4_protein",
+    "CD3-CTCATTGTAACTCCT",
+    "unmapped",
+    "sgTP53",
+    "sgNT-1",
+    "TP53_sg2",
+    "ERCC.00002",
+    "ercc_00003",
+    "no_feature",
+    "not_aligned",
+    "NegControlProbe_00042",
+    "BLANK_0001",
+    "NegPrb1",
+    "IgG1",
+    "Rat-IgG2a",
+    "UnassignedCodeword_0012",
+]
+
+
+def test_others_by_the_names_of_more_tools(tmp_path):
+    x = np.hstack([X, np.full((N, len(OTHERS)), 900)])
+    var = pd.DataFrame(index=[*NAMES, *OTHERS])
+    assert right(h5ad(tmp_path / "a.h5ad", x, var))["features_dropped_by_name"].n_genes == len(OTHERS)
+    quoted = pd.DataFrame(index=[f'"GRCh38_{name}"' for name in var.index])
+    right(h5ad(tmp_path / "q.h5ad", x, quoted))
+    numbered = var.reset_index(names="whatever").set_index(pd.Index([str(i) for i in range(len(var))]))
+    right(h5ad(tmp_path / "n.h5ad", x, numbered))
+    ids = pd.DataFrame({"Gene Name": var.index}, [*IDS, *(f"x{i}" for i in range(len(OTHERS)))])
+    ids["location"] = [f"chr1:{i}-{i + 100}" for i in range(len(var))]  # says where, not what
+    right(h5ad(tmp_path / "c.h5ad", x, ids))
+    adata, decisions = read(tmp_path / "c.h5ad", not_genes=("CD33", "/^none/"))
+    assert adata.n_vars == len(var) and decisions["features_dropped_by_name"].warning
+    like = ["adt-1", "sgg", "HLA-A", "SGTA", "dec-7", "apr-1", "IGHG1", "NEGR1", "Hex-A"]
+    right(h5ad(tmp_path / "like.h5ad", var=pd.DataFrame(index=[*NAMES[:-9], *like])), [*NAMES[:-9], *like])
+    assert "spreadsheet_names" not in read(tmp_path / "like.h5ad")[1]
+
+
+def test_any_column_of_types_tells_of_others(tmp_path):
+    x, var = with_proteins("feature_biotype", ("gene", "gene"))
+    var["feature_types"] = ["Gene Expression"] * G + ["Surface Protein", "Antibody-derived tag", ""]
+    decisions = right(h5ad(tmp_path / "a.h5ad", x, var))
+    assert decisions["features_dropped"].n_genes == 3 and decisions["features_dropped"].warning
+    var["feature_biotype"], var["feature_types"] = ["protein_coding"] * len(var), ["Transcriptome"] * len(var)
+    assert read(h5ad(tmp_path / "b.h5ad", x, var))[0].n_vars == len(set(var.index))  # ACTB is one gene
+
+
 def test_a_third_column_that_is_no_type(tmp_path):
     for name, third in (
         ("u", ["unknown"] * G),
@@ -263,6 +366,10 @@ def test_spliced_and_unspliced_are_summed(tmp_path):
     mtx(folder, features=usa, names=("quants_mat", "quants_mat_cols.txt", "quants_mat_rows.txt"), x=x)
     decisions = right(folder, IDS, 4 * X)
     assert decisions["spliced_unspliced_summed"].warning
+    some = [*IDS, *(f"{i}-I" for i in IDS[:12])]  # not every gene has introns
+    x_some = np.hstack([X, X[:, :12]])
+    mtx(tmp_path / "some", features=some, x=x_some)
+    right(tmp_path / "some", IDS, np.hstack([2 * X[:, :12], X[:, 12:]]))
     var = pd.DataFrame({"feature_types": ["spliced"] * G + ["unspliced"] * G + ["ambiguous"] * G}, index=3 * NAMES)
     right(h5ad(tmp_path / "t.h5ad", x, var), NAMES, 4 * X)
 
@@ -313,6 +420,18 @@ def test_batches_and_samples_of_one_file(tmp_path):
     assert adata.obs_names.is_unique
     donors["gap"] = ["", *["x"] * (N - 1)]
     refused(h5ad(tmp_path / "gap.h5ad", obs=donors), "cell column 'gap' has ''", batch_column="gap")
+
+
+def test_levels_are_one_only_if_they_are_whole_numbers(tmp_path):
+    for value, level in ((24, "24"), (24.0, "24"), ("24.0", "24"), (" 3.", "3"), ("-3", "-3"), (0.5, "0.5")):
+        assert level_text(value) == level
+    for name in ("01", "1_1", "1E1", "1.10", "Infinity", "12345678901234567", "٣", "1e400"):
+        assert level_text(name) == name
+    wells = [("1E1", "10", "12345678901234567", "12345678901234568")[i % 4] for i in range(N)]
+    adata, _ = read(h5ad(tmp_path / "a.h5ad", obs=pd.DataFrame({"well": wells}, BARCODES)), batch_column="well")
+    assert list(adata.obs["batch"]) == wells
+    for given, columns in (("x", ("x",)), ("x, y,", ("x", "y")), ("", ())):
+        assert InputConfig(metadata=given).metadata == columns
 
 
 def test_qc_is_by_sample_within_a_file(tmp_path):
@@ -559,6 +678,9 @@ def test_mitochondrial_genes_of_other_species(tmp_path):
     bare = [n.removeprefix("MT-") for n in NAMES]
     assert found(bare) == 13 and found([n.lower() for n in bare]) == 13  # pig, macaque, chicken
     assert found(["ND1", "COX1", *NAMES[13:]]) == 0  # too few to tell
+    ids = ["ENSMMUG00000065372", *(f"x{i}" for i in range(4)), *NAMES[13:]]
+    assert found([ids[0], "ND2", "COX1", "CYTB", "ATP8", *NAMES[13:]], ids) == 5  # one without a symbol
+    assert found(["MT_ND1", "MTCO2", "MTND1P23"]) == 2
     assert found(["nduo-1", "nduo-2", "ctc-1", "ctc-2", "ctb-1", "atp-6", "act-1"]) == 6
     assert found([f"GRCh38_{n}" for n in NAMES]) == 13 and found([f"hg19-{n}" for n in NAMES]) == 13
     for ids in (
