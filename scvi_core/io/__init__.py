@@ -12,7 +12,6 @@ import gzip
 import re
 import warnings
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,7 +71,7 @@ def read_counts(path: str | Path, config: InputConfig, decisions: Decisions) -> 
 
 def _open(path: Path, config: InputConfig, decisions: Decisions, scratch: Scratch) -> tuple[str, Read]:
     """An input's format, and what its reader gives, checked but for the counts, which are checked as they are read."""
-    with _one_line(path):
+    with checks.one_line(path):
         kind, reader = _format(path)
         if config.layer not in ("auto", "X") and kind.startswith(("10x", "text")):
             raise UserError(
@@ -113,11 +112,11 @@ def _open(path: Path, config: InputConfig, decisions: Decisions, scratch: Scratc
     if odd:
         raise UserError(f"{path}: barcode {odd[0]!r} is empty or has control characters; give every cell a plain name")
     obs.index, var.index = index, pd.Index(as_text(var.index))
-    with _one_line(path):
+    with checks.one_line(path):
         read = identity.genes_only(read, str(path), config, decisions)
 
     def blocks() -> Iterator[sp.csr_matrix]:
-        with _one_line(path):  # what happens to a block after it was yielded is not meant
+        with checks.one_line(path):  # what happens to a block after it was yielded is not meant
             yield from read.blocks
 
     return kind, dataclasses.replace(read, blocks=blocks())
@@ -146,31 +145,6 @@ def _levels(path: Path, obs: pd.DataFrame, column: str) -> np.ndarray:
             "no sample or batch; fill it in"
         )
     return levels
-
-
-@contextlib.contextmanager
-def _one_line(path: Path) -> Iterator[None]:
-    """Turn what the reading libraries raise on damaged files into one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except PermissionError:
-        raise UserError(f"{path}: may not be read; check its permissions") from None
-    except MemoryError as error:
-        raise UserError(f"{path}: needs more memory than there is ({error}); give the step more") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: truncated or damaged gzip data ({error}); fetch the file again") from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not UTF-8 text (byte {error.object[error.start]:#x}; Windows-1252, as of spreadsheets?); save "
-            "it as UTF-8, or name the file by its format"
-        ) from error
-    except Exception as error:  # h5py, zarr, anndata, scipy and pandas raise every type there is on damaged files
-        line = " ".join(str(error).split())[:300]
-        truncated = "truncated" in line or "unexpected end" in line.lower()
-        what = "the file is truncated" if truncated else f"cannot be read ({type(error).__name__}: {line})"
-        raise UserError(f"{path}: {what}; fetch or write it again") from error
 
 
 def _format(path: Path) -> tuple[str, Reader]:
@@ -210,8 +184,7 @@ def _format(path: Path) -> tuple[str, Reader]:
         if suffix in TEXT_NAMES:
             raise UserError(f"{path}: named {suffix}, but it is an HDF5 file; give it its own name (.h5ad, .h5, .loom)")
         return hdf5.hdf5_format(path)
-    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise UserError(f"{path}: UTF-16 text, as spreadsheets save 'Unicode text'; save it as CSV in UTF-8")
+    checks.check_utf16(start, path)
     if start.startswith(b"PK\x03\x04") and _is_workbook(path):
         raise UserError(
             f"{path}: an Excel workbook; save the sheet with the counts as CSV, or better: take the original file"

@@ -7,11 +7,14 @@ floating point is ever as large as the matrix.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import gzip
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,6 +58,37 @@ def nearest(name: str, valid: Iterable[Any]) -> str:
     """The valid name closest to a wrong one, as a line's part; "" if none is close."""
     near = difflib.get_close_matches(name, [str(v) for v in valid], n=1, cutoff=0.5)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+@contextlib.contextmanager
+def one_line(path: Path) -> Iterator[None]:
+    """Turn what the reading libraries raise on damaged files into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except PermissionError:
+        raise UserError(f"{path}: may not be read; check its permissions") from None
+    except MemoryError as error:
+        raise UserError(f"{path}: needs more memory than there is ({error}); give the step more") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: truncated or damaged gzip data ({error}); fetch the file again") from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: not UTF-8 text (byte {error.object[error.start]:#x}; Windows-1252, as of spreadsheets?); save "
+            "it as UTF-8, or name the file by its format"
+        ) from error
+    except Exception as error:  # h5py, zarr, anndata, scipy and pandas raise every type there is on damaged files
+        line = " ".join(str(error).split())[:300]
+        truncated = "truncated" in line or "unexpected end" in line.lower()
+        what = "the file is truncated" if truncated else f"cannot be read ({type(error).__name__}: {line})"
+        raise UserError(f"{path}: {what}; fetch or write it again") from error
+
+
+def check_utf16(start: bytes, path: Path) -> None:
+    """Refuse text that starts as UTF-16 does."""
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise UserError(f"{path}: UTF-16 text, as spreadsheets save 'Unicode text'; save it as CSV in UTF-8")
 
 
 def check_size(n_values: int, stored: int, where: str) -> None:

@@ -109,6 +109,13 @@ def _read_anndata(root: Any, where: str, config: InputConfig, decisions: Decisio
     field = Field(f"{where}: {matrices[layer]}", remedy)
     obs, columns = _frame(root, "obs", where, decisions, config.cell_columns)
     var, _ = _frame(root, raw.replace("X", "var") if raw and layer == "raw" else "var", where, decisions)
+    if raw and layer == "raw" and not len(var.columns) and raw != "raw.X":
+        whole, _ = _frame(root, "var", where, decisions)
+        # scanpy's raw may have names alone, and var their ids and types
+        if var.index.equals(whole.index):
+            var = whole
+        elif whole.index.is_unique and var.index.isin(whole.index).all():
+            var = whole.loc[var.index]
     blocks, shape = _stored_counts(root[matrices[layer]], field, scratch)
     return Read(blocks, shape, obs, var, field, columns)
 
@@ -119,8 +126,9 @@ def _counts_layer(root: Any, matrices: dict[str, str], where: str, decisions: De
         raise UserError(f"{where}: no matrix in it, neither X nor a layer; export the counts")
     if len(matrices) < 2:
         return next(iter(matrices), "X"), f"the file has no other layer: {checks.FIND_COUNTS}"
-    whole = [name for name, key in matrices.items() if _looks_whole(root[key])]
-    named = [name for name in ("raw", *COUNT_LAYERS) if name in whole]
+    whole = [name for name, key in matrices.items() if _looks_counted(root[key])]
+    known = [name for name in whole if name.lower() in COUNT_LAYERS]
+    named = sorted(known, key=lambda name: (name != "raw", COUNT_LAYERS.index(name.lower())))
     others = [name for name in whole if name not in (*named, "X")]
     looked = f"looked at {listed(matrices)}"
     if len(others) > 1 and not named and "X" not in whole:
@@ -134,17 +142,18 @@ def _counts_layer(root: Any, matrices: dict[str, str], where: str, decisions: De
     return layer, f"set input.layer to where the raw counts are (this file has {listed(matrices)})"
 
 
-def _looks_whole(item: Any) -> bool:
-    """Whether a stored matrix seems to hold counts, by some of its values."""
+def _looks_counted(item: Any) -> bool:
+    """Whether a stored matrix seems to hold counts, by some of its values: whole, and not all of them 0 or 1."""
     try:
         values = item["data"] if hasattr(item, "keys") else item
         step = LOOKED_AT if len(values.shape) == 1 else -(-LOOKED_AT // max(1, values.shape[1]))
-        middle = values.shape[0] // 2
+        middle, largest = values.shape[0] // 2, 0
         for part in (slice(0, step), slice(middle, middle + step)):
-            checks.pack_counts(np.asarray(values[part]).reshape(-1), Field("looked at"))
+            counts = checks.pack_counts(np.asarray(values[part]).reshape(-1), Field("looked at"))
+            largest = max(largest, int(counts.max(initial=0)))
     except Exception:  # it cannot be read or holds no counts: either way it is not the one
         return False
-    return True
+    return largest > 1
 
 
 def _stored_counts(item: Any, field: Field, scratch: Scratch) -> tuple[Iterator[sp.csr_matrix], tuple[int, int]]:

@@ -21,7 +21,7 @@ from scvi_core.files import Decisions, UserError
 from scvi_core.io import checks, identity
 from scvi_core.io.blocks import Read, Scratch, Spool, by_cell, by_row, turned
 from scvi_core.io.checks import Field, listed
-from scvi_core.io.identity import as_text
+from scvi_core.io.identity import ID_COLUMNS, SYMBOL_COLUMNS, TYPE_COLUMNS, as_text
 
 MOST_TEXT = 2**30  # bytes of a table of barcodes or features, and of a line
 
@@ -36,32 +36,26 @@ LAYOUTS = (
      ("{before}all_genes", "{before}genes")),
     (r"(?P<before>)[^/]*(?P<after>)\.mtx", "barcodes", ("features", "genes")),
 )  # fmt: skip
+BY_CELLS = "|".join(re.sub(r"[?]P<[a-z]+>", "?:", pattern) for pattern, _, _ in LAYOUTS[1:4])  # cells are rows there
+BARCODE_COLUMNS = ("bc_wells", "cell_barcode", "barcode", "barcodes", "cell_id", "cell", "cells")
 # in the first line of a table that should have none
-HEADER = {
-    "",
-    "x",
-    "0",
-    "gene",
-    "genes",
-    "gene_id",
-    "gene_ids",
-    "gene_name",
-    "gene_symbol",
-    "symbol",
-    "feature",
-    "features",
-}
-HEADER |= {"id", "ids", "name", "names", "barcode", "barcodes", "cell", "cells", "cell_id", "cell_barcode", "bc_wells"}
+HEADER = {"", "x", "0", "feature", "features", "names", *ID_COLUMNS, *SYMBOL_COLUMNS, *BARCODE_COLUMNS}
 # columns of tables that hold no counts: of featureCounts, of genes, of cells
-ANNOTATION = {
-    "chr", "chrom", "chromosome", "start", "end", "strand", "length", "gene_length", "description",
-    "gene_description", "gene_type", "gene_biotype", "biotype", "gene_name", "gene_names", "gene_symbol",
-    "gene_symbols", "symbol", "gene_id", "gene_ids", "geneid", "ensembl_id", "entrez_id", "entrezid", "genename",
-    "numi", "ngene", "ncount_rna", "nfeature_rna", "n_counts", "n_genes", "total_counts", "n_genes_by_counts",
-    "percent.mt", "percent.mito", "percent_mito", "pct_mito", "pct_counts_mt", "cluster", "clusters",
+ANNOTATION = {  # as `plain` writes them
+    "chr", "chrom", "chromosome", "start", "end", "strand", "length", "width", "description", "gene_description",
+    "gene_type", "gene_biotype", "biotype", "gene_name", "gene_names", "gene_symbol", "gene_symbols", "symbol",
+    "gene_id", "gene_ids", "geneid", "ensembl_id", "genename", "sum", "mean", "cluster", "clusters",
     "seurat_clusters", "assigned_cluster", "louvain", "leiden", "cell_type", "celltype", "cell_ontology_class",
-    "orig.ident", "sample", "sample_id", "donor", "donor_id", "batch", "condition", "barcode", "tissue",
+    "orig_ident", "sample", "sample_id", "donor", "donor_id", "batch", "condition", "barcode", "tissue",
 }  # fmt: skip
+SUMS = re.compile(
+    r"n_?(?:counts?|features?|genes?|umis?|reads)(?:_\w+)?|(?:percent|pct|total)_[a-z]\w*|percent|total"
+    r"|\w+_snn_res_\w+|unnamed_?:_?\d*|entrez\w*|gene_?len\w*"
+)  # and of kinds that have many names: Seurat's, scanpy's, and pandas' of a column without one
+
+
+def _is_annotation(name: str) -> bool:
+    return identity.plain(name) in ANNOTATION or SUMS.fullmatch(identity.plain(name)) is not None
 
 
 def matrices(folder: Path) -> list[Path]:
@@ -238,19 +232,22 @@ def _tables_beside(matrix: Path, decisions: Decisions) -> tuple[list[list[str]],
         parts = {key: value or "" for key, value in match.groupdict().items()}
         for kind, names in (("barcodes", (barcodes,)), ("features", features)):
             # the names of 10x may also lie there without what GEO puts around them
-            stems = dict.fromkeys(
-                [*(n.format(**parts) for n in names), *(n.format(before="", after="") for n in names)]
-            )
-            tried[kind] += stems
-            there = [
-                path
-                for stem in stems
-                for end in (".tsv", ".txt", ".csv")
-                for path in (matrix.with_name(f"{stem}{end}.gz"), matrix.with_name(f"{stem}{end}"))
-                if path.is_file()
-            ]
-            if there and kind not in tables:
-                tables[kind] = _rows(there[0], decisions)
+            for stems in ([n.format(**parts) for n in names], [n.format(before="", after="") for n in names]):
+                tried[kind] += stems
+                there = [
+                    path
+                    for stem in stems
+                    for end in (".tsv", ".txt", ".csv")
+                    for path in (matrix.with_name(f"{stem}{end}.gz"), matrix.with_name(f"{stem}{end}"))
+                    if path.is_file()
+                ]
+                if there and kind not in tables:
+                    tables[kind] = _rows(there[0], decisions)
+                    for other in there[1:]:
+                        if [row[:2] for row in _rows(other, decisions)] != [row[:2] for row in tables[kind]]:
+                            raise UserError(
+                                f"{matrix}: {there[0].name} and {other.name} beside it differ; take out the wrong one"
+                            )
     if "features" not in tables:  # GEO has one for a whole series
         series = [p for p in matrix.parent.iterdir() if re.fullmatch(r".*(features|genes).*\.tsv(\.gz)?", p.name)]
         if len(series) == 1:
@@ -265,25 +262,29 @@ def _tables_beside(matrix: Path, decisions: Decisions) -> tuple[list[list[str]],
 
 def _rows(path: Path, decisions: Decisions) -> list[list[str]]:
     """The fields of a small table's lines, without the quotes and the numbers that R puts around and before them."""
-    with _open(path) as handle:
+    with checks.one_line(path), _open(path) as handle:
         content = handle.read(MOST_TEXT)
-    if len(content) == MOST_TEXT:
-        raise UserError(f"{path}: over {MOST_TEXT:,} bytes of text where names are expected; fetch it again")
-    text = content.decode("utf-8-sig")
+        if len(content) == MOST_TEXT:
+            raise UserError(f"{path}: over {MOST_TEXT:,} bytes of text where names are expected; fetch it again")
+        checks.check_utf16(content, path)
+        text = content.decode("utf-8-sig")
     lines = [line for line in re.split(r"\r\n|\r|\n", text) if line]
     if not lines:
         raise UserError(f"{path}: an empty file; fetch it again")
-    if path.name.removesuffix(".gz").endswith(".csv"):
-        return list(csv.reader(lines))
-    rows = [line.split("\t") for line in lines]
-    if sum(line[0] == line[-1] and line[0] in "\"'" and len(line) > 1 for line in lines) >= 0.9 * len(lines):
+    table = path.name.removesuffix(".gz").endswith(".csv")
+    rows = list(csv.reader(lines)) if table else [line.split("\t") for line in lines]
+    if not table and sum(line[0] == line[-1] and line[0] in "\"'" and len(line) > 1 for line in lines) >= 0.9 * len(
+        lines
+    ):
         decisions.add("quotes", path.name, "its lines or fields are in quotes, which were taken off")
         rows = [[field.strip("\"'") for field in row] for row in rows]
     shift = 0 if rows[0][0] in ("0", "1") and len(rows[0]) > 1 else 1  # a header has no number
     body = rows[shift:]
-    if body and len(body[0]) > 1 and body[0][0] in ("0", "1"):
+    if body and min(map(len, body)) > 1 and all(row[0].isdecimal() for row in body):
+        distinct = {row[1] for row in body if not row[1].isdecimal()}  # rows may have been taken out since
         first = int(body[0][0])
-        if all(row[0] == str(first + i) for i, row in enumerate(body)):
+        rising = first < 2 and all(row[0] == str(first + i) for i, row in enumerate(body))
+        if rising or len(distinct) > 0.9 * len(body):
             decisions.add("row_numbers", path.name, "its lines are numbered, and the numbers were left out")
             rows = [row[1:] if len(row) == len(body[0]) else row for row in rows]
     return rows
@@ -295,7 +296,7 @@ def _fitting(
     """Barcodes and features as many as the matrix has, without the headers that some have; whether cells are rows."""
 
     def headed(rows: list[list[str]]) -> bool:
-        names = [field.strip("\"'").lower() for field in rows[0]]
+        names = [identity.plain(field.strip("\"'")) for field in rows[0]]
         return any(name in HEADER or re.fullmatch(r"v\d+", name) for name in names)  # R calls columns V1, V2 ...
 
     for c in range(1 + headed(cells)):
@@ -305,14 +306,28 @@ def _fitting(
                 if c or g:
                     which = " and ".join(["barcodes"] * c + ["features"] * g)
                     decisions.add("headers", c + g, f"{which}: the first line is a header, and was left out")
-                as_cells = shape != (head.rows, head.columns)
+                of_cells = re.fullmatch(BY_CELLS, matrix.name.removesuffix(".gz")) is not None
+                as_cells = of_cells if head.rows == head.columns else shape != (head.rows, head.columns)
                 if as_cells:
                     decisions.add("orientation", "cells_as_rows", "the matrix has as many rows as there are barcodes")
-                return cells[c:], genes[g:], as_cells
+                cells = _by_header(cells, (BARCODE_COLUMNS,)) if c else cells
+                genes = _by_header(genes, (ID_COLUMNS, SYMBOL_COLUMNS, TYPE_COLUMNS)) if g else genes
+                return cells, genes, as_cells
     raise UserError(
         f"{matrix}: {head.rows:,} x {head.columns:,}, but there are {len(genes):,} features and {len(cells):,} "
         "barcodes; the three files are not of one export"
     )
+
+
+def _by_header(rows: list[list[str]], kinds: tuple[tuple[str, ...], ...]) -> list[list[str]]:
+    """The rows below a header, of which the columns that it calls by known names are taken, if there is the first."""
+    names = [identity.plain(name) for name in rows[0]]
+    found = [next((names.index(known) for known in kind if known in names), None) for kind in kinds]
+    if found[:2] == [None] * len(found[:2]):
+        return rows[1:]
+    first = next(at for at in found if at is not None)  # a table of names alone is one of ids, too
+    taken = [first if at is None else at for at in found[:2]] + [at for at in found[2:] if at is not None]
+    return [[row[at] if at < len(row) else "" for at in taken] for row in rows[1:]]
 
 
 def _gene_table(rows: list[list[str]]) -> pd.DataFrame:
@@ -355,11 +370,15 @@ def read_table(path: Path, config: InputConfig, decisions: Decisions, scratch: S
     """A dense table, its delimiter by its name, read some rows at a time."""
     with _open(path) as handle:
         skip, first = 0, handle.readline(MOST_TEXT)
-        while first.startswith(b"##"):  # BD Rhapsody writes what it did in front
-            skip, first = skip + 1, handle.readline(MOST_TEXT)
+        second = handle.readline(MOST_TEXT)
+        tab = b"\t" if b"\t" in second else b","
+        # BD Rhapsody, featureCounts and Drop-seq's tools write what they did in front
+        while first.startswith(b"##") or (first.startswith(b"#") and first.count(tab) < second.count(tab)):
+            skip, first, second = skip + 1, second, handle.readline(MOST_TEXT)
+            tab = b"\t" if b"\t" in second else b","
         if len(first) == MOST_TEXT:
             raise UserError(f"{path}: a line of over {MOST_TEXT:,} bytes; {checks.DAMAGED}")
-        first, second = first.decode("utf-8-sig"), handle.readline(MOST_TEXT).decode("utf-8")
+        first, second = first.decode("utf-8-sig"), second.decode("utf-8")
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if suffix not in (".csv", ".tsv", ".tab", ".txt"):
         raise UserError(f"{path}: text, but not named .csv, .tsv or .txt (or with .gz); rename it by its delimiter")
@@ -377,8 +396,9 @@ def read_table(path: Path, config: InputConfig, decisions: Decisions, scratch: S
     if len(header) < 2 and len(row) < 2:
         name = {",": "comma", "\t": "tab", " ": "space"}[delimiter]
         raise UserError(f"{path}: no {name} in its first lines; is another delimiter used? .csv: comma, .tsv: tab")
-    names = as_text(np.array(header if len(row) == len(header) + 1 else header[1:], object))  # R leaves the corner out
-    beside = np.flatnonzero([name.lower() in ANNOTATION for name in names])
+    no_corner = len(row) == len(header) + 1 and row[-1] != ""  # as R writes tables
+    names = as_text(np.array(header if no_corner else header[1:], object))
+    beside = np.flatnonzero([_is_annotation(name) for name in names])
     table = _Table(path, delimiter, skip + 1, names, beside, Field(str(path)))
     return table.read(config, decisions, scratch)
 
@@ -392,7 +412,7 @@ class _Table:
     before : lines in front of the values.
     names : (columns,) of the header, but for that of the rows' names.
     beside : which columns hold no counts.
-    rows, annotation : the rows' names, and the columns beside, as they are read.
+    rows, sums, annotation : the rows' names, those of rows without counts, and the columns beside, as they are read.
     """
 
     path: Path
@@ -402,6 +422,7 @@ class _Table:
     beside: np.ndarray
     field: Field
     rows: list[str] = dataclasses.field(default_factory=list)
+    sums: list[str] = dataclasses.field(default_factory=list)
     annotation: list[pd.DataFrame] = dataclasses.field(default_factory=list)
 
     def read(self, config: InputConfig, decisions: Decisions, scratch: Scratch) -> Read:
@@ -427,6 +448,14 @@ class _Table:
         if len(self.beside):
             text = f"columns of names known for annotation hold no counts: {listed(self.names[self.beside][:10])}"
             decisions.add("annotation_columns", len(self.beside), text, warn=True)
+        if self.sums:
+            text = f"rows of names known for sums and annotation hold no counts: {listed(self.sums[:10])}"
+            decisions.add("annotation_rows", len(self.sums), text, warn=True)
+        if pd.Index(genes).duplicated().sum() > 0.5 * len(genes):
+            raise UserError(
+                f"{self.path}: most of its genes repeat (such as {genes[0]!r}), as in a long table of one count a row; "
+                "write it with one column a cell"
+            )
         self.unlike(cells, decisions)
         example = f"cells such as {cells[0]}, genes such as {genes[0]}" if len(cells) and len(genes) else "no values"
         why = "by the names of genes and cells" if config.orientation == "auto" else "as configured"
@@ -492,10 +521,15 @@ class _Table:
                 )
                 if chunk.shape[1] != len(self.names):
                     raise UserError(
-                        f"{self.path}: {len(self.names):,} names in the header, {chunk.shape[1]:,} values in a row"
+                        f"{self.path}: {len(self.names):,} names in the header, {chunk.shape[1]:,} values in the row "
+                        f"of {str(chunk.index[0])[:80]!r}; take out delimiters at the ends of lines"
                     )
                 self.check_numbers(chunk, count)
-                self.rows.extend(as_text(chunk.index))
+                rows = as_text(chunk.index)
+                no_counts = np.array([_is_annotation(name) for name in rows], bool)
+                self.sums.extend(rows[no_counts])
+                chunk = chunk[~no_counts]
+                self.rows.extend(rows[~no_counts])
                 if len(self.beside):
                     beside = chunk.iloc[:, self.beside].reset_index(drop=True)
                     self.annotation.append(beside.set_axis(self.names[self.beside], axis=1))
@@ -506,12 +540,15 @@ class _Table:
             yield sp.csr_matrix((0, len(count)), dtype=np.uint8)
 
     def check_numbers(self, chunk: pd.DataFrame, count: np.ndarray) -> None:
+        lost = chunk.isna().any(axis=0).to_numpy()
         for column in count:
-            if chunk.dtypes.iloc[column].kind in "iuf":
+            if chunk.dtypes.iloc[column].kind in "iuf" and not lost[column]:
                 continue
             values = chunk.iloc[:, column]
-            bad = next((v for v in values if pd.isna(pd.to_numeric(v, errors="coerce"))), values.iloc[0])
-            remedy = "keep names and counts only"
+            at = int(pd.to_numeric(values, errors="coerce").isna().to_numpy().argmax())
+            bad, remedy = values.iloc[at], "keep names and counts only"
             if str(bad) in ("NA", "N/A", "nan", "NaN", ""):
-                remedy = "write 0 where nothing was counted"
-            raise UserError(f"{self.path}: column {self.names[column]!r} has {bad!r}, not a number; {remedy}")
+                remedy = f"write 0 where nothing was counted (row {str(values.index[at])[:80]!r})"
+            elif len(self.names) < 6:
+                remedy += ", one column a cell (this may be a long table, of one count a row)"
+            raise UserError(f"{self.path}: column {self.names[column]!r} has {str(bad)!r}, not a number; {remedy}")

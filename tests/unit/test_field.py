@@ -384,11 +384,27 @@ def test_the_layer_with_counts_is_found(tmp_path):
     assert right(h5ad(tmp_path / "odd.h5ad", log, layers={"mine": X}))["layer"].value == "mine"
     right(h5ad(tmp_path / "x.h5ad"))
     assert right(h5ad(tmp_path / "velo.h5ad", layers={"spliced": X // 2, "unspliced": X // 3}))["layer"].value == "X"
+    for name, empty in (("ones", (X > 0).astype(int)), ("zeros", 0 * X), ("bool", X > 0)):
+        path = h5ad(tmp_path / f"{name}.h5ad", log, layers={"counts": empty, "mine": X})
+        assert right(path)["layer"].value == "mine"
+        assert right(h5ad(tmp_path / f"{name}_x.h5ad", layers={"counts": empty}))["layer"].value == "X"
+    assert right(h5ad(tmp_path / "upper.h5ad", log, layers={"Counts": X, "n": X + 1}))["layer"].value == "Counts"
     refused(h5ad(tmp_path / "two.h5ad", log, layers={"mine": X, "yours": X + 1}), "several layers.*mine, yours")
     right(tmp_path / "two.h5ad", layer="mine")
     refused(h5ad(tmp_path / "none.h5ad", log, layers={"more": log}), "no layer holds counts")
     with pytest.raises(UserError, match=r"only one matrix.*sample sheet"):
         read(mtx(tmp_path / "m"), layer="L2/3")
+
+
+def test_raw_without_columns_takes_those_of_var(tmp_path):
+    x, var = with_proteins()
+    var["gene_ids"] = [*IDS, "CD3", "ACTB", "HTO1"]
+    path = h5ad(tmp_path / "a.h5ad", np.log1p(x), var.rename(index={"ACTB": "ACTB"}), raw=x)
+    with h5py.File(path, "a") as file:
+        for column in ("feature_types", "gene_ids"):
+            del file[f"raw/var/{column}"]
+        file["raw/var"].attrs["column-order"] = np.array([], "S1")
+    assert right(path)["features_dropped"].n_genes == 3 and list(read(path)[0].var_names) == IDS
 
 
 def test_a_row_of_the_sheet_says_how_its_sample_is_read(tmp_path):
@@ -593,6 +609,57 @@ def test_tables_as_r_writes_them(tmp_path, wrapped):
     right(mtx(tmp_path / "m", features=features, barcodes=write(BARCODES)))
 
 
+def test_tables_beside_with_numbers_and_headers_of_their_own(tmp_path):
+    rows = [f"{7 * k + 2},x{k % 3},{i},{n}" for k, (i, n) in enumerate(zip(IDS, NAMES, strict=True))]
+    features = ["row,strand,gene_id,gene_name", *rows]
+    cells = ["sample,n,bc_wells", *(f"all,{i},{b}" for i, b in enumerate(BARCODES))]
+    names = ("DGE", "all_genes.csv", "cell_metadata.csv")
+    folder = mtx(tmp_path / "a", features=features, barcodes=cells, names=names)
+    right(folder)
+    assert list(read(folder)[0].var_names) == IDS
+    gaps = [f"{7 * k + 2}\t{n}" for k, n in enumerate(NAMES)]
+    right(mtx(tmp_path / "b", features=gaps, barcodes=[f"{3 * k}\t{b}" for k, b in enumerate(BARCODES)]))
+    numbered = ["", *(f"{k},{i},{n}" for k, (i, n) in enumerate(zip(IDS, NAMES, strict=True)))]
+    numbered[0] = ",gene_id,gene_name"
+    right(mtx(tmp_path / "c", features=numbered, names=("DGE", "all_genes.csv", "cell_metadata.csv")))
+
+
+def test_a_square_matrix_is_as_its_pipeline_writes_it(tmp_path):
+    x, plain = X[:, :N], [f"{i}\t{n}" for i, n in zip(IDS[:N], NAMES, strict=False)]
+    right(mtx(tmp_path / "tenx", features=plain, x=x), NAMES[:N], x)
+    for i, names in enumerate(
+        (
+            ("cells_x_genes", "cells_x_genes.genes.txt", "cells_x_genes.barcodes.txt"),
+            ("quants_mat", "quants_mat_cols.txt", "quants_mat_rows.txt"),
+            ("DGE", "all_genes.tsv", "cell_metadata.tsv"),
+        )
+    ):
+        right(mtx(tmp_path / str(i), features=plain, names=names, x=x.T), NAMES[:N], x)
+
+
+def test_two_tables_beside_have_to_be_the_same(tmp_path):
+    folder = mtx(tmp_path / "m")
+    text = (folder / "features.tsv").read_text()
+    (folder / "features.tsv.gz").write_bytes(gzip.compress(text.encode()))
+    right(folder)
+    for name in ("features.tsv.gz", "genes.tsv"):
+        (folder / name).write_text("\n".join(text.splitlines()[::-1]))
+        refused(folder, rf"m.*features\.tsv.* and .*{name[:5]}.* differ; take out the wrong one")
+        (folder / name).unlink()
+
+
+def test_a_table_beside_that_is_damaged_is_named(tmp_path):
+    folder = mtx(tmp_path / "m")
+    packed = gzip.compress("\n".join(BARCODES).encode())
+    for content, match in (
+        ("\n".join(BARCODES).encode("utf-16"), r"barcodes\.tsv: UTF-16 text"),
+        ("é\n".join(BARCODES).encode("cp1252"), r"barcodes\.tsv: not UTF-8 text"),
+        (packed[: len(packed) // 2], r"barcodes\.tsv: truncated or damaged gzip"),
+    ):
+        (folder / "barcodes.tsv").write_bytes(content)
+        refused(folder, match)
+
+
 def test_tables_of_another_export_are_not_headers(tmp_path):
     refused(mtx(tmp_path / "m", barcodes=[*BARCODES, "AAAA-1"]), "not of one export")
 
@@ -612,10 +679,50 @@ def test_columns_of_annotation(tmp_path):
     cells.to_csv(tmp_path / "cells.csv")
     decisions = right(tmp_path / "cells.csv", metadata=("cell_type",))
     assert decisions["orientation"].value == "cells_as_rows"
-    frame = pd.DataFrame(X.T, NAMES, BARCODES).assign(Total=7)
-    frame.to_csv(tmp_path / "total.csv")
-    adata, decisions = read(tmp_path / "total.csv")
-    assert adata.n_obs == N + 1 and "Total" in decisions["odd_cells"].reason and decisions["odd_cells"].warning
+    frame = pd.DataFrame(X.T, NAMES, BARCODES).assign(Whole=7)
+    frame.to_csv(tmp_path / "whole.csv")
+    adata, decisions = read(tmp_path / "whole.csv")
+    assert adata.n_obs == N + 1 and "Whole" in decisions["odd_cells"].reason and decisions["odd_cells"].warning
+
+
+SUMS = ["Total", "nCount_RNA", "nFeature_ADT", "n_genes", "nUMI", "RNA_snn_res.0.5", "percent.ribo", "total_counts_mt"]
+SUMS += ["pct_counts_mt", "Unnamed: 0", "entrezgene_id", "Gene.Length", "GeneLen", "width", "orig.ident", "Mean", "SUM"]
+
+
+def test_columns_and_rows_of_sums(tmp_path):
+    cells = pd.DataFrame(X, BARCODES, NAMES)
+    for i, frame in enumerate((cells, cells.T)):
+        beside = pd.DataFrame(7.5, frame.index, SUMS)
+        pd.concat([beside, frame], axis=1).to_csv(tmp_path / f"c{i}.csv")
+        assert right(tmp_path / f"c{i}.csv")["annotation_columns"].value == len(SUMS)
+        pd.concat([frame, pd.DataFrame(7.5, SUMS, frame.columns)]).to_csv(tmp_path / f"r{i}.csv")
+        decisions = right(tmp_path / f"r{i}.csv")
+        assert decisions["annotation_rows"].value == len(SUMS) and decisions["annotation_rows"].warning
+
+
+def test_long_tables_are_refused(tmp_path):
+    gene, cell = np.nonzero(X.T)
+    frame = pd.DataFrame({"geneID": np.array(NAMES)[gene], "x": cell, "y": cell + 3, "MIDCount": X.T[gene, cell]})
+    frame.to_csv(tmp_path / "a.tsv", sep="\t", index=False)
+    refused(tmp_path / "a.tsv", "a long table of one count a row; write it with one column a cell")
+    frame = frame.assign(x=np.array(BARCODES)[cell]).drop(columns="y").set_axis(["gene", "cell", "count"], axis=1)
+    frame.to_csv(tmp_path / "b.tsv", sep="\t", index=False)
+    refused(tmp_path / "b.tsv", "column 'cell' has .* one column a cell .*a long table")
+
+
+def test_lines_in_front_and_lines_that_do_not_fit(tmp_path):
+    text = pd.DataFrame(X.T, pd.Index(NAMES, name="Geneid"), BARCODES).to_csv(sep="\t")
+    for name, front in (("f", '# Program:featureCounts v2.0.1; Command:"featureCounts" "-a"'), ("d", "#DGE\n#x\ty")):
+        (tmp_path / f"{name}.txt").write_text(f"{front}\n{text}")
+        right(tmp_path / f"{name}.txt")
+    (tmp_path / "h.tsv").write_text(f"#{text}")
+    right(tmp_path / "h.tsv")
+    lines = text.splitlines()
+    (tmp_path / "t.tsv").write_text("\n".join([lines[0], *(f"{line}\t" for line in lines[1:])]))
+    refused(tmp_path / "t.tsv", "40 names in the header, 41 values in the row of 'MT-ND1'")
+    for name, wrong in (("s", lines[20].rpartition("\t")[0]), ("l", f"{lines[20]}\t7")):
+        (tmp_path / f"{name}.tsv").write_text("\n".join([*lines[:20], wrong, *lines[21:]]))
+        refused(tmp_path / f"{name}.tsv", "line 20|row 'LOC3'")
 
 
 def test_orientation_by_names(tmp_path):

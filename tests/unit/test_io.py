@@ -362,7 +362,7 @@ def test_files_that_are_not_what_they_should_be(tmp_path):
         ("semi.csv", b"a;b\nc;1\n", "semicolons"),
         ("pipe.csv", b"a|b\nc|1\n", "no comma"),
         ("words.csv", b"gene,A,B\nx,1,2\ny,3,liver\n", "column 'B' has 'liver', not a number"),
-        ("holes.csv", b"gene,A,B\nx,1,2\ny,3,\n", "not finite"),
+        ("holes.csv", b"gene,A,B\nx,1,2\ny,3,\n", "column 'B' has 'nan', not a number.*row 'y'"),
         ("long.csv", b"gene,A,B\nx,1,2\ny,3,4,5\n", "Expected 3 fields"),
     ):
         (tmp_path / name).write_bytes(content)
