@@ -250,12 +250,17 @@ def ingest(path: str | Path, out: str | Path, sample: Sample, config: InputConfi
         obs = _cell_table(path, read.obs, sample, config)
         ids, names, id_kind = identity.gene_identity(read.var, config, str(path), of_genes)
         to, ids, names = identity.merge_genes(ids, names, of_genes)
-        spool, entries, left = Spool(scratch), 0, 0
+        spool, entries, left, totals = Spool(scratch), 0, 0, []
         for block in progress(read.blocks, "ingest: cells read", read.shape[0], lambda block: block.shape[0]):
             taken = take_columns(block, to, len(ids))
             spool.add(taken)
+            totals.append(np.asarray(block.sum(axis=1, dtype=np.int64)).ravel())
             entries, left = entries + block.nnz, left + taken.nnz
         _told(path, kind, read.shape, entries, read.field, decisions)
+        total = np.concatenate(totals)
+        if len(total) > 10 and total.min() >= 0.999 * total.max():
+            text = f"all cells have the same total, so these are hardly counts; {read.field.remedy}"
+            decisions.add("equal_totals", int(total.max()), text, n_cells=len(total), warn=True)
         decisions.extend(of_genes)  # told after the format, which counts the entries
         if not left:
             raise UserError(f"{path}: no counts left after genes without a name were dropped; name the genes")

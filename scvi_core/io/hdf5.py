@@ -305,7 +305,12 @@ def read_loom(path: Path, config: InputConfig, decisions: Decisions, scratch: Sc
     """loom: genes x cells, dense, with named attributes."""
     with _hdf5(path) as file:
         layers = sorted(file["layers"]) if "layers" in file else []
-        layer = "X" if config.layer == "auto" else config.layer
+        layer = config.layer
+        if layer == "auto":
+            named = ["X", *(name for name in layers if name.lower() in COUNT_LAYERS)]
+            layer = next((n for n in named if _looks_counted(file["matrix" if n == "X" else f"layers/{n}"])), "X")
+            if layer != "X":
+                decisions.add("layer", layer, "input.layer is auto: the matrix holds no counts, and this layer does")
         key = "matrix" if layer == "X" else f"layers/{layer}"
         remedy = (
             f"set input.layer to where the raw counts are (this file has {listed(layers)})"
@@ -319,8 +324,10 @@ def read_loom(path: Path, config: InputConfig, decisions: Decisions, scratch: Sc
         _check_whole(file[key], field.where)
         blocks = by_cell(turned(checks.dense_blocks(file[key], field)), n_cells, str(path), scratch)  # reads all of it
         var, obs = _loom_table(file["row_attrs"], n_genes), _loom_table(file["col_attrs"], n_cells)
-    genes = next((name for name in ("Gene", "gene", "var_names", "Accession") if name in var), None)
-    cells = next((name for name in ("CellID", "obs_names", "cell_id", "barcode", "Barcode") if name in obs), None)
+    called = ("Gene", "gene", "var_names", "gene_names", "Accession", "ensembl_ids")
+    genes = next((name for name in called if name in var), None)
+    called = ("CellID", "obs_names", "cell_id", "cell_names", "barcode", "Barcode")
+    cells = next((name for name in called if name in obs), None)
     if genes is None or cells is None:
         named, table = ("row_attrs/Gene", var) if genes is None else ("col_attrs/CellID", obs)
         raise UserError(f"{path}: no {named} (found {listed(list(table)) or 'none'}); a loom file needs names; add it")

@@ -19,7 +19,7 @@ ID = r"(?:ENS[A-Z]*G\d{11}|FBgn\d{7}|WBGene\d{8})"
 ENSEMBL = re.compile(ID + r"(?:\.\d+)?")
 VERSION = re.compile(rf"^({ID})\.\d+")  # what follows stays: GENCODE writes ENSG00000182378.15_PAR_Y
 JOINED = re.compile(
-    rf"(?P<a>{ID}(?:\.\d+)?)[_|:;-]+(?P<b>.*)|(?P<d>.+?)(?:[_|:;]+| \()(?P<c>{ID}(?:\.\d+)?)\)?"
+    rf"(?P<a>{ID}(?:\.\d+)?)[_|:;-]+(?P<b>.*)|(?P<d>.+?)(?:[_|:;.-]+| \()(?P<c>{ID}(?:\.\d+)?)\)?"
 )  # id_symbol, or turned
 ACCESSION = re.compile(
     rf"{ID}.*|ENS[A-Z]*T\d{{11}}.*|[NX][MR]_\d+(?:\.\d+)?|(?:MGI|HGNC|RGD):\d+|ZDB-GENE-[\d-]+"
@@ -94,7 +94,8 @@ OTHERS_BY_NAME = re.compile(
     r"|.+-[ACGT]{12,}|unmapped"  # of CITE-seq-Count
     r"|(?i:.*TotalSeq.*|.*hashtag.*|.*isotype.*)"
     r"|(?i:(?:(?:rat|mouse|hamster|human)[-_ ])?IgG(?:\d[a-c]?|\d?[a-c]?[-_ ].*(?:control|ctrl)\S*))"
-    r"|(?:chr\w+|\d\d?|[XYM]|MT|[A-Z]{2}\d{6}\.\d)[:_-]\d+[-_]\d+"  # peaks
+    r"|(?:Hu|HuMs|HuMsRt|Ms)\.[A-Z].+|(?i:.*anti[-_ .](?:human|mouse|rat).*)"
+    r"|.+:\d+-\d+|(?:chr\w+|\d\d?|[XYM]|MT|[A-Z]{2}\d{6}\.\d)[:_-]\d+[-_]\d+"  # peaks
     r"|(?i:(?:gRNA|sgRNA|guide|crispr)[-_].+|.+[-_](?:gRNA|sgRNA|sg\d)(?:[-_]?\d+)?|non[-_]?targeting.*)"  # guides
     r"|sg[A-Z][A-Za-z0-9]*(?:[-_.]\w+)*|(?i:(?:gspikein_)?ERCC[-_.]\d{5})"  # and spike-ins
     r"|(?i:neg(?:control\w*|(?:ative|prb)\d+)|blank[-_]\d+|(?:unassigned|deprecated|blank)codeword\w*)"  # of imaging
@@ -508,10 +509,10 @@ def guess_organism(ids: np.ndarray, names: np.ndarray) -> str:
     A guess to label models by: other species' symbols are written the same way (rat's as mouse's).
     """
     ensembl = [i for i in ids if ENSEMBL.fullmatch(i)]
-    if len(ensembl) >= 0.5 * len(ids):
+    if len(ensembl) >= min(10, 0.5 * len(ids)):  # among symbols, of genes that have none
         prefixes = pd.Series(ensembl).str.extract(r"^([A-Za-z]+)\d")[0].value_counts()
         return ORGANISMS.get(prefixes.index[0], "unknown") if prefixes.iloc[0] >= 0.9 * len(ensembl) else "unknown"
-    words = [n for n in names if re.fullmatch(r"[A-Z][A-Za-z]{2,}[A-Za-z0-9-]*", n)]
+    words = [n for n in names if re.fullmatch(r"[A-Za-z]{3,}[A-Za-z0-9-]*", n)]
     upper = sum(bool(re.fullmatch(r"[A-Z0-9-]+(?:orf[A-Z0-9-]+)?", n)) for n in words)
     title = sum(bool(re.fullmatch(r"[A-Z][a-z]+[A-Za-z0-9-]*", n)) for n in words)
     if len(words) < 10:

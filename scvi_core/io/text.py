@@ -34,6 +34,7 @@ LAYOUTS = (
     (r"(?P<before>.*)quants_mat(?P<after>)\.mtx", "{before}quants_mat_rows", ("{before}quants_mat_cols",)),
     (r"(?P<before>.*)(?:DGE|count_matrix)(?P<after>[^/]*)\.mtx", "{before}cell_metadata",
      ("{before}all_genes", "{before}genes")),
+    (r"(?P<before>.*[_.-])counts?(?P<after>)\.mtx", "{before}barcodes", ("{before}features", "{before}genes")),
     (r"(?P<before>)[^/]*(?P<after>)\.mtx", "barcodes", ("features", "genes")),
 )  # fmt: skip
 BY_CELLS = "|".join(re.sub(r"[?]P<[a-z]+>", "?:", pattern) for pattern, _, _ in LAYOUTS[1:4])  # cells are rows there
@@ -273,9 +274,11 @@ def _rows(path: Path, decisions: Decisions) -> list[list[str]]:
         raise UserError(f"{path}: an empty file; fetch it again")
     table = path.name.removesuffix(".gz").endswith(".csv")
     rows = list(csv.reader(lines)) if table else [line.split("\t") for line in lines]
-    if not table and sum(line[0] == line[-1] and line[0] in "\"'" and len(line) > 1 for line in lines) >= 0.9 * len(
-        lines
-    ):
+    other = next((mark for mark in ";, " if all(mark in line and "\t" not in line for line in lines)), None)
+    if not table and other:
+        raise UserError(f"{path}: its columns are separated by {other!r}; write it with tabs, as its name says")
+    quoted = sum(line[0] == line[-1] and line[0] in "\"'" and len(line) > 1 for line in lines)
+    if not table and quoted >= 0.9 * len(lines):
         decisions.add("quotes", path.name, "its lines or fields are in quotes, which were taken off")
         rows = [[field.strip("\"'") for field in row] for row in rows]
     shift = 0 if rows[0][0] in ("0", "1") and len(rows[0]) > 1 else 1  # a header has no number
@@ -297,7 +300,13 @@ def _fitting(
 
     def headed(rows: list[list[str]]) -> bool:
         names = [identity.plain(field.strip("\"'")) for field in rows[0]]
-        return any(name in HEADER or re.fullmatch(r"v\d+", name) for name in names)  # R calls columns V1, V2 ...
+        if any(name in HEADER or re.fullmatch(r"v\d+", name) for name in names):  # R calls columns V1, V2 ...
+            return True
+        first, *rest = (row[0] if row else "" for row in rows)
+        return any(
+            not like.fullmatch(first) and sum(like.fullmatch(name) is not None for name in rest) > 0.9 * len(rest)
+            for like in (identity.BARCODE, identity.ENSEMBL)
+        )
 
     for c in range(1 + headed(cells)):
         for g in range(1 + headed(genes)):
@@ -373,7 +382,7 @@ def read_table(path: Path, config: InputConfig, decisions: Decisions, scratch: S
         second = handle.readline(MOST_TEXT)
         tab = b"\t" if b"\t" in second else b","
         # BD Rhapsody, featureCounts and Drop-seq's tools write what they did in front
-        while first.startswith(b"##") or (first.startswith(b"#") and first.count(tab) < second.count(tab)):
+        while first.startswith(b"#") and (second.startswith(b"#") or first.count(tab) < second.count(tab)):
             skip, first, second = skip + 1, second, handle.readline(MOST_TEXT)
             tab = b"\t" if b"\t" in second else b","
         if len(first) == MOST_TEXT:
@@ -398,7 +407,7 @@ def read_table(path: Path, config: InputConfig, decisions: Decisions, scratch: S
         raise UserError(f"{path}: no {name} in its first lines; is another delimiter used? .csv: comma, .tsv: tab")
     no_corner = len(row) == len(header) + 1 and row[-1] != ""  # as R writes tables
     names = as_text(np.array(header if no_corner else header[1:], object))
-    beside = np.flatnonzero([_is_annotation(name) for name in names])
+    beside = np.flatnonzero([not name or _is_annotation(name) for name in names])
     table = _Table(path, delimiter, skip + 1, names, beside, Field(str(path)))
     return table.read(config, decisions, scratch)
 

@@ -48,7 +48,7 @@ HIGHEST_RATE = 0.08
 # A '.' may stand for '-' in names that went through R.
 GENE_GROUPS = {
     # the last two: thale cress, yeast
-    "mitochondrial": r"^(?:MT[-.:]|MT_?(?:ND\dL?|COX?\d|ATP\d|CYTB?|RNR\d)$|ATMG\d{5}$|Q0\d{3}$)",
+    "mitochondrial": r"^(?:MT[-.:]|MT_?(?:ND\dL?|COX?\d|ATP\d|CYT?B|RNR\d)$|ATMG\d{5}$|Q0\d{3}$)",
     "ribosomal": r"^RP(?:[SL]\d+(?![\dK]|BP)|LP[0-2]|SA(?:$|P))(?!.*[-.](?:AS|DT)\d*$)",
     "haemoglobin": r"^HB(?:[ABDEGMQZ]\d?|Q1[AB]|[AB][AE]\d(?:\.\d)?)(?:$|[-.])",
     "immunoglobulin": r"^IG(?:H[VJ]|HD\d|H[ADEGM](?:\d[ABC]?)?(?:P\d?)?$|K[CVJ]|L[CVJ])",

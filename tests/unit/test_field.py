@@ -14,6 +14,7 @@ import scipy.sparse as sp
 from scvi_core import io
 from scvi_core.config import InputConfig, QcConfig, Sample, level_text, load_samples
 from scvi_core.files import Decisions, UserError
+from scvi_core.io.identity import guess_organism
 from scvi_core.preprocess.qc import in_group, qc
 
 N, G = 40, 60
@@ -165,7 +166,7 @@ def test_what_stands_beside_ids(tmp_path):
         right(h5ad(tmp_path / f"{name}.h5ad", var=var))
         assert list(read(tmp_path / f"{name}.h5ad")[0].var_names) == IDS
     right(mtx(tmp_path / "m", features=[f"gene:{i}\t{n}\tGene Expression" for i, n in zip(IDS, NAMES, strict=True)]))
-    for k, joined in enumerate(("{}__{}", "{}_{}", "{1} ({0})")):
+    for k, joined in enumerate(("{}__{}", "{}_{}", "{1}-{0}", "{1}.{0}", "{1} ({0})")):
         names = [joined.format(i, n) for i, n in zip(IDS, NAMES, strict=True)]
         right(h5ad(tmp_path / f"{k}.h5ad", var=pd.DataFrame(index=names)))
     names[7] = f"{IDS[7]}_"
@@ -297,6 +298,9 @@ def test_others_by_name(tmp_path):
 
 
 OTHERS = [
+    "Hu.CD3-UCHT1",
+    "A0034-anti-human-CD3",
+    "GL000194.1:10-20",
     "CD3|CD3E|AH0001|pAbO",
     "CD4.stAbO",
     "CMO301",
@@ -394,6 +398,30 @@ def test_the_layer_with_counts_is_found(tmp_path):
     refused(h5ad(tmp_path / "none.h5ad", log, layers={"more": log}), "no layer holds counts")
     with pytest.raises(UserError, match=r"only one matrix.*sample sheet"):
         read(mtx(tmp_path / "m"), layer="L2/3")
+
+
+def test_equal_totals_are_warned_of(tmp_path):
+    millions = np.rint(1e6 * X / X.sum(1, keepdims=True))
+    assert right(h5ad(tmp_path / "a.h5ad", millions), x=millions)["equal_totals"].warning
+    assert "equal_totals" not in right(h5ad(tmp_path / "b.h5ad"))
+
+
+def test_loom_names_and_layers(tmp_path):
+    with h5py.File(tmp_path / "a.loom", "w") as file:
+        file["matrix"], file["layers/counts"] = np.log1p(X.T), X.T
+        file["row_attrs/gene_names"], file["row_attrs/ensembl_ids"] = np.array(NAMES, "S"), np.array(IDS, "S")
+        file["col_attrs/cell_names"] = np.array(BARCODES, "S")
+    assert right(tmp_path / "a.loom")["layer"].value == "counts"
+    assert list(read(tmp_path / "a.loom")[0].var_names) == IDS
+
+
+def test_organisms_by_what_is_there(tmp_path):
+    def guess(names):
+        return guess_organism(np.array(names), np.array(names))
+
+    pig = [f"ENSSSCG{i:011d}" for i in range(12)]
+    assert guess([*NAMES[:13], *(f"GENE{c}A" for c in "ABCDEFGHIJKLMNOP"), *pig]) == "pig"
+    assert guess([f"{a}{b}c1" for a in "abcde" for b in "fghij"] + [f"ABC{c}" for c in "DEFGHIJKLMNOP"]) == "unknown"
 
 
 def test_raw_without_columns_takes_those_of_var(tmp_path):
@@ -547,6 +575,12 @@ def test_layouts_of_pipelines(tmp_path):
     cells = ["bc_wells,sample", *(f"{b},all-well" for b in BARCODES)]
     mtx(parse, features=features, barcodes=cells, names=("DGE", "all_genes.csv", "cell_metadata.csv"))
     right(parse)
+    right(mtx(tmp_path / "geo", features=plain, names=("GSM2_S1_counts", "GSM2_S1_genes", "GSM2_S1_barcodes")))
+    unknown = mtx(tmp_path / "unknown", features=["ensgene\tof_hgnc", *plain], barcodes=["droplet", *BARCODES])
+    assert right(unknown)["headers"].value == 2
+    for mark in ";, ":
+        folder = mtx(tmp_path / f"split{ord(mark)}", features=[line.replace("\t", mark) for line in plain])
+        refused(folder, f"features.tsv: its columns are separated by '{mark}'")
     outs = tmp_path / "outs"
     outs.mkdir()
     mtx(outs / "filtered_feature_bc_matrix")
@@ -712,13 +746,18 @@ def test_long_tables_are_refused(tmp_path):
 
 def test_lines_in_front_and_lines_that_do_not_fit(tmp_path):
     text = pd.DataFrame(X.T, pd.Index(NAMES, name="Geneid"), BARCODES).to_csv(sep="\t")
-    for name, front in (("f", '# Program:featureCounts v2.0.1; Command:"featureCounts" "-a"'), ("d", "#DGE\n#x\ty")):
+    for name, front in (
+        ("f", '# Program:featureCounts v2.0.1; Command:"featureCounts" "-a"'),
+        ("d", "#DGE\tv\ty\n#x\ty"),
+    ):
         (tmp_path / f"{name}.txt").write_text(f"{front}\n{text}")
         right(tmp_path / f"{name}.txt")
     (tmp_path / "h.tsv").write_text(f"#{text}")
     right(tmp_path / "h.tsv")
     lines = text.splitlines()
     (tmp_path / "t.tsv").write_text("\n".join([lines[0], *(f"{line}\t" for line in lines[1:])]))
+    (tmp_path / "a.tsv").write_text("\n".join(f"{line}\t" for line in lines))  # in the header, too
+    right(tmp_path / "a.tsv")
     refused(tmp_path / "t.tsv", "40 names in the header, 41 values in the row of 'MT-ND1'")
     for name, wrong in (("s", lines[20].rpartition("\t")[0]), ("l", f"{lines[20]}\t7")):
         (tmp_path / f"{name}.tsv").write_text("\n".join([*lines[:20], wrong, *lines[21:]]))
@@ -787,7 +826,8 @@ def test_mitochondrial_genes_of_other_species(tmp_path):
     assert found(["ND1", "COX1", *NAMES[13:]]) == 0  # too few to tell
     ids = ["ENSMMUG00000065372", *(f"x{i}" for i in range(4)), *NAMES[13:]]
     assert found([ids[0], "ND2", "COX1", "CYTB", "ATP8", *NAMES[13:]], ids) == 5  # one without a symbol
-    assert found(["MT_ND1", "MTCO2", "MTND1P23"]) == 2
+    assert found([n.replace("-", "_") for n in NAMES]) == found([n.replace("-", "") for n in NAMES]) == 13
+    assert found(["MTND1P23", "MTF1", "MTCO1P2"]) == 0
     assert found(["nduo-1", "nduo-2", "ctc-1", "ctc-2", "ctb-1", "atp-6", "act-1"]) == 6
     assert found([f"GRCh38_{n}" for n in NAMES]) == 13 and found([f"hg19-{n}" for n in NAMES]) == 13
     for ids in (
