@@ -15,10 +15,9 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from scvi_core import gpu, native
 from scvi_core.files import UserError, canonical_json, sha256_text
-from scvi_core.gpu import Rows
-from scvi_core.kernels import Nonzeros
+from scvi_core.kernels import Nonzeros, gpu, native
+from scvi_core.kernels.gpu import Rows
 from scvi_core.log import log
 
 if TYPE_CHECKING:

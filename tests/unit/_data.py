@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from scvi_core import native
+from scvi_core.kernels import native
 from scvi_core.config import TrainConfig
 from scvi_core.counts import Schema, pack
 

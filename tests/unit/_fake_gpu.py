@@ -259,7 +259,7 @@ def interpret(monkeypatch):
 def insert(monkeypatch):
     """Put the card in, for a test, which enters it."""
     interpret(monkeypatch)
-    from scvi_core import triton_kernels
+    from scvi_core.kernels import triton_kernels
 
     _guard()
     card = Card()

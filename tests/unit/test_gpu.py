@@ -382,7 +382,7 @@ def test_kernels_compile_for_gpus_that_are_not_here(tmp_path):
     """Down to the machine code of an H100, with Triton's own assembler; nothing is run."""
     code = """
 from gpu_count import compiled
-from scvi_core import triton_kernels
+from scvi_core.kernels import triton_kernels
 
 for given in ((2, True, "*i16", "*u8"), (1, False, "*i32", "*i16"), (0, True, "*i16", "*fp32")):
     for name in [name for name in vars(triton_kernels) if name.endswith("_kernel")]:
