@@ -50,7 +50,9 @@ def free_bytes(device: torch.device) -> float:
     """GPU memory that nobody uses; boundless where there is no GPU."""
     if torch.device(device).type != "cuda":
         return math.inf
-    with contextlib.suppress(RuntimeError):  # of a recording that failed (train/recorded.py), after which PyTorch may refuse
+    with contextlib.suppress(
+        RuntimeError
+    ):  # of a recording that failed (train/recorded.py), after which PyTorch may refuse
         torch.cuda.empty_cache()  # what PyTorch keeps for tensors to come looks used otherwise
     return torch.cuda.mem_get_info(device)[0]
 
@@ -222,5 +224,13 @@ def adam(
         n, masked = w.numel(), mask is not None
         rates = numbers_2, mean_rate, square_rate, eps, decay
         _triton()[0].adam_kernel[(-(-n // BLOCK),)](
-            masked, n, w, gradient.contiguous(), mean, square, mask.view(torch.uint8) if masked else w, *rates, BLOCK=BLOCK
+            masked,
+            n,
+            w,
+            gradient.contiguous(),
+            mean,
+            square,
+            mask.view(torch.uint8) if masked else w,
+            *rates,
+            BLOCK=BLOCK,
         )

@@ -278,9 +278,7 @@ def adam(
     ]
     sizes = (INT64 * len(weights))(*(w.numel() for w in weights))
     rate, square_scale = numbers
-    library.scvi_adam(
-        threads(), len(weights), sizes, *tables, rate, mean_rate, square_rate, eps, decay, square_scale
-    )
+    library.scvi_adam(threads(), len(weights), sizes, *tables, rate, mean_rate, square_rate, eps, decay, square_scale)
 
 
 def fold_changes(

@@ -166,9 +166,7 @@ class _Reconstruction(torch.autograd.Function):
         else:
             logits = [kernels.linear(hidden_nh, *head) for head in zip(weights, biases, strict=True)]
         added = biases if half else None
-        value_n, tiles, theta_ng, library_n = kernels.tile(
-            x, logits, added, log_library_n, log_theta_rg, row_n, wanted
-        )
+        value_n, tiles, theta_ng, library_n = kernels.tile(x, logits, added, log_library_n, log_theta_rg, row_n, wanted)
         ctx.kernels, ctx.half, ctx.n_theta = kernels, half, 0 if log_theta_rg is None else len(log_theta_rg)
         ctx.n_heads = len(weights)
         ctx.save_for_backward(row_n, hidden_nh, library_n, theta_ng, *weights, *tiles)

@@ -66,7 +66,7 @@ class State:
         for name, weight in weights.items():
             given = True if trainable is None else trainable.get(name, False)
             mask = torch.as_tensor(given, device=weight.device)
-            if mask.dtype != torch.bool or mask.dim() and mask.shape != weight.shape:
+            if mask.dtype != torch.bool or (mask.dim() and mask.shape != weight.shape):
                 raise UserError(f"trainable: {name!r} wants True, False, or a boolean tensor of {tuple(weight.shape)}")
             weight.requires_grad_(bool(mask.any()))
             if weight.requires_grad:

@@ -25,7 +25,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from scvi_core import gpu, graph
+from scvi_core.kernels import gpu
+from scvi_core.train import recorded
 
 aten = torch.ops.aten
 MOVES = {aten._to_copy.default, aten.copy_.default}  # between devices
@@ -291,8 +292,8 @@ def insert(monkeypatch):
             return move(*args, **kwargs)
 
     monkeypatch.setattr(torch.nn.Module, "_apply", swapping)
-    monkeypatch.setattr(graph, "ThreadPoolExecutor", Worker)
-    graph._side.cache_clear()
+    monkeypatch.setattr(recorded, "ThreadPoolExecutor", Worker)
+    recorded._side.cache_clear()
     names = [name for name in vars(triton_kernels) if name.endswith("_kernel")]
     launchers = {name: card.launcher(getattr(triton_kernels, name)) for name in names}
     monkeypatch.setattr(gpu, "_triton", lambda: (SimpleNamespace(**launchers), ""))

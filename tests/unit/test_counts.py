@@ -9,9 +9,9 @@ import torch
 from _data import cells, choose, packed
 
 from scvi_core import criticism
-from scvi_core.kernels import native
 from scvi_core.counts import Counts, Schema, content_digest, fingerprint, pack, unsigned
 from scvi_core.files import UserError
+from scvi_core.kernels import native
 
 
 @pytest.fixture(params=["compiled", "plain"])

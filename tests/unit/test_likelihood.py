@@ -12,8 +12,7 @@ import torch
 from _data import choose
 
 from scvi_core import kernels
-from scvi_core.kernels import likelihood, native
-from scvi_core.kernels import Nonzeros
+from scvi_core.kernels import Nonzeros, likelihood, native
 
 THETA = [1e-4, 1e-2, 0.5, 1.0, 30.0, 1e3, 1e6]
 MU = [1e-8, 1e-3, 0.3, 1.0, 40.0, 1e4, 1e6]

@@ -8,9 +8,8 @@ from _data import cells, choose, packed
 from scipy.special import expit, gammaln, logsumexp
 
 from scvi_core import kernels
-from scvi_core.kernels import native
 from scvi_core.config import ModelConfig
-from scvi_core.kernels import Nonzeros
+from scvi_core.kernels import Nonzeros, native
 from scvi_core.model import LinearOfCounts, Noise, build
 
 LIKELIHOODS = ("zinb", "nb", "poisson")

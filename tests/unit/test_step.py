@@ -323,7 +323,10 @@ def test_adam_of_several_tensors_some_of_which_stay(monkeypatch, how):
     choose(how, monkeypatch)
     torch.manual_seed(0)
     shapes = (40_000,), (3, 5), (1,), (20, 30)
-    start, masks = [torch.randn(shape) for shape in shapes], [None, torch.rand(3, 5) < 0.5, None, torch.rand(20, 30) < 0.5]
+    start, masks = (
+        [torch.randn(shape) for shape in shapes],
+        [None, torch.rand(3, 5) < 0.5, None, torch.rand(20, 30) < 0.5],
+    )
     together = [[w.clone() for w in start], *([torch.zeros_like(w) for w in start] for _ in range(2))]
     alone = [[w.clone() for w in start], *([torch.zeros_like(w) for w in start] for _ in range(2))]
     for step in range(1, 5):
@@ -428,5 +431,7 @@ def test_products_and_their_gradients(shape, scaled):
     for got, a, b in zip(whole, (by, by.T, by.T), (weight.double(), x.double(), ones), strict=True):
         assert rounded(got.view(a.shape[0], b.shape[1]), a, b)
     for wanted in itertools.product((False, True), repeat=3):
-        for one, all_of_them, want in zip(native.linear_gradient(outer, scale_n, x, weight, wanted), whole, wanted, strict=True):
+        for one, all_of_them, want in zip(
+            native.linear_gradient(outer, scale_n, x, weight, wanted), whole, wanted, strict=True
+        ):
             assert torch.equal(one, all_of_them) if want else one is None

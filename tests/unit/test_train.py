@@ -17,15 +17,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from scvi_core import api, cli
-from scvi_core.kernels import native
 from scvi_core.config import ModelConfig, TrainConfig
 from scvi_core.device import resolve_device
 from scvi_core.files import UserError
+from scvi_core.kernels import native
 from scvi_core.log import log
 from scvi_core.model import Noise, build
 from scvi_core.train import HISTORY, Interrupted, Schedule, elbo_of, loop, train
-from scvi_core.train.state import State
 from scvi_core.train import step as one_step
+from scvi_core.train.state import State
 
 CPU = torch.device("cpu")
 SMALL = {"n_hidden": 8, "n_latent": 2}
@@ -370,7 +370,9 @@ def test_flipped_bytes_are_found(tmp_path, caplog):
             path.write_bytes(content[:at] + bytes([content[at] ^ (1 << rng.integers(0, 8))]) + content[at + 1 :])
             state = State.of(network)
             state.resume(path, "me")
-            assert not (state.step or state.history or any(mean.any() for mean in state.means)), content[max(0, at - 20) : at + 5]
+            assert not (state.step or state.history or any(mean.any() for mean in state.means)), content[
+                max(0, at - 20) : at + 5
+            ]
             assert all(torch.equal(fresh[k], v) for k, v in network.state_dict().items()), at
     finally:
         log.propagate = False
