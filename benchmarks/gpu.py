@@ -48,11 +48,11 @@ import scvi_core as sv
 from scvi_core import de, kernels, posterior
 from scvi_core.api import fit_counts
 from scvi_core.counts import Counts, OnHost, Schema, small_types, tensor_of, unsigned
+from scvi_core.device import resolve_precision
 from scvi_core.files import write_json
 from scvi_core.kernels import gpu
 from scvi_core.model import SCVI, Noise, build
-from scvi_core.train import Schedule
-from scvi_core.train.recorded import Recorded
+from scvi_core.train import Schedule, hold_out, recorded
 from scvi_core.train.state import State
 from scvi_core.train.step import Rates, gradients
 from scvi_core.train.step import step as one_step
@@ -243,11 +243,11 @@ def correct(device: torch.device, options: argparse.Namespace) -> dict[str, Any]
 def step_parts(genes: int, device: torch.device, options: argparse.Namespace, found: dict[str, Any]) -> dict[str, Any]:
     """Milliseconds of what a step is made of, on as many cells as a step of the whole fit has."""
     config = sv.TrainConfig()
-    n_train = options.cells - len(training.hold_out(config, options.cells, 0))
-    size = -(-n_train // training.n_steps(config, n_train))
+    n_train = options.cells - len(hold_out(config, options.cells, 0))
+    size = Schedule.of(config, n_train).size
     counts, schema, _ = simulated(4 * size, genes, device)
     counts = counts.to(device)
-    half = training.resolve_precision("auto", device)
+    half = resolve_precision("auto", device)
     kind, wide = (torch.bfloat16, 2) if half else (torch.float32, 4)
     copy, matrix = found["ceilings"]["copy_gb_s"] * 1e6, found["ceilings"]["bf16_tflop_s"] * 1e9  # per millisecond
     rows_n = torch.randperm(len(counts), device=device)[:size]
@@ -318,7 +318,7 @@ def _stepper(
         return run
     if kernels.kind(state.weights[0])[0] != "triton":
         return None
-    step = Recorded(state, counts, config, schedule, 0)
+    step = recorded.Recorded(state, counts, config, schedule, 0)
     step.begin(np.array_split(np.random.default_rng(0).permutation(steps * size), steps), 0)
     if way == "kernel by kernel":
         step.recorded[size] = Noise(0, device), None
@@ -371,7 +371,7 @@ def streamed(counts: Counts, schema: Schema, device: torch.device) -> dict[str, 
 
 def _kept_on_host() -> Any:
     on_host = lambda counts, needed, size, device: OnHost(**vars(counts), device=device)  # noqa: E731
-    return mock.patch.object(graph, "place", on_host)
+    return mock.patch.object(recorded, "place", on_host)
 
 
 def asked(

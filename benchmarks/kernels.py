@@ -199,7 +199,7 @@ def _step(options: argparse.Namespace, threads: int, genes: int) -> list[dict[st
     """A training step in float32 and, where training would take it, in bfloat16; its products timed at their shapes."""
     rows = []
     for half in (False, True):
-        if half and not training.resolve_precision("auto", torch.device("cpu")):
+        if half and not any(torch.cpu.get_capabilities().get(f"{of}_bf16") for of in ("avx512", "amx")):
             continue
         model, run = _stepper(options, genes, half)
         hidden = model.config.n_hidden

@@ -22,16 +22,17 @@ from scvi_core import de, kernels, posterior
 from scvi_core import train as training
 from scvi_core._version import __version__
 from scvi_core.config import DeConfig, ModelConfig, TrainConfig
-from scvi_core.counts import Counts, Schema, content_digest, fingerprint, pack
+from scvi_core.counts import Counts, Schema, content_digest, pack
 from scvi_core.device import resolve_device
 from scvi_core.files import UserError, replacing, sha256_file, write_json, write_parquet
+from scvi_core.fingerprint import fingerprint
 from scvi_core.log import log
 from scvi_core.model import SCVI, build
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-FORMAT_VERSION = 2  # 2: the encoder's first layer as (genes, hidden)
+FORMAT_VERSION = 3  # 3: norms, and what the encoder sees; 2: the encoder's first layer as (genes, hidden)
 BUNDLE = ("model.safetensors", "model.json", "history.parquet")
 
 
@@ -330,10 +331,10 @@ def load(path: str | Path, device: str = "cpu") -> Model:
                 f"{path}/model.json: format {about['format_version']} is newer than this scvi-core {__version__} "
                 f"reads ({FORMAT_VERSION}); upgrade scvi-core"
             )
-        if about["format_version"] < FORMAT_VERSION:
+        if about["format_version"] < 2:
             raise UserError(
                 f"{path}/model.json: format {about['format_version']} is older than this scvi-core {__version__} reads "
-                f"({FORMAT_VERSION}); train the model again, or use the version in its package_version"
+                f"(2 and later); train the model again, or use the version in its package_version"
             )
         if sha256_file(path / "model.safetensors") != about["weights_sha256"]:
             raise UserError(f"{path}/model.safetensors: not the weights that model.json names; fetch the model again")
@@ -438,7 +439,7 @@ def fit_counts(
     held = None if held is None else held.astype(np.int64)
     if held is not None and len(held) and (held[0] < 0 or held[-1] >= len(counts)):
         raise UserError(f"holdout: positions must lie in 0..{len(counts) - 1}")
-    identity = fingerprint_of(schema, data, model, train, seed, held)
+    identity = fingerprint(schema, data, model, train, seed, held)
     if held is None:
         held = training.hold_out(train, len(counts), seed)
     train_rows = np.setdiff1d(np.arange(len(counts)), held)
@@ -474,20 +475,6 @@ def fit_counts(
     return Model(network, schema, model, train, seed, history, gene_names, card)
 
 
-def fingerprint_of(
-    schema: Schema, data: Any, model: ModelConfig, train: TrainConfig, seed: int, holdout: np.ndarray | None = None
-) -> str:
-    """The fingerprint of a fit, known before it is made."""
-    if holdout is not None:
-        data = {"data": data, "holdout": holdout.tolist()}
-    return fingerprint(schema, data, ModelConfig(**_only(model)).model_dump(), train.model_dump(), seed, code_version())
-
-
-def code_version() -> str:
-    """Version of the numerics."""
-    return "numerics-3"
-
-
 def check_design(model: ModelConfig, schema: Schema) -> None:
     """Refuse a model that the data or its own settings cannot bear.
 
@@ -508,10 +495,6 @@ def check_design(model: ModelConfig, schema: Schema) -> None:
             raise UserError(f"model.categorical_covariates: '{column}' has one level ({levels[0]!r}); leave it out")
         if column in schema.continuous or column == schema.batch_key:
             raise UserError(f"model.categorical_covariates: '{column}' is also asked for in another role; keep one")
-
-
-def _only(model: ModelConfig) -> dict[str, Any]:
-    return {key: getattr(model, key) for key in ModelConfig.model_fields}
 
 
 def _network(model: ModelConfig, schema: Schema, seed: int) -> SCVI:

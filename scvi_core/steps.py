@@ -22,6 +22,7 @@ from scvi_core import api
 from scvi_core.config import Config, ModelConfig
 from scvi_core.counts import Counts, Schema, pack
 from scvi_core.files import UserError, canonical_json, parquet_writer, sha256_text, write_json
+from scvi_core.fingerprint import fingerprint
 from scvi_core.log import log
 from scvi_core.preprocess.store import read_store
 from scvi_core.stream import open_counts
@@ -68,8 +69,8 @@ def plan(store: Path, settings: Config) -> Plan:
         "data_sha256": sha256_text(canonical_json(data)),
     }
     names = [str(name) for name in adata.var["gene_name"]]
-    fingerprint = api.fingerprint_of(schema, data, model, settings.train, settings.seed)
-    return Plan(adata, schema, names, model, data, about, fingerprint)
+    digest = fingerprint(schema, data, model, settings.train, settings.seed)
+    return Plan(adata, schema, names, model, data, about, digest)
 
 
 def is_model_of(folder: Path, fingerprint: str) -> bool:

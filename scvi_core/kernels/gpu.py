@@ -1,7 +1,8 @@
 """``triton_kernels.py``, called as ``native.py`` calls ``kernels.c``: the same functions, for tensors on a GPU.
 
-Where Triton cannot be imported :mod:`scvi_core.kernels.ops` does the same in plain PyTorch, and training says so. Nothing
-here waits for the device, and no size depends on what a tensor holds: a step of these can be recorded (``train/recorded.py``).
+Where Triton cannot be imported :mod:`scvi_core.kernels.ops` does the same in plain PyTorch, and training says so.
+Nothing here waits for the device, and no size depends on what a tensor holds: a step of these can be recorded
+(``train/recorded.py``).
 """
 
 from __future__ import annotations
@@ -50,9 +51,7 @@ def free_bytes(device: torch.device) -> float:
     """GPU memory that nobody uses; boundless where there is no GPU."""
     if torch.device(device).type != "cuda":
         return math.inf
-    with contextlib.suppress(
-        RuntimeError
-    ):  # of a recording that failed (train/recorded.py), after which PyTorch may refuse
+    with contextlib.suppress(RuntimeError):  # of a recording that failed, after which PyTorch may refuse
         torch.cuda.empty_cache()  # what PyTorch keeps for tensors to come looks used otherwise
     return torch.cuda.mem_get_info(device)[0]
 
@@ -145,7 +144,7 @@ def tile(
     gradient: bool,
     in_place: bool = True,
 ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None, torch.Tensor]:
-    """As :func:`scvi_core.kernels.native.tile`, never in place; a tile by a theta that cells share is in the logits' type."""
+    """As :func:`scvi_core.kernels.native.tile`, never in place; by a theta that cells share in the logits' type."""
     shared = log_theta_rg is not None and len(log_theta_rg) == 1 and len(logits[0]) > 1
     log_theta_ng = log_theta_rg if row_n is None else log_theta_rg[row_n]
     of = _Tile(Rows.of(x), list(logits), biases, log_library_n.contiguous(), log_theta_ng)

@@ -1,7 +1,7 @@
 """``kernels.c``, called through pointers. Built when scvi-core is installed, where there is a C compiler.
 
-:data:`library` is None where it was not: :mod:`scvi_core.kernels.ops` then does the same in plain PyTorch, several times
-slower, and training says so. All functions want contiguous tensors on the CPU, float32 where they are not integers. They
+:data:`library` is None where it was not: :mod:`scvi_core.kernels.ops` then does the same in plain PyTorch, several
+times slower, and training says so. Tensors are on the CPU, float32 where they are not integers. All functions
 run on :func:`threads` threads; no result depends on their number.
 """
 

@@ -18,9 +18,10 @@ What makes them cheap:
       d/d log mu = (x - mu) / (1 + mu / theta)
       d/d log theta = -theta s - d/d log mu + x + dB/d log theta,    dB/d log theta = -sum_{k<x} k / (theta + k)
 
-In float32 ``kernels.c`` does the same on the CPU, in one pass, and ``triton_kernels.py`` on a GPU; what stands here serves
-float64 and other devices, checks the compiled code, and replaces it where it could not be built. Only elementwise
-operations and sums along an axis, so results are the same at every run, on any device. m runs over the non-zeros.
+In float32 ``kernels.c`` does the same on the CPU, in one pass, and ``triton_kernels.py`` on a GPU; what stands here
+serves float64 and other devices, checks the compiled code, and replaces it where it could not be built. Only
+elementwise operations and sums along an axis, so results are the same at every run, on any device. m runs over the
+non-zeros.
 """
 
 from __future__ import annotations

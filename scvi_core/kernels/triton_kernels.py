@@ -1,4 +1,4 @@
-"""``kernels.c`` for GPUs, in Triton: the same equations (see :mod:`scvi_core.kernels.plain`), called through ``gpu.py``.
+"""``kernels.c`` for GPUs, in Triton: the equations of :mod:`scvi_core.kernels.plain`, called through ``gpu.py``.
 
 A program takes one cell. Values come first: :func:`zeros_kernel` finds the softmax's denominator, and the value as if
 every count were zero; :func:`nonzeros_kernel` what the non-zeros change. Gradients need the value's slopes summed over

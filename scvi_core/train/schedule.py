@@ -29,10 +29,10 @@ class Schedule:
     def of(config: TrainConfig, n_cells: int) -> Schedule:
         """Of a fit to so many cells.
 
-        ``auto`` epochs are 60 up to 2,000 cells and then fall with the root of their number, so that a large atlas takes
-        more steps than a small one but fewer looks at each cell; never under 10. ``auto`` minibatches have 128 cells at
-        most, up to 20,000 cells, and more with the root of their number beyond: an atlas takes more steps than a small
-        data set, but not in proportion, as each is then less noisy.
+        ``auto`` epochs are 60 up to 2,000 cells and then fall with the root of their number, so that a large atlas
+        takes more steps than a small one but fewer looks at each cell; never under 10. ``auto`` minibatches have 128
+        cells at most, up to 20,000 cells, and more with the root of their number beyond: an atlas takes more steps than
+        a small data set, but not in proportion, as each is then less noisy.
         """
         epochs, size = config.max_epochs, config.batch_size
         if epochs == "auto":

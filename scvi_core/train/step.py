@@ -1,7 +1,7 @@
 """One step of training: the gradient of a model's loss, and the update of its weights.
 
-Knows no model: it differentiates whatever ``loss`` is and moves the weights that are trainable. The loop runs it, and on
-a GPU it is recorded and replayed (:mod:`scvi_core.train.recorded`).
+Knows no model: it differentiates whatever ``loss`` is and moves the weights that are trainable. The loop runs it, and
+on a GPU it is recorded and replayed (:mod:`scvi_core.train.recorded`).
 """
 
 from __future__ import annotations

@@ -17,11 +17,10 @@ from _samples import stored
 
 import scvi_core as sv
 from scvi_core import cli, parallel
-from scvi_core import train as training
 from scvi_core.config import ModelConfig
 from scvi_core.files import UserError
 from scvi_core.model import Noise, build
-from scvi_core.train import Interrupted, elbo_of, train
+from scvi_core.train import Interrupted, elbo_of, loop, train
 from scvi_core.train.loop import _set_library_prior
 from scvi_core.train.step import gradients
 
@@ -228,12 +227,12 @@ def test_stopping_going_on_and_failing_together(tmp_path, monkeypatch):
             stopped = next(steps) - 1
         resumed = fit(checkpoint=tmp_path / "alone")
         if rank == 1:
-            monkeypatch.setattr(training, "Noise", Spoilt)
+            monkeypatch.setattr(loop, "Noise", Spoilt)
         try:
             failed = fit(every=0, checkpoint=tmp_path / f"spoilt{rank}")
         except UserError as error:
             failed = str(error)
-        monkeypatch.setattr(training, "Noise", Noise)
+        monkeypatch.setattr(loop, "Noise", Noise)
         try:
             few = fit(batch_size=1 + 1)[0]
         except UserError as error:

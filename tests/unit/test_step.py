@@ -92,7 +92,7 @@ def test_gradients_are_autograds(likelihood, dispersion, library):
 
 @pytest.mark.parametrize(("likelihood", "dispersion", "library"), EVERY)
 def test_gradients_are_autograds_with_half_heads(likelihood, dispersion, library):
-    """Both round products to bfloat16, 8 bits: one the gradients of each cell's value, the other their share of the mean."""
+    """Both round to bfloat16, 8 bits: one the gradients of each cell's value, the other their share of the mean."""
     for more in MORE:
         how = {"likelihood": likelihood, "dispersion": dispersion, "library": library, "half": True, **more}
         ours, theirs = step(**how), plain_step(**how)
@@ -258,7 +258,7 @@ def test_work_is_done_while_helpers_come_late_and_from_several_threads(monkeypat
 
 
 def fit(monkeypatch=None, **how):
-    """(network, history, held cells) of a fit by compiled kernels, or by plain PyTorch where monkeypatch comes along."""
+    """(network, history, held cells) of a fit, by plain PyTorch where monkeypatch comes along."""
     schema, counts = packed(cells(200), ("day",), ("age",))
     network = build(ModelConfig(**{"n_hidden": 16, "n_latent": 3, **how}), 25, len(schema.batches), 4, 0)
     held = np.arange(0, 200, 5)
