@@ -84,16 +84,16 @@ class Model:
         return counts.to(next(self.network.parameters()).device)
 
     def latent(self, adata: AnnData) -> np.ndarray:
-        """Posterior means of z, (cells, latent) float32. The encoder sees neither batch nor covariates: any will do."""
-        return posterior.latent(self.network, self._counts(adata, design=False))
+        """Posterior means of z, (cells, latent) float32; any batch will do, unless the model has ``encode_covariates``."""
+        return posterior.latent(self.network, self._counts(adata, self.model.encode_covariates))
 
     def latent_std(self, adata: AnnData) -> np.ndarray:
         """Posterior standard deviations of z, (cells, latent) float32; those of the prior are 1."""
-        return posterior.latent_std(self.network, self._counts(adata, design=False))
+        return posterior.latent_std(self.network, self._counts(adata, self.model.encode_covariates))
 
     def latent_library_size(self, adata: AnnData) -> np.ndarray:
         """Posterior means of the library size, (cells,) float64, in counts; the totals, where the model observes it."""
-        return posterior.latent_library(self.network, self._counts(adata, design=False))
+        return posterior.latent_library(self.network, self._counts(adata, self.model.encode_covariates))
 
     def elbo(self, adata: AnnData, n_samples: int = 10, seed: int = 0) -> np.ndarray:
         """(cells,) float64, nats: reconstruction - KL, KL weight 1, averaged over `n_samples` draws."""

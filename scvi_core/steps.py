@@ -110,13 +110,14 @@ def open_store(path: Path, model: api.Model, memory_gb: float, design: bool = Tr
 
     Parameters
     ----------
-    design : False leaves batch and covariates out, as :func:`scvi_core.counts.pack` does.
+    design : False leaves batch and covariates out, where the encoder does not see them, as
+        :func:`scvi_core.counts.pack` does.
     """
     adata, schema, device = read_store(path, counts=False), model.schema, next(model.network.parameters()).device
     if tuple(map(str, adata.var_names)) != schema.gene_ids:
         log.warning("%s: its genes are not the model's, in its order; so its counts are read whole", path)
-        return adata.obs_names, pack(read_store(path), schema, None, design).to(device)
-    if not design:
+        return adata.obs_names, pack(read_store(path), schema, None, design or model.model.encode_covariates).to(device)
+    if not (design or model.model.encode_covariates):
         schema = dataclasses.replace(schema, batch_key=None, batches=("all",), categorical={}, continuous={})
     return adata.obs_names, open_counts(path, adata, schema, memory_gb).to(device)
 
