@@ -122,7 +122,7 @@ def linear_gradient(
     return (
         (outer @ weight).mul_(scale_n1) if wanted[0] else None,
         outer.t() @ (x * scale_n1) if wanted[1] else None,
-        scale_n @ outer if wanted[2] else None,
+        outer.t().mv(scale_n) if wanted[2] else None,
     )
 
 

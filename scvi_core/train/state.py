@@ -65,12 +65,12 @@ class State:
         kept = {}
         for name, weight in weights.items():
             given = True if trainable is None else trainable.get(name, False)
-            mask = torch.as_tensor(given, device=weight.device)
+            mask = torch.tensor(given) if isinstance(given, bool) else given
             if mask.dtype != torch.bool or (mask.dim() and mask.shape != weight.shape):
                 raise UserError(f"trainable: {name!r} wants True, False, or a boolean tensor of {tuple(weight.shape)}")
             weight.requires_grad_(bool(mask.any()))
             if weight.requires_grad:
-                kept[name] = None if mask.all() else mask.contiguous()
+                kept[name] = None if mask.all() else mask.contiguous().to(weight.device)
         trained = [weights[name] for name in kept]
         if not trained:
             raise UserError("trainable: no weight is left to train")
