@@ -325,7 +325,7 @@ def load(path: str | Path, device: str = "cpu") -> Model:
         if not (path / name).is_file():
             raise UserError(f"{path}: no {name}; a model is a folder with {', '.join(BUNDLE)}")
     try:
-        about = json.loads((path / "model.json").read_text())
+        about = json.loads((path / "model.json").read_text("utf-8"))
         if about["format_version"] > FORMAT_VERSION:
             raise UserError(
                 f"{path}/model.json: format {about['format_version']} is newer than this scvi-core {__version__} "

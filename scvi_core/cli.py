@@ -279,7 +279,7 @@ def train(
     settings = load_config(config)
     plan = steps.plan(store, settings)
     checkpoint = None if checkpoints is None else checkpoints / f"{plan.fingerprint}.safetensors"
-    looked = {"found": None} if found is None else json.loads((found / "lookup.json").read_text())
+    looked = {"found": None} if found is None else json.loads((found / "lookup.json").read_text("utf-8"))
     if checkpoint is not None and not parallel.started():
         waited = context.with_resource(alone(checkpoint.with_suffix(".lock")))
         written = [out / name for name in api.BUNDLE] + [path for path in (run, decisions) if path is not None]
@@ -417,7 +417,7 @@ def expression(
     fitted = api.load(model, settings.device)
     wanted = fitted.gene_ids
     if genes is not None:
-        text = Path(genes[1:]).read_text() if genes.startswith("@") else genes.replace(",", "\n")
+        text = Path(genes[1:]).read_text("utf-8") if genes.startswith("@") else genes.replace(",", "\n")
         wanted = [gene.strip() for gene in text.splitlines() if gene.strip()]
     if not wanted:
         raise UserError(f"--genes {genes!r}: names no gene; leave it out for all")
@@ -625,8 +625,8 @@ def register(
     from scvi_core.report import figures
 
     settings = load_config(config)
-    card = json.loads((folder / "model" / "model.json").read_text())
-    run = json.loads((folder / "logs" / "train_run.json").read_text())
+    card = json.loads((folder / "model" / "model.json").read_text("utf-8"))
+    run = json.loads((folder / "logs" / "train_run.json").read_text("utf-8"))
     with tempfile.TemporaryDirectory() as scratch:
         pictures = []
         if settings.registry.figures:
@@ -799,7 +799,9 @@ def _write_schemas(folder: Path) -> None:
     for name, model in (("config", Config), ("samples", Sample)):
         text = yaml.safe_dump(model.model_json_schema(), sort_keys=False, width=110, allow_unicode=True)
         with replacing(folder / f"{name}.schema.yaml", "YAML") as temporary:
-            temporary.write_text("# Written by `scvi-core validate --schemas` from scvi_core/config.py.\n" + text)
+            temporary.write_text(
+                "# Written by `scvi-core validate --schemas` from scvi_core/config.py.\n" + text, "utf-8"
+            )
 
 
 def _give_up(message: str) -> NoReturn:

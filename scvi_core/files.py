@@ -130,7 +130,7 @@ def _others_h5ad(path: Path) -> bool:
     import h5py
 
     try:
-        with h5py.File(path) as file:
+        with h5py.File(path, locking=False) as file:
             return "uns/content_sha256" not in file
     except (OSError, RuntimeError):
         return False
@@ -295,7 +295,9 @@ def canonical_json(value: Any) -> str:
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON with sorted keys (so that equal values give equal bytes)."""
     with replacing(path, "JSON") as temporary:
-        temporary.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n")
+        temporary.write_text(
+            json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n", "utf-8"
+        )
 
 
 def write_parquet(path: str | Path, frame: Any) -> None:
@@ -355,6 +357,7 @@ class Decision:
     reason : one sentence.
     sample : the sample concerned, or None for all.
     n_cells, n_genes : how many cells or genes it dropped, merged or changed, where that applies.
+    warning : whether the user should look at it.
     """
 
     step: str
@@ -364,6 +367,7 @@ class Decision:
     sample: str | None = None
     n_cells: int | None = None
     n_genes: int | None = None
+    warning: bool = False
 
 
 class Decisions(list[Decision]):
@@ -381,20 +385,21 @@ class Decisions(list[Decision]):
         n_cells: int | None = None,
         n_genes: int | None = None,
         sample: str | None = None,
+        warn: bool = False,
     ) -> None:
-        """Record one decision and log it; `sample` where a step over all samples speaks of one."""
+        """Record one decision and log it; `sample` where a step over all samples speaks of one; `warn`: look at it."""
         from scvi_core.log import log
 
         sample = sample or self.sample
-        self.append(Decision(self.step, what, value, reason, sample, n_cells, n_genes))
-        log.info("%s%s = %s: %s", f"{sample}: " if sample else "", what, value, reason)
+        self.append(Decision(self.step, what, value, reason, sample, n_cells, n_genes, warn))
+        (log.warning if warn else log.info)("%s%s = %s: %s", f"{sample}: " if sample else "", what, value, reason)
 
     def write(self, path: str | Path) -> None:
         """Write the decisions, one JSON object a line."""
         with replacing(path, "JSONL") as temporary:
-            temporary.write_text("".join(canonical_json(dataclasses.asdict(d)) + "\n" for d in self))
+            temporary.write_text("".join(canonical_json(dataclasses.asdict(d)) + "\n" for d in self), "utf-8")
 
 
 def read_decisions(path: str | Path) -> list[dict[str, Any]]:
     """Read a file that :meth:`Decisions.write` wrote."""
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]

@@ -394,7 +394,7 @@ def _check(bundle: Path, label: str, remedy: str, fingerprint: str | None = None
         if not (bundle / file).is_file():
             raise UserError(f"{label}: {file} is missing; {remedy}")
     try:
-        card = json.loads((bundle / CARD).read_text())
+        card = json.loads((bundle / CARD).read_text("utf-8"))
         recorded = {"fingerprint": card["fingerprint"], "weights_sha256": card["weights_sha256"]}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{label}: {CARD} is damaged or incomplete ({error}); {remedy}") from error
