@@ -270,7 +270,7 @@ class TrainConfig(Section):
     precision: Literal["auto", "float32", "bf16"] = Field(
         "auto",
         description="of the decoder's matrix products in training, and on a GPU TF32 of the others beside bf16; auto "
-        "is bf16 where the processor multiplies in it",
+        "is bf16 on a GPU that multiplies in it, float32 elsewhere",
     )
     validation_fraction: float = Field(
         0.1, ge=0, lt=1, description="cells set aside to measure the held-out ELBO, 10,000 at most"
