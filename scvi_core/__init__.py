@@ -7,9 +7,9 @@ import os
 
 from scvi_core._version import __version__
 
-# A thread of PyTorch's that waits for others spins for some microseconds, then sleeps: on cores that are shared, to spin
-# for long takes many times longer than what there is to do. Read by OpenMP when torch loads it. Training has threads of
-# its own (scvi_core/kernels/kernels.c), which wait for nobody that has not come.
+# A thread of PyTorch's that waits for others spins for some microseconds, then sleeps: on cores that others use too, to
+# spin for long takes many times longer than what there is to do. Read by OpenMP when torch loads it. Training has
+# threads of its own (scvi_core/kernels/kernels.c), which wait for nobody that has not come.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 

@@ -84,7 +84,7 @@ class Model:
         return counts.to(next(self.network.parameters()).device)
 
     def latent(self, adata: AnnData) -> np.ndarray:
-        """Posterior means of z, (cells, latent) float32; any batch will do, unless the model has ``encode_covariates``."""
+        """Posterior means of z, (cells, latent) float32. Any batch will do, but for ``model.encode_covariates``."""
         return posterior.latent(self.network, self._counts(adata, self.model.encode_covariates))
 
     def latent_std(self, adata: AnnData) -> np.ndarray:

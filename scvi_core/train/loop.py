@@ -30,7 +30,7 @@ from scvi_core.model import SCVI, Noise
 from scvi_core.train import recorded
 from scvi_core.train.progress import bar
 from scvi_core.train.schedule import Schedule
-from scvi_core.train.state import State, Trainable
+from scvi_core.train.state import State, Trainable, check, diagnosis
 from scvi_core.train.step import Rates, noise_seed, step
 
 CHECKED = 100  # steps between two looks at whether the loss is finite: each waits for the device
@@ -114,7 +114,12 @@ def train(
     threads = native.our_threads() if which == "compiled" and not model.half else contextlib.nullcontext()
     saved = time.monotonic()
     progress = progress and parallel.rank() == 0
-    with bar(progress, epochs, state.epoch) as show, _without_collection(), threads, _naming_memory(schedule.size):
+    with (
+        bar(progress, epochs, state.epoch) as show,
+        _without_collection(),
+        threads,
+        recorded.naming_memory(schedule.size),
+    ):
         while state.epoch < epochs and not _has_stalled(state, config):
             began = time.perf_counter()
             order = counts.order(train_rows, np.random.default_rng([seed, state.epoch]))
@@ -127,7 +132,7 @@ def train(
                 state.step += 1
                 last = i == steps - 1
                 if last or stopping or due or state.step % CHECKED == 0:
-                    _check(state, config, elbo_b, checkpoint)
+                    check(state, config, elbo_b, checkpoint)
                 if (stopping or due) and not last:
                     state.save(elbo_b, checkpoint, identity)
                     saved = time.monotonic()
@@ -135,7 +140,7 @@ def train(
                     raise Interrupted
             validation_elbo = math.nan if held is None else elbo_of(model, held, seed)
             if held is not None and not math.isfinite(validation_elbo):
-                raise UserError(_diagnosis(state, config, steps - 1, steps, checkpoint))
+                raise UserError(diagnosis(state, config, steps - 1, steps, checkpoint))
             state.epoch += 1
             train_elbo = (state.elbo_sum + float(parallel.summed(elbo_b).sum())) / len(train_rows)
             state.elbo_sum, elbo_b = 0.0, elbo_b[:0]
@@ -186,12 +191,6 @@ class Plain:
         return flags
 
 
-def hold_out(config: TrainConfig, n_cells: int, seed: int) -> np.ndarray:
-    """Positions of the cells set aside for validation, drawn at random, sorted: the share asked for, 10,000 at most."""
-    order = np.random.default_rng([seed, 2**31]).permutation(n_cells)
-    return np.sort(order[: min(10_000, round(config.validation_fraction * n_cells))])
-
-
 @torch.no_grad()
 def elbo_of(model: SCVI, counts: Counts, seed: int, block: int = 1024) -> float:
     """Mean ELBO of cells (nats, KL weight 1), by one draw each whose noise is the same at every call."""
@@ -223,38 +222,6 @@ def _set_library_prior(model: SCVI, counts: Counts, rows: np.ndarray) -> None:
 def _has_stalled(state: State, config: TrainConfig) -> bool:
     """Whether early stopping ends the fit: a question to the state alone, so that a resumed fit ends alike."""
     return bool(state.best) and state.epoch - state.best_epoch >= config.patience
-
-
-def _check(state: State, config: TrainConfig, elbo_b: torch.Tensor, checkpoint: Path | None) -> None:
-    """Refuse to go on when a loss of the running epoch was not finite, or the last step's update is not."""
-    lost = (~torch.isfinite(parallel.summed(elbo_b))).nonzero()[:, 0]
-    steps = len(elbo_b)
-    if len(lost):
-        raise UserError(_diagnosis(state, config, int(lost[0]), steps, checkpoint))
-    if not torch.stack([torch.isfinite(value).all() for value in state.model.state_dict().values()]).all():
-        raise UserError(_diagnosis(state, config, (state.step - 1) % steps, steps, checkpoint))
-
-
-def _diagnosis(state: State, config: TrainConfig, step: int, steps: int, checkpoint: Path | None) -> str:
-    where = f"epoch {state.epoch + 1}, step {step + 1} of {steps}"
-    cause = "counts out of range; look for outlier cells (qc.max_counts)"
-    if any(not torch.isfinite(p).all() for p in state.model.parameters()):
-        cause = f"weights have overflowed; lower train.learning_rate (now {config.learning_rate:g})"
-    kept = f"; {checkpoint} holds the last sound state" if checkpoint is not None and checkpoint.exists() else ""
-    return f"train: the loss is not finite at {where}: {cause}, or set train.gradient_clip{kept}"
-
-
-@contextlib.contextmanager
-def _naming_memory(size: int):
-    """A GPU that runs out of memory after all, as when others use it too, says which setting to lower."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        line = str(error).split(". ")[0]
-        raise UserError(
-            f"train: the GPU ran out of memory ({line}); lower train.batch_size (minibatches have {size} cells), or "
-            "train.memory_gb so that counts stream from the computer's memory"
-        ) from None
 
 
 @contextlib.contextmanager

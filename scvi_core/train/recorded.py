@@ -9,6 +9,7 @@ recorded. So a fit that is interrupted goes on bit for bit, on the same device.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -67,6 +68,19 @@ def place(counts: Counts, needed: int, size: int, device: torch.device) -> Count
         sizes = counts.nbytes / 1e9, needed / 1e9, free / 1e9
         log.info("counts on the device: %.2f GB packed, beside %.2f GB for training; %.2f GB were free", *sizes)
     return placed
+
+
+@contextlib.contextmanager
+def naming_memory(size: int):
+    """A GPU that runs out of memory after all, as when others use it too, says which setting to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        line = str(error).split(". ")[0]
+        raise UserError(
+            f"train: the GPU ran out of memory ({line}); lower train.batch_size (minibatches have {size} cells), or "
+            "train.memory_gb so that counts stream from the computer's memory"
+        ) from None
 
 
 class Recorded:

@@ -1,9 +1,11 @@
-"""How long a fit goes on, and its rates: all that is known before it begins."""
+"""How long a fit goes on, its rates, and which cells it leaves out: all that is known before it begins."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+
+import numpy as np
 
 from scvi_core.config import TrainConfig
 
@@ -60,3 +62,9 @@ def _kl_weight(config: TrainConfig, step: int, total: int) -> float:
     """A linear rise over the warm-up's share of all steps, then full."""
     warmup = config.kl_warmup * total
     return config.kl_weight * min(1.0, (step + 1) / warmup) if warmup else config.kl_weight
+
+
+def hold_out(config: TrainConfig, n_cells: int, seed: int) -> np.ndarray:
+    """Positions of the cells set aside for validation, drawn at random, sorted: the share asked for, 10,000 at most."""
+    order = np.random.default_rng([seed, 2**31]).permutation(n_cells)
+    return np.sort(order[: min(10_000, round(config.validation_fraction * n_cells))])

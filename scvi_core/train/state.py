@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from scvi_core import parallel
+from scvi_core.config import TrainConfig
 from scvi_core.files import UserError, canonical_json, replacing
 from scvi_core.log import log
 from scvi_core.model import SCVI
@@ -140,3 +141,23 @@ def _digest(tensors: dict[str, torch.Tensor], about: str) -> str:
         digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
         digest.update(tensors[name].numpy().tobytes())
     return digest.hexdigest()
+
+
+def check(state: State, config: TrainConfig, elbo_b: torch.Tensor, checkpoint: Path | None) -> None:
+    """Refuse to go on when a loss of the running epoch was not finite, or the last step's update is not."""
+    lost = (~torch.isfinite(parallel.summed(elbo_b))).nonzero()[:, 0]
+    steps = len(elbo_b)
+    if len(lost):
+        raise UserError(diagnosis(state, config, int(lost[0]), steps, checkpoint))
+    if not torch.stack([torch.isfinite(value).all() for value in state.model.state_dict().values()]).all():
+        raise UserError(diagnosis(state, config, (state.step - 1) % steps, steps, checkpoint))
+
+
+def diagnosis(state: State, config: TrainConfig, step: int, steps: int, checkpoint: Path | None) -> str:
+    """What to say of a loss that is not finite: where, why, and what to do."""
+    where = f"epoch {state.epoch + 1}, step {step + 1} of {steps}"
+    cause = "counts out of range; look for outlier cells (qc.max_counts)"
+    if any(not torch.isfinite(p).all() for p in state.model.parameters()):
+        cause = f"weights have overflowed; lower train.learning_rate (now {config.learning_rate:g})"
+    kept = f"; {checkpoint} holds the last sound state" if checkpoint is not None and checkpoint.exists() else ""
+    return f"train: the loss is not finite at {where}: {cause}, or set train.gradient_clip{kept}"

@@ -60,7 +60,7 @@ def test_the_numerics_are_those_of_their_version(how, monkeypatch):
 
 
 def test_defaults_are_those_of_their_version():
-    """A default that changes changes weights, but no fingerprint: NUMERICS has to. A new setting: write the file anew."""
+    """A default that changes changes no fingerprint: NUMERICS has to. Where a setting is new, write the file anew."""
     with safe_open(GOLDEN, "pt") as file:
         assert file.metadata()["defaults"] == about()[0]["defaults"], "a default changed: raise NUMERICS"
 

@@ -32,7 +32,7 @@ from scvi_core.device import resolve_precision
 from scvi_core.files import UserError
 from scvi_core.kernels import Nonzeros, gpu, native
 from scvi_core.model import build
-from scvi_core.train import loop, recorded, train
+from scvi_core.train import recorded, train
 
 KINDS = ("zinb", "nb", "poisson")
 CPU = torch.device("cpu")
@@ -316,7 +316,7 @@ def test_the_budget_is_known_before_training(monkeypatch, caplog):
 
 def test_running_out_of_memory_names_the_settings():
     message = r"ran out of memory .*lower train\.batch_size .*train\.memory_gb"
-    with pytest.raises(UserError, match=message), loop._naming_memory(128):
+    with pytest.raises(UserError, match=message), recorded.naming_memory(128):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
 
