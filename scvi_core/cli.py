@@ -25,6 +25,7 @@ from scvi_core.files import (
     check_output,
     code_sha256,
     replacing,
+    speak_utf8,
     write_json,
     write_parquet,
 )
@@ -44,6 +45,7 @@ class Step(typer.core.TyperCommand):
                 outputs += [(option, path) for path in paths]
             else:  # of several samples' counts.h5ad, what stands beside each is read too
                 paths += [path.parent / "qc.parquet" for path in paths if isinstance(value, list)]
+                paths += [file for path in paths if isinstance(value, list) for file in path.glob("*/*")]
                 taken |= {os.path.realpath(path) for path in paths}
         for option, path in outputs:
             if os.path.realpath(path) in taken:
@@ -66,6 +68,12 @@ app.add_typer(models, name="models")
 
 ConfigOption = Annotated[
     str, typer.Option("--config", help="config.yaml, or the part of it that matters as JSON text ('{...}')")
+]
+Samples = Annotated[
+    list[Path],
+    typer.Argument(
+        help="every sample's counts.h5ad, qc.parquet beside each; or the folder of all samples, in the sheet's order"
+    ),
 ]
 Out = Annotated[Path, typer.Option("--out", metavar="PARQUET", help="what to write")]
 DecisionsOption = Annotated[
@@ -168,7 +176,7 @@ def qc(
 
 @app.command(cls=Step)
 def genes(
-    counts: Annotated[list[Path], typer.Argument(help="every sample's counts.h5ad; qc.parquet stands beside each")],
+    counts: Samples,
     out: Out,
     config: ConfigOption = "{}",
     decisions: DecisionsOption = None,
@@ -180,14 +188,15 @@ def genes(
     from scvi_core.preprocess.genes import select_genes
 
     settings = load_config(config)
-    frame, made = select_genes(counts, _beside(counts), settings.input, settings.genes)
+    files = _counts(counts, settings.samples)
+    frame, made = select_genes(files, _beside(files), settings.input, settings.genes)
     write_parquet(out, frame)
     _write_decisions(made, decisions)
 
 
 @app.command(cls=Step)
 def store(
-    counts: Annotated[list[Path], typer.Argument(help="every sample's counts.h5ad; qc.parquet stands beside each")],
+    counts: Samples,
     genes: Annotated[Path, typer.Option(help="genes.parquet")],
     out: Annotated[Path, typer.Option("--out", metavar="STORE", help="the zarr folder to write")],
     config: ConfigOption = "{}",
@@ -201,8 +210,9 @@ def store(
 
     from scvi_core.preprocess.store import write_store
 
-    metadata = load_config(config).input.metadata
-    made = write_store(out, counts, _beside(counts), pd.read_parquet(genes), metadata)
+    settings = load_config(config)
+    files = _counts(counts, settings.samples)
+    made = write_store(out, files, _beside(files), pd.read_parquet(genes), settings.input.metadata)
     _write_decisions(made, decisions)
 
 
@@ -522,7 +532,7 @@ def de(
 
 @app.command(cls=Step)
 def contrast(
-    counts: Annotated[list[Path], typer.Argument(help="every sample's counts.h5ad; qc.parquet stands beside each")],
+    counts: Samples,
     cells: Annotated[Path, typer.Option(help="cells.parquet")],
     genes: Annotated[Path, typer.Option(help="genes.parquet")],
     out: Out,
@@ -543,7 +553,8 @@ def contrast(
 
     settings = load_config(config)
     table, of_genes = pd.read_parquet(cells), pd.read_parquet(genes)
-    frame, bulks, made = sums.contrast(counts, _beside(counts), table, of_genes, settings.contrast)
+    files = _counts(counts, settings.samples)
+    frame, bulks, made = sums.contrast(files, _beside(files), table, of_genes, settings.contrast)
     write_parquet(out, frame)
     if pseudobulk is not None:
         write_parquet(pseudobulk, bulks.table())
@@ -780,6 +791,12 @@ def _use_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
+def _counts(given: list[Path], sheet: str) -> list[Path]:
+    """The samples' counts.h5ad: as given, or of a folder those of all rows of the sheet, however many they are."""
+    rows = [row.sample for row in load_samples(sheet)] if any(path.is_dir() for path in given) else []
+    return [file for path in given for file in ([path / s / "counts.h5ad" for s in rows] if path.is_dir() else [path])]
+
+
 def _beside(counts: list[Path]) -> list[Path]:
     paths = [path.parent / "qc.parquet" for path in counts]
     for path in paths:
@@ -815,6 +832,7 @@ def _give_up(message: str) -> NoReturn:
 
 def main() -> None:
     """Entry point: a :class:`UserError` becomes one line and exit code 1; what is unexpected keeps its traceback."""
+    speak_utf8()
     image = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
     wanted = os.environ.get("SCVI_CORE_CODE")  # of the workflow's own
     if image and wanted and wanted != code_sha256():
