@@ -83,7 +83,7 @@ lint: .venv/installed
 schemas: .venv/installed
 	scvi-core validate --schemas workflow/schemas
 
-.venv/installed: envs/cpu.lock envs/cuda.lock envs/install.sh pyproject.toml scvi_core/kernels.c
+.venv/installed: envs/cpu.lock envs/cuda.lock envs/install.sh pyproject.toml scvi_core/kernels/kernels.c
 	bash envs/install.sh "$(PYTHON)" .venv
 	@touch $@
 

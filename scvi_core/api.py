@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import platform
@@ -23,19 +22,17 @@ from scvi_core import de, kernels, posterior
 from scvi_core import train as training
 from scvi_core._version import __version__
 from scvi_core.config import DeConfig, ModelConfig, TrainConfig
-from scvi_core.counts import Counts, Schema, content_digest, fingerprint, pack
+from scvi_core.counts import Counts, Schema, content_digest, pack
+from scvi_core.device import resolve_device
 from scvi_core.files import UserError, replacing, sha256_file, write_json, write_parquet
+from scvi_core.fingerprint import fingerprint
 from scvi_core.log import log
 from scvi_core.model import SCVI, build
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-FORMAT_VERSION = 2  # 2: the encoder's first layer as (genes, hidden)
-CODE = [  # the files that decide the weights
-    *("counts.py", "engine.py", "gpu.py", "graph.py", "kernels.c", "kernels.py", "likelihood.py", "model.py"),
-    *("native.py", "parallel.py", "stream.py", "train.py", "triton_kernels.py"),
-]
+FORMAT_VERSION = 3  # 3: norms, and what the encoder sees; 2: the encoder's first layer as (genes, hidden)
 BUNDLE = ("model.safetensors", "model.json", "history.parquet")
 
 
@@ -87,16 +84,16 @@ class Model:
         return counts.to(next(self.network.parameters()).device)
 
     def latent(self, adata: AnnData) -> np.ndarray:
-        """Posterior means of z, (cells, latent) float32. The encoder sees neither batch nor covariates: any will do."""
-        return posterior.latent(self.network, self._counts(adata, design=False))
+        """Posterior means of z, (cells, latent) float32. Any batch will do, but for ``model.encode_covariates``."""
+        return posterior.latent(self.network, self._counts(adata, self.model.encode_covariates))
 
     def latent_std(self, adata: AnnData) -> np.ndarray:
         """Posterior standard deviations of z, (cells, latent) float32; those of the prior are 1."""
-        return posterior.latent_std(self.network, self._counts(adata, design=False))
+        return posterior.latent_std(self.network, self._counts(adata, self.model.encode_covariates))
 
     def latent_library_size(self, adata: AnnData) -> np.ndarray:
         """Posterior means of the library size, (cells,) float64, in counts; the totals, where the model observes it."""
-        return posterior.latent_library(self.network, self._counts(adata, design=False))
+        return posterior.latent_library(self.network, self._counts(adata, self.model.encode_covariates))
 
     def elbo(self, adata: AnnData, n_samples: int = 10, seed: int = 0) -> np.ndarray:
         """(cells,) float64, nats: reconstruction - KL, KL weight 1, averaged over `n_samples` draws."""
@@ -334,10 +331,10 @@ def load(path: str | Path, device: str = "cpu") -> Model:
                 f"{path}/model.json: format {about['format_version']} is newer than this scvi-core {__version__} "
                 f"reads ({FORMAT_VERSION}); upgrade scvi-core"
             )
-        if about["format_version"] < FORMAT_VERSION:
+        if about["format_version"] < 2:
             raise UserError(
                 f"{path}/model.json: format {about['format_version']} is older than this scvi-core {__version__} reads "
-                f"({FORMAT_VERSION}); train the model again, or use the version in its package_version"
+                f"(2 and later); train the model again, or use the version in its package_version"
             )
         if sha256_file(path / "model.safetensors") != about["weights_sha256"]:
             raise UserError(f"{path}/model.safetensors: not the weights that model.json names; fetch the model again")
@@ -352,7 +349,7 @@ def load(path: str | Path, device: str = "cpu") -> Model:
     history.insert(1, "seconds", np.nan)
     known = {"model", "train", "seed", "gene_ids", "gene_names", "batches", "batch_key", "covariates", "layer"}
     card = {k: v for k, v in about.items() if k not in known}
-    network.eval().to(training.resolve_device(device) if device != "cpu" else "cpu")
+    network.eval().to(resolve_device(device) if device != "cpu" else "cpu")
     return Model(network, schema, model, fitted, about["seed"], history, gene_names, card, about.get("layer"))
 
 
@@ -403,7 +400,7 @@ def fit(
         train or TrainConfig(),
         holdout,
         seed,
-        training.resolve_device(device),
+        resolve_device(device),
         progress,
     )
     fitted.layer = layer
@@ -442,7 +439,7 @@ def fit_counts(
     held = None if held is None else held.astype(np.int64)
     if held is not None and len(held) and (held[0] < 0 or held[-1] >= len(counts)):
         raise UserError(f"holdout: positions must lie in 0..{len(counts) - 1}")
-    identity = fingerprint_of(schema, data, model, train, seed, held)
+    identity = fingerprint(schema, data, model, train, seed, held)
     if held is None:
         held = training.hold_out(train, len(counts), seed)
     train_rows = np.setdiff1d(np.arange(len(counts)), held)
@@ -478,24 +475,6 @@ def fit_counts(
     return Model(network, schema, model, train, seed, history, gene_names, card)
 
 
-def fingerprint_of(
-    schema: Schema, data: Any, model: ModelConfig, train: TrainConfig, seed: int, holdout: np.ndarray | None = None
-) -> str:
-    """The fingerprint of a fit, known before it is made."""
-    if holdout is not None:
-        data = {"data": data, "holdout": holdout.tolist()}
-    return fingerprint(schema, data, ModelConfig(**_only(model)).model_dump(), train.model_dump(), seed, code_version())
-
-
-def code_version() -> str:
-    """Package version and a digest of the files whose code decides the weights."""
-    here = Path(__file__).parent
-    digest = hashlib.sha256()
-    for name in CODE:
-        digest.update((here / name).read_bytes())
-    return f"{__version__}+{digest.hexdigest()[:12]}"
-
-
 def check_design(model: ModelConfig, schema: Schema) -> None:
     """Refuse a model that the data or its own settings cannot bear.
 
@@ -516,10 +495,6 @@ def check_design(model: ModelConfig, schema: Schema) -> None:
             raise UserError(f"model.categorical_covariates: '{column}' has one level ({levels[0]!r}); leave it out")
         if column in schema.continuous or column == schema.batch_key:
             raise UserError(f"model.categorical_covariates: '{column}' is also asked for in another role; keep one")
-
-
-def _only(model: ModelConfig) -> dict[str, Any]:
-    return {key: getattr(model, key) for key in ModelConfig.model_fields}
 
 
 def _network(model: ModelConfig, schema: Schema, seed: int) -> SCVI:

@@ -288,8 +288,9 @@ def train(
     Example: scvi-core train --store counts.zarr --config config/config.yaml --out model --checkpoints .checkpoints
     """
     from scvi_core import api, kernels, parallel, steps
+    from scvi_core.device import resolve_device
     from scvi_core.stream import open_counts
-    from scvi_core.train import Interrupted, resolve_device
+    from scvi_core.train import Interrupted
 
     settings = load_config(config)
     plan = steps.plan(store, settings)

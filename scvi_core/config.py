@@ -229,6 +229,12 @@ class ModelConfig(Section):
         description="Laplace prior: pull of the linear decoder's loadings to exactly zero, in lengths of Adam's step",
     )
     dropout: float = Field(0.1, ge=0, lt=1, description="of the encoder")
+    encoder_norm: Literal["batch", "layer", "none"] = Field("batch", description="of the encoder's hidden layers")
+    decoder_norm: Literal["batch", "layer", "none"] = Field("batch", description="of the decoder's hidden layers")
+    encode_covariates: bool = Field(False, description="whether the encoder sees batch and covariates, too")
+    covariates_in: Literal["every", "first"] = Field(
+        "every", description="hidden layers that see batch and covariates, of each network that does"
+    )
     categorical_covariates: tuple[str, ...] = Field((), description="cell columns the decoder sees besides the batch")
     continuous_covariates: tuple[str, ...] = Field((), description="the same, for numbers; standardised")
 
@@ -267,7 +273,7 @@ class TrainConfig(Section):
     precision: Literal["auto", "float32", "bf16"] = Field(
         "auto",
         description="of the decoder's matrix products in training, and on a GPU TF32 of the others beside bf16; auto "
-        "is bf16 where the processor multiplies in it",
+        "is bf16 on a GPU that multiplies in it, float32 elsewhere",
     )
     validation_fraction: float = Field(
         0.1, ge=0, lt=1, description="cells set aside to measure the held-out ELBO, 10,000 at most"
