@@ -24,14 +24,14 @@ from scvi_core import train as training
 from scvi_core._version import __version__
 from scvi_core.config import DeConfig, ModelConfig, TrainConfig
 from scvi_core.counts import Counts, Schema, content_digest, fingerprint, pack
-from scvi_core.files import UserError, replacing, sha256_file, write_json, write_parquet
+from scvi_core.files import UserError, read_json, read_parquet, replacing, sha256_file, write_json, write_parquet
 from scvi_core.log import log
 from scvi_core.model import SCVI, build
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-FORMAT_VERSION = 2  # 2: the encoder's first layer as (genes, hidden)
+FORMAT_VERSION = 3  # 2: the encoder's first layer as (genes, hidden); 3: model.json and history.parquet with checksums
 CODE = [  # the files that decide the weights
     *("counts.py", "engine.py", "gpu.py", "graph.py", "kernels.c", "kernels.py", "likelihood.py", "model.py"),
     *("native.py", "parallel.py", "stream.py", "train.py", "triton_kernels.py"),
@@ -311,7 +311,26 @@ class Model:
                 "layer": self.layer,
                 "weights_sha256": sha256_file(folder / "model.safetensors"),
             }
-            write_json(folder / "model.json", self.card | about)
+            write_json(folder / "model.json", self.card | about, checksum=True)
+
+
+def read_card(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
+    """What a bundle's model.json and history.parquet say, by their checksums; those of format 2 have none.
+
+    Raises
+    ------
+    UserError
+        When one of the two is missing or damaged.
+    """
+    card, history = folder / "model.json", folder / "history.parquet"
+    try:
+        about = json.loads(card.read_bytes())
+        if about["format_version"] == 2 and "checksum" not in about:
+            log.warning("%s: of format 2, which had no checksums; save the model anew", folder)
+            return about, pd.read_parquet(history)
+    except (ValueError, KeyError, TypeError, RecursionError, OSError):
+        pass  # which of these it is, is told below
+    return read_json(card, "train"), read_parquet(history, "train")
 
 
 def load(path: str | Path, device: str = "cpu") -> Model:
@@ -327,17 +346,17 @@ def load(path: str | Path, device: str = "cpu") -> Model:
     for name in BUNDLE:
         if not (path / name).is_file():
             raise UserError(f"{path}: no {name}; a model is a folder with {', '.join(BUNDLE)}")
+    about, history = read_card(path)
     try:
-        about = json.loads((path / "model.json").read_text())
         if about["format_version"] > FORMAT_VERSION:
             raise UserError(
                 f"{path}/model.json: format {about['format_version']} is newer than this scvi-core {__version__} "
                 f"reads ({FORMAT_VERSION}); upgrade scvi-core"
             )
-        if about["format_version"] < FORMAT_VERSION:
+        if about["format_version"] < 2:
             raise UserError(
                 f"{path}/model.json: format {about['format_version']} is older than this scvi-core {__version__} reads "
-                f"({FORMAT_VERSION}); train the model again, or use the version in its package_version"
+                f"(2); train the model again, or use the version in its package_version"
             )
         if sha256_file(path / "model.safetensors") != about["weights_sha256"]:
             raise UserError(f"{path}/model.safetensors: not the weights that model.json names; fetch the model again")
@@ -345,7 +364,7 @@ def load(path: str | Path, device: str = "cpu") -> Model:
         model, fitted = ModelConfig(**about["model"]), TrainConfig(**about["train"])
         network = _network(model, schema, about["seed"])
         network.load_state_dict(load_file(path / "model.safetensors"))
-        history, gene_names = pd.read_parquet(path / "history.parquet"), list(about["gene_names"])
+        gene_names = list(about["gene_names"])
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a whole model ({reason}); fetch or train it again") from error

@@ -24,6 +24,8 @@ from scvi_core.files import (
     alone,
     check_output,
     code_sha256,
+    read_json,
+    read_parquet,
     replacing,
     write_json,
     write_parquet,
@@ -197,12 +199,10 @@ def store(
 
     Example: scvi-core store samples/*/counts.h5ad --genes genes.parquet --out counts.zarr
     """
-    import pandas as pd
-
     from scvi_core.preprocess.store import write_store
 
     metadata = load_config(config).input.metadata
-    made = write_store(out, counts, _beside(counts), pd.read_parquet(genes), metadata)
+    made = write_store(out, counts, _beside(counts), read_parquet(genes, "genes"), metadata)
     _write_decisions(made, decisions)
 
 
@@ -245,7 +245,8 @@ def lookup(
         if found is not None:
             registry.fetch(settings.tracking_uri, found, folder / "model")
         about = {"name": found.name, "version": str(found.version), "run_id": found.run_id} if found else None
-        write_json(folder / "lookup.json", {"fingerprint": wanted, "found": about, "reuse": settings.model.reuse})
+        told = {"fingerprint": wanted, "found": about, "reuse": settings.model.reuse}
+        write_json(folder / "lookup.json", told, checksum=True)
     _write_decisions(made, decisions)
 
 
@@ -278,7 +279,7 @@ def train(
     settings = load_config(config)
     plan = steps.plan(store, settings)
     checkpoint = None if checkpoints is None else checkpoints / f"{plan.fingerprint}.safetensors"
-    looked = {"found": None} if found is None else json.loads((found / "lookup.json").read_text())
+    looked = {"found": None} if found is None else read_json(found / "lookup.json", "lookup")
     if checkpoint is not None and not parallel.started():
         waited = context.with_resource(alone(checkpoint.with_suffix(".lock")))
         written = [out / name for name in api.BUNDLE] + [path for path in (run, decisions) if path is not None]
@@ -460,14 +461,12 @@ def cluster(
 
     Example: scvi-core cluster --store counts.zarr --latent latent.parquet --out cells.parquet
     """
-    import pandas as pd
-
     from scvi_core import tables
     from scvi_core.cluster import cluster as group
     from scvi_core.preprocess.store import read_store
 
     settings = load_config(config)
-    obs, z = read_store(store, counts=False).obs, pd.read_parquet(latent)
+    obs, z = read_store(store, counts=False).obs, read_parquet(latent, "embed")
     if list(z["cell_id"]) != list(obs.index):
         raise UserError(f"{latent}: its cells are not those of {store}; run `scvi-core embed` again")
     made = Decisions("cluster")
@@ -492,14 +491,12 @@ def de(
 
     Example: scvi-core de --store counts.zarr --model model --cells cells.parquet --out de.parquet
     """
-    import pandas as pd
-
     from scvi_core import api, steps
     from scvi_core.de import differential_expression
 
     settings = load_config(config)
     _use_threads(settings.threads)
-    table = pd.read_parquet(cells)
+    table = read_parquet(cells, "cluster")
     groupby = settings.de.groupby
     if groupby not in table:
         raise UserError(f"de.groupby: no column '{groupby}' in {cells} (columns: {', '.join(table.columns)})")
@@ -536,12 +533,10 @@ def contrast(
     Example: scvi-core contrast samples/*/counts.h5ad --cells cells.parquet --genes genes.parquet --config
     config/config.yaml --out contrast.parquet --pseudobulk pseudobulk.parquet
     """
-    import pandas as pd
-
     from scvi_core import pseudobulk as sums
 
     settings = load_config(config)
-    table, of_genes = pd.read_parquet(cells), pd.read_parquet(genes)
+    table, of_genes = read_parquet(cells, "cluster"), read_parquet(genes, "genes")
     frame, bulks, made = sums.contrast(counts, _beside(counts), table, of_genes, settings.contrast)
     write_parquet(out, frame)
     if pseudobulk is not None:
@@ -564,8 +559,6 @@ def criticism(
 
     Example: scvi-core criticism --store counts.zarr --model model --cells cells.parquet --out criticism
     """
-    import pandas as pd
-
     from scvi_core import api
     from scvi_core.criticism import choose_cells, criticise
     from scvi_core.preprocess.store import read_store
@@ -575,7 +568,7 @@ def criticism(
     settings = load_config(config)
     _use_threads(settings.threads)
     fitted = api.load(model, settings.device)
-    adata, table = read_store(store, counts=False), pd.read_parquet(cells)
+    adata, table = read_store(store, counts=False), read_parquet(cells, "cluster")
     if list(adata.var_names) != fitted.gene_ids:
         raise UserError(f"{model}: its genes are not those of {store}; give the store that it was trained on")
     groupby = settings.de.groupby
@@ -618,19 +611,17 @@ def register(
     """
     import tempfile
 
-    import pandas as pd
-
     from scvi_core import registry
     from scvi_core.report import figures
 
     settings = load_config(config)
-    card = json.loads((folder / "model" / "model.json").read_text())
-    run = json.loads((folder / "logs" / "train_run.json").read_text())
+    card = read_json(folder / "model" / "model.json", "train")
+    run = read_json(folder / "logs" / "train_run.json", "train")
     with tempfile.TemporaryDirectory() as scratch:
         pictures = []
         if settings.registry.figures:
-            cells = pd.read_parquet(folder / "cells.parquet")
-            history = pd.read_parquet(folder / "model" / "history.parquet")
+            cells = read_parquet(folder / "cells.parquet", "cluster")
+            history = read_parquet(folder / "model" / "history.parquet", "train")
             drawn = {"training": figures.training_figure(history, card["metrics"]["kept_epoch"])}
             if cells["umap_1"].notna().any():
                 drawn |= {f"umap_{c}": figures.umap_figure(cells, c) for c in ("cluster", "batch")}

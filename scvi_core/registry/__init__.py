@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import re
 import shutil
 import tempfile
@@ -154,7 +153,7 @@ def register(
         For an incomplete bundle, or a store that cannot be reached or written.
     """
     bundle, name = Path(bundle), _checked(name)
-    card = _check(bundle, str(bundle), "train again")
+    card = _check(bundle, str(bundle), "remove it and run again: `scvi-core train` makes it anew")
     client = connect(tracking_uri)
     with errors(tracking_uri), exclusive(tracking_uri):
         version = _newest(client, card["fingerprint"], name, card["weights_sha256"])
@@ -390,14 +389,19 @@ def _checked(name: str) -> str:
 
 def _check(bundle: Path, label: str, remedy: str, fingerprint: str | None = None, weights: str | None = None) -> dict:
     """Read a bundle's model.json and compare the weights' hash with it, and with the registry's record if given."""
+    from scvi_core.api import read_card  # loads torch
+
     for file in BUNDLE:
         if not (bundle / file).is_file():
             raise UserError(f"{label}: {file} is missing; {remedy}")
     try:
-        card = json.loads((bundle / CARD).read_text())
+        card, _ = read_card(bundle)
         recorded = {"fingerprint": card["fingerprint"], "weights_sha256": card["weights_sha256"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{label}: {CARD} is damaged or incomplete ({error}); {remedy}") from error
+    except UserError as error:
+        name = HISTORY if str(bundle / HISTORY) in str(error) else CARD
+        raise UserError(f"{label}: {name} is damaged; {remedy}") from error
+    except KeyError as error:
+        raise UserError(f"{label}: {CARD} lacks {error}; {remedy}") from error
     actual = sha256_file(bundle / WEIGHTS)
     for source, expected in (("the version's tag", weights), (CARD, recorded["weights_sha256"])):
         if expected is not None and expected != actual:

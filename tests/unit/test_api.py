@@ -11,7 +11,7 @@ from _data import brief, cells
 import scvi_core as sv
 from scvi_core import api
 from scvi_core.config import ModelConfig
-from scvi_core.files import UserError
+from scvi_core.files import UserError, read_json, write_json
 from scvi_core.mapping import embed
 
 SMALL = ModelConfig(n_hidden=8, n_latent=2)
@@ -120,7 +120,7 @@ def test_damaged_bundles_are_refused_in_one_line(tmp_path, fitted):
     content[-1] ^= 1
     (path / "model.safetensors").write_bytes(content)
     assert "not the weights that model.json names" in refused(path)
-    about = json.loads((tmp_path / "whole" / "model.json").read_text())
+    about = read_json(tmp_path / "whole" / "model.json", "train")
     for change, match in (
         ({"format_version": 99}, "format 99 is newer than this scvi-core"),
         ({"format_version": 1}, "format 1 is older than this scvi-core"),
@@ -134,12 +134,14 @@ def test_damaged_bundles_are_refused_in_one_line(tmp_path, fitted):
         ({"weights_sha256": None}, "not the weights"),
     ):
         path = copy()
-        (path / "model.json").write_text(json.dumps({**about, **change}))
+        write_json(path / "model.json", {**about, **change}, checksum=True)
         assert match in refused(path), change
     for key in ("format_version", "weights_sha256", "model", "train", "seed", "gene_ids", "batches", "gene_names"):
         path = copy()
-        (path / "model.json").write_text(json.dumps({k: v for k, v in about.items() if k != key}))
+        write_json(path / "model.json", {k: v for k, v in about.items() if k != key}, checksum=True)
         assert "not a whole model" in refused(path), key
+    (path / "model.json").write_text(json.dumps(about | {"gene_ids": about["gene_ids"][::-1]}))
+    assert "model.json: damaged" in refused(path)
     (path / "model.json").write_text("[]")
     refused(path)
 
@@ -160,7 +162,7 @@ def test_saving_replaces_whole_or_not_at_all(tmp_path, fitted, monkeypatch):
     fit().save(tmp_path / "m")
     before = (tmp_path / "m" / "model.safetensors").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(api, "write_json", lambda *_: 1 / 0)
+        patch.setattr(api, "write_json", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             model.save(tmp_path / "m")
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == before

@@ -6,6 +6,7 @@ import platform
 import shutil
 
 import h5py
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +14,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from scvi_core.files import UserError, alone, replacing, write_json, write_parquet
+from scvi_core import files
+from scvi_core.files import (
+    BLANK,
+    Decisions,
+    UserError,
+    alone,
+    read_decisions,
+    read_json,
+    read_parquet,
+    replacing,
+    seal,
+    write_json,
+    write_parquet,
+)
 
 
 def names(folder):
@@ -211,3 +225,89 @@ def test_alone_says_who_waited(tmp_path):
     with alone(tmp_path / "deep" / "lock") as waited:
         assert not waited and names(tmp_path / "deep") == ["lock"]
     assert names(tmp_path / "deep") == []
+
+
+# ---- checksums
+
+NAMES = [BLANK, "T cell\x85 unsure", "a\u2028b", '"}', "}", "\\", "{}", "\n", "\r", ""]
+FRAME = pd.DataFrame({"cell_id": NAMES, "z_0": np.arange(len(NAMES), dtype=np.float32)})
+ABOUT = {"names": NAMES, "deep": {"checksum": BLANK}}
+
+
+def write_h5(path):
+    with replacing(path, "H5AD") as temporary:
+        with h5py.File(temporary, "w") as file:
+            file["uns/content_sha256"], file["X"] = BLANK, np.arange(9)
+        seal(temporary, append=True)
+
+
+def write_choices(path, names=NAMES):
+    made = Decisions("qc")
+    for name in names:
+        made.add("kept", [name], name)
+    made.write(path)
+
+
+SEALED = {  # how each is written, and read
+    "parquet": (lambda path: write_parquet(path, FRAME), lambda path: read_parquet(path, "embed")),
+    "no rows": (lambda path: write_parquet(path, FRAME.head(0)), lambda path: read_parquet(path, "embed")),
+    "json": (lambda path: write_json(path, ABOUT, checksum=True), lambda path: read_json(path, "train")),
+    "{}": (lambda path: write_json(path, {}, checksum=True), lambda path: read_json(path, "train")),
+    "jsonl": (write_choices, lambda path: read_decisions(path, "qc")),
+    "no lines": (lambda path: write_choices(path, []), lambda path: read_decisions(path, "qc")),
+    "h5ad": (write_h5, lambda path: files.verify(path, "ingest")),
+}
+
+
+def test_a_checksum_changes_nothing_of_what_is_read(tmp_path):
+    for kind in SEALED:
+        SEALED[kind][0](tmp_path / kind)
+        before = (tmp_path / kind).read_bytes()
+        SEALED[kind][0](tmp_path / kind)
+        assert (tmp_path / kind).read_bytes() == before, kind
+    pd.testing.assert_frame_equal(read_parquet(tmp_path / "parquet", "embed"), FRAME)
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "parquet"), FRAME)
+    assert list(read_parquet(tmp_path / "parquet", "embed", ["z_0"])) == ["z_0"]
+    assert read_json(tmp_path / "json", "train") == ABOUT and read_json(tmp_path / "{}", "train") == {}
+    assert [d["reason"] for d in read_decisions(tmp_path / "jsonl", "qc")] == NAMES
+    assert read_decisions(tmp_path / "no lines", "qc") == []
+    with h5py.File(tmp_path / "h5ad") as file:
+        assert file["X"][8] == 8
+
+
+@pytest.mark.parametrize("kind", SEALED)
+def test_every_flipped_bit_is_seen(tmp_path, kind):
+    write_, read = SEALED[kind]
+    path = tmp_path / "out"
+    write_(path)
+    content = path.read_bytes()
+    bits = range(8 * len(content))
+    for bit in bits if len(bits) < 10_000 else np.random.default_rng(0).choice(bits, 10_000, replace=False):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        with pytest.raises(
+            UserError, match=r"out: damaged, .* remove it and run again: `scvi-core \w+` makes it anew$"
+        ):
+            read(path)
+    for cut in (b"", content[:-1], content[: len(content) // 2], content + b"\0", content + BLANK.encode()):
+        path.write_bytes(cut)
+        with pytest.raises(UserError, match=r"out: damaged"):
+            read(path)
+    path.write_bytes(content)
+    read(path)
+
+
+def test_what_is_no_file_of_ours(tmp_path, caplog):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    for name, why in (("fifo", "not a file"), ("folder", "not a file"), ("none", "no such file"), ("loop", "no such")):
+        with pytest.raises(UserError, match=f"{name}: {why}.*`scvi-core embed`"):
+            read_parquet(tmp_path / name, "embed")
+    FRAME.to_parquet(tmp_path / "mine")  # of a user's own, which a command may be given
+    with caplog.at_level("WARNING"):
+        pd.testing.assert_frame_equal(read_parquet(tmp_path / "mine", "cluster"), FRAME)
+    assert "mine: not a table of scvi-core's" in caplog.text
+    with pytest.raises(UserError, match="mine: no column 'cluster'; name a table that `scvi-core cluster` wrote"):
+        read_parquet(tmp_path / "mine", "cluster", ["cell_id", "cluster"])
