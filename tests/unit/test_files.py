@@ -311,3 +311,47 @@ def test_what_is_no_file_of_ours(tmp_path, caplog):
     assert "mine: not a table of scvi-core's" in caplog.text
     with pytest.raises(UserError, match="mine: no column 'cluster'; name a table that `scvi-core cluster` wrote"):
         read_parquet(tmp_path / "mine", "cluster", ["cell_id", "cluster"])
+
+
+# ---- what inputs are known by
+
+
+def test_stamp_tells_inputs_apart_whatever_their_time(tmp_path):
+    path = tmp_path / "a.h5ad"
+    for size in (0, 1, files.SMALL, files.SMALL + 1, 20 * files.SMALL):
+        content = bytearray(np.random.default_rng(size).bytes(size))
+        seen = set()
+        for place in (None, 0, -1) if size else (None,):
+            if place is not None:
+                content[place] ^= 2 + place
+            path.write_bytes(content)
+            os.utime(path, (1e9, 1e9))
+            if place != 0 or size <= files.SMALL:  # of a large one some pieces are looked at, the last among them
+                seen.add(files.stamp(path))
+        assert len(seen) == (1 if not size else 3 if size <= files.SMALL else 2), size
+        before = files.stamp(path)
+        os.utime(path, ns=(10**18, 10**18 + 1))
+        assert (files.stamp(path) == before) == (size <= files.SMALL)  # known by its content
+    assert files.stamp(tmp_path / "none") == files.stamp("/dev/null") == ""
+
+
+def test_stamp_of_a_folder_is_that_of_all_its_files(tmp_path):
+    write(tmp_path / "one", {"b/0": b"x" * 999, "b/1": b"", "a": b"y"})
+    write(tmp_path / "two", {"b/1": b"", "a": b"y", ".DS_Store": b"z", "b/0": b"x" * 999})
+    os.mkfifo(tmp_path / "two" / "fifo")
+    assert files.stamp(tmp_path / "one") == files.stamp(tmp_path / "two")
+    seen = {files.stamp(tmp_path / "one")}
+    for change in ({"a": b"z"}, {"b/1": b"x", "b/0": b"x" * 998}, {"c": b""}):
+        write(tmp_path / "one", change)
+        seen.add(files.stamp(tmp_path / "one"))
+    (tmp_path / "one" / "c").rename(tmp_path / "one" / "d")
+    assert len(seen | {files.stamp(tmp_path / "one")}) == 5
+    write(tmp_path / "two", {f"c/{k}": bytes(files.SMALL) for k in range(3)})  # by pieces now, and times
+    before = files.stamp(tmp_path / "two")
+    content = bytearray(files.SMALL)
+    content[-1] = 1
+    for k in range(3):
+        about = (tmp_path / f"two/c/{k}").stat()
+        (tmp_path / f"two/c/{k}").write_bytes(content)
+        os.utime(tmp_path / f"two/c/{k}", ns=(about.st_atime_ns, about.st_mtime_ns))
+    assert files.stamp(tmp_path / "two") != before

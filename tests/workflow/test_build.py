@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 
@@ -23,6 +24,7 @@ from _project import (
     tree,
     write_config,
     write_h5ad,
+    write_mtx,
     write_sheet,
 )  # fmt: skip
 
@@ -219,6 +221,51 @@ def test_one_samples_metadata_reruns_from_its_ingest(as_built):
     sheet["donor"][1] = "d9"
     write_sheet(as_built, sheet)
     assert rerun(as_built) == dict.fromkeys(["ingest", "qc", *FROM_GENES], 1)
+
+
+@pytest.fixture
+def copy(built, tmp_path):
+    return shutil.copytree(built, tmp_path / "copy", symlinks=True)
+
+
+@pytest.mark.parametrize(
+    ("lost", "expected"),
+    [
+        ("samples/b/qc.png", ["qc", *FROM_GENES]),
+        ("counts.zarr", FROM_GENES[1:]),
+        ("model/history.parquet", FROM_LOOKUP),
+        ("figures", ["report"]),
+    ],
+)
+def test_a_lost_output_is_made_again(copy, lost, expected):
+    path = copy / "results" / "small" / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert rerun(copy) == dict.fromkeys(expected, 1)
+
+
+def older(path):
+    """As `cp -p` and `rsync -t` leave what they bring."""
+    os.utime(path, (1.6e9, 1.6e9))
+
+
+def in_the_future(path):
+    os.utime(path, (4e9, 4e9))
+
+
+@pytest.mark.parametrize("change", ["file", "folder", "future"])
+def test_another_input_is_noticed_whatever_its_time(copy, change):
+    if change == "file":
+        write_h5ad(copy / "data" / "a.h5ad", frame(7), cell_type=[f"type{i % 3}" for i in range(N_CELLS)])
+        older(copy / "data" / "a.h5ad")
+    elif change == "folder":
+        write_mtx(copy / "data" / "b", frame(7))  # in place: the folder's own time stays
+        older(copy / "data" / "b")
+    else:
+        for path in (copy / "results").rglob("*"):
+            in_the_future(path)
+        assert rerun(copy) == {}
+        write_h5ad(copy / "data" / "a.h5ad", frame(7), cell_type=[f"type{i % 3}" for i in range(N_CELLS)])
+    assert rerun(copy) == dict.fromkeys(["ingest", "qc", *FROM_GENES], 1)
 
 
 # ---- the same bytes, and models taken from the registry
