@@ -417,7 +417,7 @@ def expression(
     fitted = api.load(model, settings.device)
     wanted = fitted.gene_ids
     if genes is not None:
-        text = Path(genes[1:]).read_text() if genes.startswith("@") else genes.replace(",", "\n")
+        text = Path(genes[1:]).read_text("utf-8") if genes.startswith("@") else genes.replace(",", "\n")
         wanted = [gene.strip() for gene in text.splitlines() if gene.strip()]
     if not wanted:
         raise UserError(f"--genes {genes!r}: names no gene; leave it out for all")
@@ -789,7 +789,9 @@ def _write_schemas(folder: Path) -> None:
     for name, model in (("config", Config), ("samples", Sample)):
         text = yaml.safe_dump(model.model_json_schema(), sort_keys=False, width=110, allow_unicode=True)
         with replacing(folder / f"{name}.schema.yaml", "YAML") as temporary:
-            temporary.write_text("# Written by `scvi-core validate --schemas` from scvi_core/config.py.\n" + text)
+            temporary.write_text(
+                "# Written by `scvi-core validate --schemas` from scvi_core/config.py.\n" + text, "utf-8"
+            )
 
 
 def _give_up(message: str) -> NoReturn:

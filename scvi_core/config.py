@@ -10,12 +10,23 @@ import csv
 import difflib
 import io
 import json
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from scvi_core.files import UserError
 
@@ -44,20 +55,96 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
-class InputConfig(Section):
-    """How the count matrices are read."""
+def name_matcher(entries: tuple[str, ...]) -> Callable[[str], bool]:
+    """Whether a name is among `entries`: names, or regular expressions between slashes that match within it."""
+    patterns = [re.compile(entry[1:-1]) for entry in entries if _is_pattern(entry)]
+    names = {entry for entry in entries if not _is_pattern(entry)}
+    return lambda name: name in names or any(pattern.search(name) for pattern in patterns)
 
-    layer: str = Field("X", description="AnnData inputs: 'X', 'raw', or the name of a layer that holds raw counts")
+
+def _is_pattern(entry: str) -> bool:
+    return len(entry) > 2 and entry.startswith("/") and entry.endswith("/")
+
+
+def _compiled(entries: tuple[str, ...]) -> tuple[str, ...]:
+    for entry in entries:
+        try:
+            re.compile(entry[1:-1] if _is_pattern(entry) else "")
+        except re.error as error:
+            raise ValueError(f"{entry!r} is not a regular expression ({error})") from None
+    return entries
+
+
+def _of_file(value: Any) -> Any:
+    """A list as it is; of one text, the lines of the file that it names, or the one pattern that it is."""
+    if not isinstance(value, str):
+        return value
+    if _is_pattern(value):
+        return (value,)
+    try:
+        if not os.path.isfile(value) or os.path.getsize(value) > 2**24:
+            raise ValueError(f"no list of genes in a file {value!r}; give a list [A, B], a /pattern/ or such a file")
+        lines = Path(value).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"file {value!r} cannot be read ({error})") from None
+    return tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+
+
+Names = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...],
+    BeforeValidator(_of_file, json_schema_input_type=tuple[str, ...] | str),
+    AfterValidator(_compiled),
+]
+
+
+class InputConfig(Section):
+    """How the count matrices are read. In the sample sheet, a column of a key's name overrides it for its sample."""
+
+    layer: str = Field(
+        "auto",
+        min_length=1,
+        description="AnnData inputs: 'X', 'raw', or the name of a layer that holds raw counts; auto: the first of "
+        "raw, layers such as counts, and X that holds whole numbers",
+    )
     gene_ids: Literal["auto", "ensembl", "symbol"] = Field(
         "auto", description="what identifies a gene; auto takes Ensembl ids where a sample has them, else symbols"
+    )
+    gene_names: str | None = Field(
+        None, min_length=1, description="column of the inputs' gene tables that names genes; default: the usual ones"
+    )
+    not_genes: Names | None = Field(
+        None,
+        description="features that are no genes, names or /patterns/; default: by their type, or without one by "
+        "how antibodies, hashtags, peaks, guides and spike-ins are called; [] keeps all",
     )
     genes: Literal["intersection", "union"] = Field(
         "intersection", description="which genes are kept when samples differ; union fills the missing with zeros"
     )
-    orientation: Literal["cells_as_rows", "genes_as_rows"] = Field(
-        "genes_as_rows", description="CSV and TSV inputs: what a row is (GEO tables mostly have genes as rows)"
+    orientation: Literal["auto", "cells_as_rows", "genes_as_rows"] = Field(
+        "auto", description="CSV and TSV inputs: what a row is; auto tells by the names of genes and barcodes"
+    )
+    batch_column: str | None = Field(
+        None, min_length=1, description="column of the inputs' own cell tables that is the batch, not the sheet's"
+    )
+    sample_column: str | None = Field(
+        None, min_length=1, description="the same for the sample, where one file holds several; QC is by sample"
     )
     metadata: tuple[str, ...] = Field((), description="columns of the inputs' own cell tables to carry along")
+
+    @field_validator("metadata", mode="before")
+    @classmethod
+    def _from_a_sheet(cls, value: Any) -> Any:
+        return [name.strip() for name in value.split(",")] if isinstance(value, str) and "," in value else value
+
+    @property
+    def cell_columns(self) -> tuple[str, ...]:
+        """All columns of an input's own cell table that are asked for."""
+        own = [name for name in (self.batch_column, self.sample_column) if name is not None]
+        return tuple(dict.fromkeys([*own, *self.metadata]))
+
+
+# what a column of the sample sheet may say of its sample alone
+READING = tuple(name for name in InputConfig.model_fields if name not in ("genes", "not_genes"))
 
 
 class QcConfig(Section):
@@ -78,6 +165,13 @@ class QcConfig(Section):
         lt=1,
         description="share of a sample's cells; default: 0.008 per 1,000 cells captured, 0.08 at most",
     )
+    mitochondrial: Names | None = Field(
+        None,
+        description="mitochondrial genes: ids, names or /patterns/, or a file with one a line; default: MT- and so on, "
+        "ND1, COX1 ... of species without a prefix, Ensembl ids of twelve species",
+    )
+    ribosomal: Names | None = Field(None, description="the same for ribosomal proteins; default: RPS and RPL")
+    haemoglobin: Names | None = Field(None, description="the same for haemoglobin; default: HBA, HBB and the like")
     drop: tuple[
         Literal[
             "low_counts", "high_counts", "low_genes", "high_genes", "high_mito", "high_hb", "high_top50", "doublet"
@@ -373,6 +467,7 @@ class Sample(Section):
     path: Plain
     batch: str = Field(min_length=1, max_length=200)
     metadata: dict[str, str] = {}
+    reading: dict[str, str] = {}
 
     @field_validator("sample")
     @classmethod
@@ -383,6 +478,10 @@ class Sample(Section):
     @classmethod
     def _whole_url(cls, value: str) -> str:
         return _checked_url(value) if "://" in value else value
+
+    def reads(self, config: InputConfig) -> InputConfig:
+        """How this sample is read: the configuration, but for what its row of the sheet says."""
+        return InputConfig.model_validate(config.model_dump() | self.reading)
 
     @property
     def plugin(self) -> str | None:
@@ -435,7 +534,7 @@ def load_config(source: str | Path | dict[str, Any]) -> Config:
     else:
         where = str(source)
         try:
-            raw = yaml.safe_load(Path(source).read_text())
+            raw = yaml.safe_load(Path(source).read_text("utf-8"))
         except FileNotFoundError:
             raise UserError(f"{where}: no such configuration file; see config/README.md") from None
         except OSError as error:
@@ -478,6 +577,32 @@ def level_text(value: object) -> str:
     return str(int(number)) if number.is_integer() else repr(number)
 
 
+MISSING = ("NA", "N/A", "n/a", "#N/A", "NaN", "nan", "<NA>")  # what spreadsheets and R write where nothing is known
+
+
+def _sheet_text(path: str | Path) -> str:
+    """A sample sheet as text, or what it is instead."""
+    if not os.path.exists(path):
+        raise UserError(f"{path}: no such sample sheet; it has the columns sample, path, batch")
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: not a file; name the sample sheet")
+    try:
+        content = Path(path).read_bytes()
+        if content.startswith(b"PK\x03\x04"):
+            raise UserError(f"{path}: an Excel workbook; save the sheet as tab-separated text")
+        if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise UserError(f"{path}: UTF-16 text, as spreadsheets save 'Unicode text'; save it as UTF-8")
+        return content.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"{path} line {line}: not UTF-8 text (byte {content[error.start]:#x}; Windows-1252, as of spreadsheets?)"
+            "; save it as UTF-8"
+        ) from None
+
+
 def load_samples(path: str | Path) -> list[Sample]:
     """Read and check a sample sheet: tab-separated, columns sample, path, batch, then any of the user's.
 
@@ -489,15 +614,9 @@ def load_samples(path: str | Path) -> list[Sample]:
     UserError
         Naming the line, column and value that is wrong.
     """
+    reader = csv.reader(io.StringIO(_sheet_text(path), newline=""), delimiter="\t")
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such sample sheet; it has the columns sample, path, batch") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t")
-    try:
-        rows = [(reader.line_num, line) for line in reader if any(line) and not line[0].startswith("#")]
+        rows = [(reader.line_num, line) for line in reader if any(map(str.strip, line)) and not line[0].startswith("#")]
     except csv.Error as error:
         raise UserError(
             f"{path} line {reader.line_num}: cannot be read ({error}); columns are separated by tabs"
@@ -509,6 +628,10 @@ def load_samples(path: str | Path) -> list[Sample]:
     if not rows:
         raise UserError(f"{path}: empty; expected a header with the columns sample, path, batch")
     header = [column.strip() for column in rows[0][1]]
+    while not header[-1]:  # columns that a spreadsheet adds
+        header.pop()
+    if len(header) == 1 and (other := re.search("[;,]", header[0])):
+        raise UserError(f"{path}: its columns are separated by {other[0]!r}; save it as tab-separated text")
     for column in ("sample", "path", "batch"):
         if column not in header:
             near = difflib.get_close_matches(column, header, n=1)
@@ -524,15 +647,21 @@ def load_samples(path: str | Path) -> list[Sample]:
     samples: list[Sample] = []
     seen: dict[str, int] = {}
     for number, line in rows[1:]:
+        while len(line) > len(header) and not line[-1].strip():
+            line.pop()
         if len(line) != len(header):
             raise UserError(f"{path} line {number}: {len(line)} columns where the header has {len(header)}")
         row = dict(zip(header, (cell.strip() for cell in line), strict=True))
-        extra = {key: value for key, value in row.items() if key not in ("sample", "path", "batch")}
+        row = {key: "" if value in MISSING else value for key, value in row.items()}
+        reading = {key: value for key, value in row.items() if key in READING and value}
+        extra = {key: value for key, value in row.items() if key not in ("sample", "path", "batch", *READING)}
         try:
-            sample = Sample(sample=row["sample"], path=row["path"], batch=row["batch"], metadata=extra)
+            sample = Sample(sample=row["sample"], path=row["path"], batch=row["batch"], metadata=extra, reading=reading)
+            sample.reads(InputConfig())
         except ValidationError as error:
             first = error.errors()[0] | {"loc": ()}
-            column, value = error.errors()[0]["loc"][0], row[error.errors()[0]["loc"][0]]
+            column = error.errors()[0]["loc"][0]
+            value = row[column]
             told = explain(Sample, first) if value else "is empty"
             raise UserError(f"{path} line {number}: {column}: {told}") from None
         folded = sample.sample.casefold()
@@ -547,6 +676,11 @@ def load_samples(path: str | Path) -> list[Sample]:
     return samples
 
 
+def carried(config: Config, samples: list[Sample]) -> tuple[str, ...]:
+    """The columns of the inputs' own cell tables that any sample carries along."""
+    return tuple(dict.fromkeys(name for sample in samples for name in sample.reads(config.input).metadata))
+
+
 def check_columns(config: Config, samples: list[Sample], where: str = "config") -> None:
     """Check what configuration and sample sheet say only together: the cell columns asked for, and their levels.
 
@@ -556,7 +690,7 @@ def check_columns(config: Config, samples: list[Sample], where: str = "config") 
         For a column that neither the sheet nor `input.metadata` gives, and for one level where two are needed.
     """
     own = list(samples[0].metadata)
-    columns = {*own, *config.input.metadata, "sample", "batch", "n_counts", "n_genes", "pct_mito"}
+    columns = {*own, *carried(config, samples), "sample", "batch", "n_counts", "n_genes", "pct_mito"}
     clusters = {"cluster", *(f"cluster_r{r:g}" for r in config.cluster.resolutions[1:])}
     asked = {
         "model.categorical_covariates": (config.model.categorical_covariates, columns),
@@ -579,7 +713,8 @@ def check_columns(config: Config, samples: list[Sample], where: str = "config") 
                     f"{where}: {key}: no cell column '{name}'; {hint} mend it, or add the column to {config.samples} "
                     "or to input.metadata"
                 )
-    if config.model.dispersion == "gene-batch" and len({s.batch for s in samples}) < 2:
+    own_batches = any(s.reads(config.input).batch_column for s in samples)
+    if config.model.dispersion == "gene-batch" and len({s.batch for s in samples}) < 2 and not own_batches:
         raise UserError(
             f"{where}: model.dispersion: 'gene-batch' needs two batches or more; {config.samples} has one; use 'gene'"
         )
@@ -595,7 +730,9 @@ def check_columns(config: Config, samples: list[Sample], where: str = "config") 
                 f"{where}: model covariate '{name}': has one level ({levels.pop()!r}) in {config.samples}; leave it out"
             )
     for i, one in enumerate(config.contrast.tests):
-        if one.column in (*own, "batch"):  # else the inputs' own tables have it, and the step itself looks
+        if one.column in own or (
+            one.column == "batch" and not own_batches
+        ):  # else the inputs' own tables have it, and the step itself looks
             levels = [level_text(s.batch if one.column == "batch" else s.metadata[one.column]) for s in samples]
             for key in ("group", "reference"):
                 found = levels.count(level_text(getattr(one, key)))

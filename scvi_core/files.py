@@ -133,7 +133,7 @@ def _others_h5ad(path: Path) -> bool:
     import h5py
 
     try:
-        with h5py.File(path) as file:
+        with h5py.File(path, locking=False) as file:
             return "uns/content_sha256" not in file
     except (OSError, RuntimeError):
         return False
@@ -507,6 +507,7 @@ class Decision:
     reason : one sentence.
     sample : the sample concerned, or None for all.
     n_cells, n_genes : how many cells or genes it dropped, merged or changed, where that applies.
+    warning : whether the user should look at it.
     """
 
     step: str
@@ -516,6 +517,7 @@ class Decision:
     sample: str | None = None
     n_cells: int | None = None
     n_genes: int | None = None
+    warning: bool = False
 
 
 class Decisions(list[Decision]):
@@ -533,13 +535,14 @@ class Decisions(list[Decision]):
         n_cells: int | None = None,
         n_genes: int | None = None,
         sample: str | None = None,
+        warn: bool = False,
     ) -> None:
-        """Record one decision and log it; `sample` where a step over all samples speaks of one."""
+        """Record one decision and log it; `sample` where a step over all samples speaks of one; `warn`: look at it."""
         from scvi_core.log import log
 
         sample = sample or self.sample
-        self.append(Decision(self.step, what, value, reason, sample, n_cells, n_genes))
-        log.info("%s%s = %s: %s", f"{sample}: " if sample else "", what, value, reason)
+        self.append(Decision(self.step, what, value, reason, sample, n_cells, n_genes, warn))
+        (log.warning if warn else log.info)("%s%s = %s: %s", f"{sample}: " if sample else "", what, value, reason)
 
     def write(self, path: str | Path) -> None:
         """Write the decisions, one JSON object a line; the last has the checksum, alone where there is no decision."""

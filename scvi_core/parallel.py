@@ -153,7 +153,7 @@ def launch(n: int, command: Sequence[str]) -> int:
 
     before = {s: signal.signal(s, pass_on) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     with contextlib.ExitStack() as stack:
-        said = [None, *(stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(1, n))]
+        said = [None, *(stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8")) for _ in range(1, n))]
         try:
             for i in range(n):
                 environment = os.environ | common | {"RANK": str(i), "LOCAL_RANK": str(i)}

@@ -11,6 +11,7 @@ import dataclasses
 import gzip
 import re
 import warnings
+import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from scvi_core.config import PLUGINS, RESERVED, InputConfig, Sample
+from scvi_core.config import PLUGINS, RESERVED, InputConfig, Sample, level_text
 from scvi_core.files import Decisions, UserError, replacing
 from scvi_core.io import checks, hdf5, identity, text
 from scvi_core.io.blocks import Read, Reader, Scratch, Spool, stacked, take_columns
@@ -63,7 +64,7 @@ def read_counts(path: str | Path, config: InputConfig, decisions: Decisions) -> 
     with Scratch() as scratch:
         kind, read = _open(path, config, decisions, scratch)
         counts = stacked(read.blocks, read.shape[1])
-    _told(path, kind, read.shape, counts.nnz, config, decisions)
+    _told(path, kind, read.shape, counts.nnz, read.field, decisions)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # gene names may repeat here
         return anndata.AnnData(counts, obs=read.obs, var=read.var)
@@ -73,6 +74,11 @@ def _open(path: Path, config: InputConfig, decisions: Decisions, scratch: Scratc
     """An input's format, and what its reader gives, checked but for the counts, which are checked as they are read."""
     with _one_line(path):
         kind, reader = _format(path)
+        if config.layer not in ("auto", "X") and kind.startswith(("10x", "text")):
+            raise UserError(
+                f"{path}: layer is {config.layer!r}, but a file of this format has only one matrix; leave it out (in "
+                "the sample sheet, call a column that describes the tissue otherwise)"
+            )
         read = reader(path, config, decisions, scratch)
     n_cells, n_genes = read.shape
     obs, var = read.obs, read.var
@@ -85,18 +91,30 @@ def _open(path: Path, config: InputConfig, decisions: Decisions, scratch: Scratc
             f"{path}: {n_cells:,} x {n_genes:,} counts, but {len(obs):,} cell names and {len(var):,} gene names; "
             f"{checks.DAMAGED}"
         )
+    for name in config.cell_columns:
+        if name not in obs:
+            raise UserError(
+                f"{path}: the cell column {name!r} is asked for (input.metadata, batch_column, sample_column), which "
+                f"is not there{nearest(name, read.columns)}; found {listed(read.columns[:20]) or 'no columns'}"
+            )
     barcodes = as_text(obs.index)
     index = pd.Index(barcodes)
-    if index.has_duplicates:
-        twice = index[index.duplicated()]
+    apart = (
+        pd.MultiIndex.from_arrays([_levels(path, obs, config.sample_column), index]) if config.sample_column else index
+    )
+    if apart.has_duplicates:
+        twice = index[apart.duplicated()]
         raise UserError(
             f"{path}: barcode {twice[0]!r} appears more than once ({len(twice):,} such rows); make barcodes unique, or "
-            "give each library its own row of the sample sheet"
+            "name the column that tells libraries apart as input.sample_column"
+            f"{f' (found {listed(read.columns[:10])})' if read.columns else ''}"
         )
     odd = [b for b in barcodes if not b or CONTROL.search(b)]
     if odd:
         raise UserError(f"{path}: barcode {odd[0]!r} is empty or has control characters; give every cell a plain name")
     obs.index, var.index = index, pd.Index(as_text(var.index))
+    with _one_line(path):
+        read = identity.genes_only(read, str(path), config, decisions)
 
     def blocks() -> Iterator[sp.csr_matrix]:
         with _one_line(path):  # what happens to a block after it was yielded is not meant
@@ -106,15 +124,28 @@ def _open(path: Path, config: InputConfig, decisions: Decisions, scratch: Scratc
 
 
 def _told(
-    path: Path, kind: str, shape: tuple[int, int], entries: int, config: InputConfig, decisions: Decisions
+    path: Path, kind: str, shape: tuple[int, int], entries: int, field: checks.Field, decisions: Decisions
 ) -> None:
     """What is known of an input once all its counts are read."""
     n_cells, n_genes = shape
     decisions.add("format", kind, f"told by its content: {n_cells:,} cells x {n_genes:,} genes, {entries:,} entries")
-    if config.layer != "X" and kind not in ("AnnData h5ad", "AnnData zarr", "loom"):
-        decisions.add("layer", "X", f"input.layer is {config.layer!r}, but a file of this format has only one matrix")
+    if field.rounded:
+        text = f"values that were whole but for the noise of floating point (within {checks.NOISE:g} of it)"
+        decisions.add("rounded", field.rounded, text, warn=True)
     if not entries:
         raise UserError(f"{path}: all counts are zero; check the export, or leave the sample out")
+
+
+def _levels(path: Path, obs: pd.DataFrame, column: str) -> np.ndarray:
+    """(cells,) texts of a column that says which sample or batch a cell is of."""
+    levels = np.array([level_text(value) for value in as_text(obs[column])], object)
+    odd = [level for level in set(levels.tolist()) if not level or CONTROL.search(level) or len(level) > 200]
+    if odd:
+        raise UserError(
+            f"{path}: cell column {column!r} has {odd[0][:80]!r} (empty, long or unprintable), which names "
+            "no sample or batch; fill it in"
+        )
+    return levels
 
 
 @contextlib.contextmanager
@@ -132,7 +163,8 @@ def _one_line(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: truncated or damaged gzip data ({error}); fetch the file again") from error
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path}: not UTF-8 text (byte {error.start}); convert it, or name the file by its format"
+            f"{path}: not UTF-8 text (byte {error.object[error.start]:#x}; Windows-1252, as of spreadsheets?); save "
+            "it as UTF-8, or name the file by its format"
         ) from error
     except Exception as error:  # h5py, zarr, anndata, scipy and pandas raise every type there is on damaged files
         line = " ".join(str(error).split())[:300]
@@ -153,7 +185,15 @@ def _format(path: Path) -> tuple[str, Reader]:
         if text.matrices(path):
             return "10x mtx", text.read_mtx
         found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-        raise UserError(f"{path}: a folder with neither matrix.mtx nor a zarr store in it (found: {found}); name one")
+        below = sorted(
+            {
+                p.parent.relative_to(path).as_posix()
+                for depth in ("*", "*/*", "*/*/*")
+                for p in path.glob(f"{depth}/*.mtx*")
+            }
+        )
+        hint = f"; name one of the folders in it that have one: {listed(below[:6])}" if below else "; name one"
+        raise UserError(f"{path}: a folder with neither matrix.mtx nor a zarr store in it (found: {found}){hint}")
     if not path.is_file():
         raise UserError(f"{path}: neither a file nor a folder; check column 'path' of the sample sheet")
     with open(path, "rb") as handle:
@@ -170,6 +210,12 @@ def _format(path: Path) -> tuple[str, Reader]:
         if suffix in TEXT_NAMES:
             raise UserError(f"{path}: named {suffix}, but it is an HDF5 file; give it its own name (.h5ad, .h5, .loom)")
         return hdf5.hdf5_format(path)
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise UserError(f"{path}: UTF-16 text, as spreadsheets save 'Unicode text'; save it as CSV in UTF-8")
+    if start.startswith(b"PK\x03\x04") and _is_workbook(path):
+        raise UserError(
+            f"{path}: an Excel workbook; save the sheet with the counts as CSV, or better: take the original file"
+        )
     for magic, what in (
         (b"PK\x03\x04", "a zip archive; unpack it"),
         (b"\x80", "a Python pickle, which can run code when read; export it as h5ad"),
@@ -194,6 +240,12 @@ def _format(path: Path) -> tuple[str, Reader]:
     return "text table", text.read_table
 
 
+def _is_workbook(path: Path) -> bool:
+    with contextlib.suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:
+        return any(name.startswith("xl/") for name in archive.namelist())
+    return False
+
+
 def ingest(path: str | Path, out: str | Path, sample: Sample, config: InputConfig) -> tuple[str, Decisions]:
     """Read one sample and write it in the form that every later step reads (``counts.h5ad``), block by block.
 
@@ -202,7 +254,7 @@ def ingest(path: str | Path, out: str | Path, sample: Sample, config: InputConfi
     path : the input; see :func:`read_counts`.
     out : AnnData file to write, whole or absent. X : CSR (cells, genes), the smallest unsigned integers; obs : index
         ``{sample}:{barcode}``, columns barcode, sample, batch, the sample sheet's further columns, the input's own
-        columns that config names; var : index gene id (unique), column gene_name; uns : gene_ids, organism,
+        columns that config names; var : index gene id (unique), column gene_name; uns : sample, gene_ids, organism,
         content_sha256. Temporary files of some 6 bytes a count, 12 where the input is not in the order of cells, lie
         beside it meanwhile.
     sample : its row of the sample sheet.
@@ -223,40 +275,41 @@ def ingest(path: str | Path, out: str | Path, sample: Sample, config: InputConfi
     with replacing(out) as temporary, Scratch(temporary.parent) as scratch:
         kind, read = _open(path, config, decisions, scratch)
         obs = _cell_table(path, read.obs, sample, config)
-        ids, names, id_kind = identity.gene_identity(read.var, config.gene_ids, str(path), of_genes)
+        ids, names, id_kind = identity.gene_identity(read.var, config, str(path), of_genes)
         to, ids, names = identity.merge_genes(ids, names, of_genes)
         spool, entries, left = Spool(scratch), 0, 0
         for block in progress(read.blocks, "ingest: cells read", read.shape[0], lambda block: block.shape[0]):
             taken = take_columns(block, to, len(ids))
             spool.add(taken)
             entries, left = entries + block.nnz, left + taken.nnz
-        _told(path, kind, read.shape, entries, config, decisions)
+        _told(path, kind, read.shape, entries, read.field, decisions)
         decisions.extend(of_genes)  # told after the format, which counts the entries
         if not left:
             raise UserError(f"{path}: no counts left after genes without a name were dropped; name the genes")
         organism = identity.guess_organism(ids, names)
         decisions.add("organism", organism, "guessed from gene ids and how symbols are written")
         var = pd.DataFrame({"gene_name": names}, index=pd.Index(ids, name="gene_id"))
-        digest = write_counts(temporary, obs, var, {"gene_ids": id_kind, "organism": organism}, spool)
+        uns = {"sample": sample.sample, "gene_ids": id_kind, "organism": organism}
+        digest = write_counts(temporary, obs, var, uns, spool)
     return digest, decisions
 
 
 def _cell_table(path: Path, given: pd.DataFrame, sample: Sample, config: InputConfig) -> pd.DataFrame:
     """The cell table that is written, from the input's own, indexed by barcode."""
     barcodes = given.index.to_numpy(object)
-    obs = pd.DataFrame(
-        {"barcode": barcodes}, index=pd.Index([f"{sample.sample}:{b}" for b in barcodes], name="cell_id")
-    )
-    for column, value in {"sample": sample.sample, "batch": sample.batch, **sample.metadata}.items():
+    of_cell = {
+        "sample": _levels(path, given, config.sample_column) if config.sample_column else [sample.sample] * len(given),
+        "batch": _levels(path, given, config.batch_column) if config.batch_column else [sample.batch] * len(given),
+        **{column: [value] * len(given) for column, value in sample.metadata.items()},
+    }
+    names = [f"{name}:{barcode}" for name, barcode in zip(of_cell["sample"], barcodes, strict=True)]
+    obs = pd.DataFrame({"barcode": barcodes}, index=pd.Index(names, name="cell_id"))
+    for column, values in of_cell.items():
         if column in RESERVED or (column in sample.metadata and column in ("sample", "batch")):
             raise UserError(f"sample sheet: column {column!r} is one that scvi-core writes itself; rename it")
-        obs[column] = pd.Categorical.from_codes(np.zeros(len(obs), np.int8), [value])
+        levels = sorted(set(values))
+        obs[column] = pd.Categorical(values, categories=pd.Index(levels, dtype=object))
     for column in config.metadata:
-        if column not in given:
-            raise UserError(
-                f"{path}: input.metadata names the cell column {column!r}, which is not there"
-                f"{nearest(column, list(given))}; found {listed(list(given)[:20]) or 'no columns'}"
-            )
         if column in obs or column in RESERVED or re.fullmatch(r"cluster_r[\d.]+", column):
             raise UserError(
                 f"{path}: input.metadata names {column!r}, a column that scvi-core or the sample sheet writes itself; "

@@ -33,13 +33,17 @@ class Read:
     blocks : the counts, once: CSR (some cells, genes), canonical, the smallest unsigned integers. Most of what is
         wrong with a file is found when they are read.
     shape : cells, genes.
-    obs, var : the input's cell table and gene table.
+    obs, var : the input's cell table, of its columns those that the configuration names, and its gene table.
+    field : the matrix, as messages name it; counts what was rounded.
+    columns : all columns of the input's cell table.
     """
 
     blocks: Iterable[sp.csr_matrix]
     shape: tuple[int, int]
     obs: pd.DataFrame
     var: pd.DataFrame
+    field: checks.Field
+    columns: tuple[str, ...] = ()
 
 
 class Scratch(contextlib.ExitStack):

@@ -7,6 +7,7 @@ floating point is ever as large as the matrix.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import math
@@ -24,6 +25,25 @@ from scvi_core.files import UserError
 BLOCK = 2**22  # values read at a time: 32 MB as float64; no block of cells has more, unless it is a single cell
 DAMAGED = "it is damaged or was made to harm; fetch or write it again"
 FIND_COUNTS = "find the raw counts, before any normalisation"
+# Counts that went through floating point (un-logged, scaled and back) are off by rounding: so far, of the value, and at
+# most so far, they still are the count next to them.
+NOISE, MOST_NOISE = 1e-5, 0.1
+
+
+@dataclasses.dataclass
+class Field:
+    """A stored matrix, as messages name it.
+
+    Attributes
+    ----------
+    where : file and field.
+    remedy : what to do if its values are no counts.
+    rounded : how many values were not whole but for the noise of floating point; rises as they are read.
+    """
+
+    where: str
+    remedy: str = FIND_COUNTS
+    rounded: int = 0
 
 
 def listed(names: Iterable[Any]) -> str:
@@ -66,7 +86,10 @@ def check_hdf5(file: h5py.File, path: str | Path) -> None:
                 raise UserError(f"{where} is a link to another file ({link.filename!r}); copy the data into one file")
             if not isinstance(link, h5py.HardLink):
                 continue
-            item = group[name]
+            try:
+                item = group[name]
+            except (KeyError, OSError, RuntimeError):  # broken; if it is needed, its reader says so
+                continue
             if isinstance(item, h5py.Group):
                 todo.append(item)
             elif isinstance(item, h5py.Dataset):
@@ -77,22 +100,32 @@ def check_hdf5(file: h5py.File, path: str | Path) -> None:
                 check_size(item.size or 0, stored, where)
 
 
-def check_zarr(path: Path) -> None:
-    """Look through a zarr folder's metadata: no pickle codecs, no links out of the folder, no absurd shapes."""
-    root, stored, metadata = path.resolve(), 0, []
+def check_links(path: Path) -> None:
+    """Refuse a folder with links out of it, or with anything but files and folders, such as a pipe."""
+    root = path.resolve()
     for folder, folders, names in os.walk(root):
-        for name in [*folders, *names]:
-            item = Path(folder, name)
+        for item in (Path(folder, name) for name in [*folders, *names]):
             if item.is_symlink() and not item.resolve().is_relative_to(root):
                 raise UserError(f"{path}: {item.relative_to(root)} is a link out of the folder; copy the data in")
-            if name in names and item.exists():
+            if item.exists() and not (item.is_file() or item.is_dir()):
+                raise UserError(f"{path}: {item.relative_to(root)} is neither a file nor a folder; take it out")
+
+
+def check_zarr(path: Path) -> None:
+    """Look through a zarr folder's metadata: no pickle codecs, no links out of the folder, no absurd shapes."""
+    check_links(path)
+    root, stored, metadata = path.resolve(), 0, []
+    for folder, _, names in os.walk(root):
+        for name in names:
+            item = Path(folder, name)
+            if item.exists():
                 stored += item.stat().st_size
                 if name in ("zarr.json", ".zarray", ".zgroup", ".zmetadata"):
                     metadata.append(item)
     for item in metadata:
         where = f"{path}: {item.relative_to(root)}"
         try:
-            content = json.loads(item.read_text())
+            content = json.loads(item.read_text("utf-8"))
         except (ValueError, RecursionError):
             raise UserError(f"{where} is not valid JSON; {DAMAGED}") from None
         for name, value in _pairs(content):
@@ -116,14 +149,13 @@ def _pairs(content: Any) -> list[tuple[str, Any]]:
     return pairs
 
 
-def pack_counts(values: np.ndarray, where: str, remedy: str) -> np.ndarray:
+def pack_counts(values: np.ndarray, field: Field) -> np.ndarray:
     """Check that values are counts, and pack them.
 
     Parameters
     ----------
-    values : any numeric type.
-    where : file and field, for the message.
-    remedy : what to do if they are not counts.
+    values : any numeric type; floats within ``NOISE`` of a whole number are that number, counted in `field`.
+    field : which they are.
 
     Returns
     -------
@@ -136,25 +168,32 @@ def pack_counts(values: np.ndarray, where: str, remedy: str) -> np.ndarray:
         For text, non-finite, negative or fractional values, and counts beyond 32 bits.
     """
     if values.dtype.kind not in "biuf":
-        raise UserError(f"{where} holds {values.dtype}, not numbers; {remedy}")
+        raise UserError(f"{field.where} holds {values.dtype}, not numbers; {field.remedy}")
     if not values.size:
         return values.astype(np.uint8)
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         bad = values[~np.isfinite(values)][0]
-        raise UserError(f"{where} has values that are not finite (such as {bad}, or missing); {remedy}")
-    if values.dtype.kind in "if" and values.min() < 0:
+        raise UserError(f"{field.where} has values that are not finite (such as {bad}, or missing); {field.remedy}")
+    if values.dtype.kind in "if" and values.min() < (-NOISE if values.dtype.kind == "f" else 0):
         raise UserError(
-            f"{where} has negative values (such as {values.min():.6g}), so these are not counts: they look scaled "
-            f"or corrected; {remedy}"
+            f"{field.where} has negative values (such as {values.min()}), so these are not counts: they look scaled "
+            f"or corrected; {field.remedy}"
         )
-    if values.dtype.kind == "f" and (fraction := values != np.floor(values)).any():
-        raise UserError(
-            f"{where} has values that are not whole numbers (such as {values[fraction][0]:.6g}), so these are not "
-            f"counts: they look normalised or log-transformed; {remedy}"
-        )
+    if values.dtype.kind == "f":
+        whole = np.rint(values)
+        off = np.abs(values - whole)
+        if off.any():
+            fraction = off > np.minimum(NOISE * np.maximum(1, whole), MOST_NOISE)
+            if fraction.any():
+                raise UserError(
+                    f"{field.where} has values that are not whole numbers (such as {values[fraction][0]}), so these "
+                    f"are not counts: they look normalised or log-transformed; {field.remedy}"
+                )
+            field.rounded += np.count_nonzero(off)
+        values = whole
     top = int(values.max())
     if top >= 2**32:
-        raise UserError(f"{where} has the value {top}, beyond what a count can be (32 bits); {remedy}")
+        raise UserError(f"{field.where} has the value {top}, beyond what a count can be (32 bits); {field.remedy}")
     return values.astype(np.min_scalar_type(top), copy=False)
 
 
@@ -173,7 +212,7 @@ def stretches(bounds: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def compressed_blocks(
-    data: Any, indices: Any, indptr: Any, shape: tuple[int, int], where: str, remedy: str
+    data: Any, indices: Any, indptr: Any, shape: tuple[int, int], field: Field
 ) -> Iterator[sp.csr_matrix]:
     """Checked counts from the three stored arrays of a CSR matrix (for CSC: give the transposed shape).
 
@@ -188,6 +227,7 @@ def compressed_blocks(
         For arrays that contradict each other, and for values that are no counts.
     """
     n_rows, n_columns = (int(n) for n in shape)
+    where = field.where
     bounds = np.asarray(indptr[...])
     if bounds.dtype.kind not in "iu" or bounds.ndim != 1 or len(bounds) != n_rows + 1:
         raise UserError(
@@ -207,7 +247,7 @@ def compressed_blocks(
         if columns.size and (columns.dtype.kind not in "iu" or columns.min() < 0 or columns.max() >= n_columns):
             raise UserError(f"{where}/indices has {columns.max()} where {n_columns:,} columns end; {DAMAGED}")
         columns = columns.astype(np.int32 if n_columns < 2**31 else np.int64, copy=False)
-        counts = pack_counts(np.asarray(data[span]), where, remedy)
+        counts = pack_counts(np.asarray(data[span]), field)
         block = sp.csr_matrix((counts, columns, bounds[first : last + 1] - span.start), shape=(last - first, n_columns))
         yield canonical(block, where, first)
 
@@ -238,7 +278,7 @@ def smallest(counts: sp.csr_matrix) -> sp.csr_matrix:
     return counts
 
 
-def dense_blocks(values: Any, where: str, remedy: str) -> Iterator[sp.csr_matrix]:
+def dense_blocks(values: Any, field: Field) -> Iterator[sp.csr_matrix]:
     """Checked counts from a dense two-dimensional array, some rows at a time, as :func:`compressed_blocks` has them."""
     n_rows, n_columns = values.shape
     step = max(1, BLOCK // max(1, n_columns))
@@ -246,17 +286,19 @@ def dense_blocks(values: Any, where: str, remedy: str) -> Iterator[sp.csr_matrix
     if whole <= 16 * step:  # chunks are read whole, as each is unpacked anew for every block that needs a row of it
         step = -(-step // whole) * whole
     for start in range(0, n_rows, step):
-        yield dense_counts(np.asarray(values[start : start + step]), where, remedy)
+        yield dense_counts(np.asarray(values[start : start + step]), field)
 
 
-def dense_counts(values: np.ndarray, where: str, remedy: str) -> sp.csr_matrix:
+def dense_counts(values: np.ndarray, field: Field) -> sp.csr_matrix:
     """Checked CSR matrix of counts from a dense one."""
     if values.dtype.kind not in "biuf":
-        raise UserError(f"{where} holds {values.dtype}, not numbers; {remedy}")
+        raise UserError(f"{field.where} holds {values.dtype}, not numbers; {field.remedy}")
     n_rows, n_columns = values.shape
     there = values != 0  # NaN differs from 0 too
     at = np.flatnonzero(there)
     lengths = np.count_nonzero(there, axis=1)
     columns = (at - np.repeat(np.arange(n_rows) * n_columns, lengths)).astype(np.int32)
-    counts = pack_counts(values.reshape(-1)[at], where, remedy)
-    return sp.csr_matrix((counts, columns, np.append(0, np.cumsum(lengths))), shape=values.shape)
+    counts = pack_counts(values.reshape(-1)[at], field)
+    matrix = sp.csr_matrix((counts, columns, np.append(0, np.cumsum(lengths))), shape=values.shape)
+    matrix.eliminate_zeros()  # of noise where zero was meant
+    return matrix

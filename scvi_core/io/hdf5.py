@@ -1,9 +1,14 @@
-"""Readers of AnnData (HDF5 and zarr), 10x ``.h5`` and loom files; see :func:`scvi_core.io.read_counts`."""
+"""Readers of AnnData (HDF5 and zarr), MuData, 10x ``.h5`` and loom files; see :func:`scvi_core.io.read_counts`.
+
+Only what is asked for is read: the counts, names, text columns of the gene table, and the cell columns that the
+configuration names. Whatever else a file holds may be broken, or of a kind that this version of AnnData does not know.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +22,16 @@ from scvi_core.config import InputConfig
 from scvi_core.files import Decisions, UserError
 from scvi_core.io import checks
 from scvi_core.io.blocks import Read, Reader, Scratch, by_cell, turned
-from scvi_core.io.checks import FIND_COUNTS, listed, nearest
-from scvi_core.io.identity import as_text, gene_expression_only
+from scvi_core.io.checks import Field, listed, nearest
+from scvi_core.io.identity import as_text
+
+with contextlib.suppress(ImportError):
+    import hdf5plugin  # noqa: F401 - where it is installed, HDF5 reads zstd, blosc and the like
+
+COUNT_LAYERS = ("counts", "raw_counts", "count", "umi", "umis", "umi_counts", "raw")  # what people call them
+RNA = ("rna", "gex", "gene_expression", "gene expression")  # the modality of a MuData file that has genes
+FILTERS = {32001: "blosc", 32004: "lz4", 32008: "bitshuffle", 32013: "zfp", 32015: "zstd", 32026: "blosc2"}
+LOOKED_AT = 100_000  # values, twice, by which a matrix is taken for one of counts; all are checked when it is read
 
 
 def hdf5_format(path: Path) -> tuple[str, Reader]:
@@ -30,6 +43,8 @@ def hdf5_format(path: Path) -> tuple[str, Reader]:
             return "10x h5 (v3)", read_10x_v3
         if "matrix" in file and {"row_attrs", "col_attrs"} <= set(groups):
             return "loom", read_loom
+        if "mod" in groups:
+            return "MuData h5mu", read_h5mu
         if {"obs", "var"} <= set(file):
             return "AnnData h5ad", read_h5ad
         if any("barcodes" in file[key] and "genes" in file[key] for key in groups):
@@ -46,7 +61,21 @@ def _hdf5(path: Path) -> h5py.File:
 
 def read_h5ad(path: Path, config: InputConfig, decisions: Decisions, scratch: Scratch) -> Read:
     """AnnData in HDF5."""
-    return _read_anndata(scratch.enter_context(_hdf5(path)), path, config.layer, scratch)
+    return _read_anndata(scratch.enter_context(_hdf5(path)), str(path), config, decisions, scratch)
+
+
+def read_h5mu(path: Path, config: InputConfig, decisions: Decisions, scratch: Scratch) -> Read:
+    """MuData: the modality of genes, which is an AnnData of its own."""
+    modalities = scratch.enter_context(_hdf5(path))["mod"]
+    found = [name for name in modalities if name.lower() in RNA]
+    if len(found) != 1:
+        raise UserError(
+            f"{path}: MuData with the modalities {listed(modalities)}; one of them has to be called rna, or write the "
+            "one with genes as h5ad: mudata.read_h5mu(path)[name].write_h5ad(...)"
+        )
+    others = [name for name in modalities if name != found[0]]
+    decisions.add("modality", found[0], f"of a MuData file; left out: {listed(others) or 'none'}")
+    return _read_anndata(modalities[found[0]], f"{path}: mod/{found[0]}", config, decisions, scratch)
 
 
 def read_zarr(path: Path, config: InputConfig, decisions: Decisions, scratch: Scratch) -> Read:
@@ -57,49 +86,107 @@ def read_zarr(path: Path, config: InputConfig, decisions: Decisions, scratch: Sc
     root = zarr.open_group(str(path), mode="r", use_consolidated=False)
     if not {"obs", "var"} <= set(root.keys()):
         raise UserError(f"{path}: a zarr store, but not AnnData (it holds: {', '.join(sorted(root.keys())[:8])})")
-    return _read_anndata(root, path, config.layer, scratch)
+    return _read_anndata(root, str(path), config, decisions, scratch)
 
 
-def _read_anndata(root: Any, path: Path, layer: str, scratch: Scratch) -> Read:
-    """Only the matrix asked for and the two tables: other layers and embeddings stay on disk."""
-    layers = sorted(root["layers"].keys()) if "layers" in root else []
+def _read_anndata(root: Any, where: str, config: InputConfig, decisions: Decisions, scratch: Scratch) -> Read:
+    """Only the matrix asked for and what is needed of the two tables: all else stays on disk."""
+    matrices = {"X": "X"} if "X" in root and _encoding(root["X"]) != "null" else {}
+    matrices |= {name: f"layers/{name}" for name in sorted(root["layers"].keys())} if "layers" in root else {}
     raw = next((key for key in ("raw/X", "raw.X") if key in root), None)  # the second until anndata 0.7
-    others = [
-        name for name in ["X", *layers, *(["raw"] if raw else [])] if name != layer and (name != "X" or "X" in root)
-    ]
+    if raw:
+        matrices["raw"] = raw
+    layer, others = config.layer, [name for name in matrices if name != config.layer]
     remedy = (
         f"set input.layer to where the raw counts are (this file has {listed(others)})"
         if others
-        else f"the file has no other layer: {FIND_COUNTS}"
+        else f"the file has no other layer: {checks.FIND_COUNTS}"
     )
-    key = {"X": "X", "raw": raw}.get(layer, f"layers/{layer}")
-    if key is None or key not in root or _encoding(root[key]) == "null":
-        raise UserError(f"{path}: nothing in {layer!r}{nearest(layer, others)}; {remedy}")
-    obs = _frame(root, "obs")
-    var = _frame(root, raw.replace("X", "var") if layer == "raw" else "var")
-    blocks, shape = _stored_counts(root[key], f"{path}: {key}", remedy, scratch)
-    return Read(blocks, shape, obs, var)
+    if layer == "auto":
+        layer, remedy = _counts_layer(root, matrices, where, decisions)
+    if layer not in matrices:
+        raise UserError(f"{where}: nothing in {layer!r}{nearest(layer, others)}; {remedy}")
+    field = Field(f"{where}: {matrices[layer]}", remedy)
+    obs, columns = _frame(root, "obs", where, decisions, config.cell_columns)
+    var, _ = _frame(root, raw.replace("X", "var") if raw and layer == "raw" else "var", where, decisions)
+    blocks, shape = _stored_counts(root[matrices[layer]], field, scratch)
+    return Read(blocks, shape, obs, var, field, columns)
 
 
-def _stored_counts(
-    item: Any, where: str, remedy: str, scratch: Scratch
-) -> tuple[Iterator[sp.csr_matrix], tuple[int, int]]:
+def _counts_layer(root: Any, matrices: dict[str, str], where: str, decisions: Decisions) -> tuple[str, str]:
+    """Which matrix holds the counts, for ``input.layer: auto``, and what to do if there turns out to be none."""
+    if not matrices:
+        raise UserError(f"{where}: no matrix in it, neither X nor a layer; export the counts")
+    if len(matrices) < 2:
+        return next(iter(matrices), "X"), f"the file has no other layer: {checks.FIND_COUNTS}"
+    whole = [name for name, key in matrices.items() if _looks_whole(root[key])]
+    named = [name for name in ("raw", *COUNT_LAYERS) if name in whole]
+    others = [name for name in whole if name not in (*named, "X")]
+    looked = f"looked at {listed(matrices)}"
+    if len(others) > 1 and not named and "X" not in whole:
+        raise UserError(
+            f"{where}: several layers hold whole numbers ({listed(others)}); set input.layer to one of them"
+        )
+    if not whole:
+        return "X" if "X" in matrices else next(iter(matrices)), f"no layer holds counts ({looked}); find the raw ones"
+    layer = [*named, *(["X"] if "X" in whole else []), *others][0]
+    decisions.add("layer", layer, f"input.layer is auto: the first of {listed(whole)} with whole numbers; {looked}")
+    return layer, f"set input.layer to where the raw counts are (this file has {listed(matrices)})"
+
+
+def _looks_whole(item: Any) -> bool:
+    """Whether a stored matrix seems to hold counts, by some of its values."""
+    try:
+        values = item["data"] if hasattr(item, "keys") else item
+        step = LOOKED_AT if len(values.shape) == 1 else -(-LOOKED_AT // max(1, values.shape[1]))
+        middle = values.shape[0] // 2
+        for part in (slice(0, step), slice(middle, middle + step)):
+            checks.pack_counts(np.asarray(values[part]).reshape(-1), Field("looked at"))
+    except Exception:  # it cannot be read or holds no counts: either way it is not the one
+        return False
+    return True
+
+
+def _stored_counts(item: Any, field: Field, scratch: Scratch) -> tuple[Iterator[sp.csr_matrix], tuple[int, int]]:
     """Blocks and shape of a matrix as AnnData stores it, dense, CSR or CSC, in HDF5 or zarr."""
     if not hasattr(item, "keys"):
         if len(item.shape) != 2:
-            raise UserError(f"{where} has the shape {item.shape}; counts are cells x genes")
-        return checks.dense_blocks(item, where, remedy), item.shape
+            raise UserError(f"{field.where} has the shape {item.shape}; counts are cells x genes")
+        _check_whole(item, field.where)
+        return checks.dense_blocks(item, field), item.shape
     shape = item.attrs.get("shape", item.attrs.get("h5sparse_shape"))
     if shape is None or len(shape) != 2 or not {"data", "indices", "indptr"} <= set(item.keys()):
-        raise UserError(f"{where} is not a sparse matrix of AnnData; {remedy}")
+        raise UserError(f"{field.where} is not a sparse matrix of AnnData; {field.remedy}")
     n_cells, n_genes = (int(n) for n in shape)
     arrays = item["data"], item["indices"], item["indptr"]
+    for name, array in zip(("data", "indices", "indptr"), arrays, strict=True):
+        _check_whole(array, f"{field.where}/{name}")
     if _encoding(item).startswith("csc"):
-        genes = checks.compressed_blocks(*arrays, (n_genes, n_cells), where, remedy)
-        blocks = by_cell(turned(genes), n_cells, where, scratch)
+        genes = checks.compressed_blocks(*arrays, (n_genes, n_cells), field)
+        blocks = by_cell(turned(genes), n_cells, field.where, scratch)
     else:
-        blocks = checks.compressed_blocks(*arrays, (n_cells, n_genes), where, remedy)
+        blocks = checks.compressed_blocks(*arrays, (n_cells, n_genes), field)
     return blocks, (n_cells, n_genes)
+
+
+def _check_whole(item: Any, where: str) -> None:
+    """Refuse an array of which parts are lost, or that was packed in a way that cannot be unpacked here."""
+    if isinstance(item, h5py.Dataset):
+        plist = item.id.get_create_plist()
+        for i in range(plist.get_nfilters()):
+            code, name = plist.get_filter(i)[0], plist.get_filter(i)[3]
+            if not h5py.h5z.filter_avail(code):
+                called = FILTERS.get(code) or name.decode("utf-8", "replace")[:40] or f"number {code}"
+                raise UserError(
+                    f"{where} is compressed by the HDF5 filter {called}, which is not installed here: `pip install "
+                    "hdf5plugin`, or write the file again with gzip"
+                )
+    elif hasattr(item, "nchunks_initialized") and item.nchunks_initialized < item.nchunks:
+        lost = item.nchunks - item.nchunks_initialized
+        raise UserError(
+            f"{where}: {lost:,} of {item.nchunks:,} chunks are missing, which would read as zeros; copy the whole "
+            "store (if they are zeros: write it again with zarr.config.set({'array.write_empty_chunks': True}))"
+        )
 
 
 def _encoding(item: Any) -> str:
@@ -107,32 +194,78 @@ def _encoding(item: Any) -> str:
     return found.decode() if isinstance(found, bytes) else str(found)
 
 
-def _frame(root: Any, key: str) -> pd.DataFrame:
-    if isinstance(root[key], h5py.Dataset):  # until anndata 0.7: one compound dataset, levels kept in uns
-        values = root[key][()]
-        frame = pd.DataFrame({name: values[name] for name in values.dtype.names})
+def _frame(
+    root: Any, key: str, where: str, decisions: Decisions, asked: Iterable[str] | None = None
+) -> tuple[pd.DataFrame, tuple[str, ...]]:
+    """The index and some columns of a stored table, and what columns there are.
+
+    Those that were `asked` for have to be readable; None takes what can be read.
+    """
+    table = root[key]
+    if isinstance(table, h5py.Dataset):  # until anndata 0.7: one compound dataset, levels kept in uns
+        values = table[()]
+        names = values.dtype.names
+        frame = pd.DataFrame({name: values[name] for name in names})
         for name in frame.columns:
             if f"uns/{name}_categories" in root:
                 levels = np.append(as_text(root[f"uns/{name}_categories"][()]), None)
                 frame[name] = levels[frame[name]]
             elif frame[name].dtype == object:
                 frame[name] = as_text(frame[name])
-        return frame.set_index(frame.columns[0])
+        return frame.set_index(frame.columns[0]), names[1:]
+    index = table.attrs.get("_index", next((name for name in ("_index", "index") if name in table), None))
+    index = index.decode() if isinstance(index, bytes) else index
+    if index is None or index not in table:
+        raise UserError(f"{where}: {key} has no index (_index), so no names; write the file again with anndata")
+    columns = tuple(str(name) for name in table.keys() if name not in (index, "__categories"))  # noqa: SIM118 - zarr
+    _check_whole(table[index], f"{where}: {key}/{index}")
+    frame = pd.DataFrame(index=pd.Index(as_text(_column(table, index))))
+    for name in columns if asked is None else [name for name in asked if name in columns]:
+        try:
+            values = _column(table, name, f"{where}: {key}/{name}")
+            frame[name] = pd.Series(getattr(values, "array", values), index=frame.index)
+        except Exception as error:  # anndata, h5py and zarr raise every type there is
+            line = " ".join(str(error).split())[:200]
+            if asked is None:
+                decisions.add(f"{key}/{name}", "not read", f"{type(error).__name__}: {line}", warn=True)
+                continue
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"{where}: {key}/{name} cannot be read ({type(error).__name__}: {line}); write it again, or leave it "
+                "out of the configuration"
+            ) from error
+    return frame, columns
+
+
+def _column(table: Any, name: str, where: str = "") -> Any:
+    """One column of a stored table, whatever version of AnnData wrote it."""
+    item = table[name]
+    if hasattr(item, "keys"):
+        for part in item.keys():  # noqa: SIM118 - zarr
+            one_level = part == "codes" and "categories" in item and getattr(item["categories"], "shape", 0) == (1,)
+            if where and not one_level and not hasattr(item[part], "keys"):
+                _check_whole(item[part], f"{where}/{part}")
+    elif where:
+        _check_whole(item, where)
+    if not hasattr(item, "keys") and "categories" in item.attrs:  # anndata 0.7: codes, and the levels elsewhere
+        levels = item.attrs["categories"]
+        levels = table[f"__categories/{name}"] if "__categories" in table else item.file[levels]
+        return pd.Categorical.from_codes(item[()], pd.Index(as_text(levels[()])))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return anndata.io.read_elem(root[key])
+        return anndata.io.read_elem(item)
 
 
 def read_10x_v3(path: Path, config: InputConfig, decisions: Decisions, scratch: Scratch) -> Read:
-    """10x ``.h5`` of Cell Ranger 3 and later: one matrix, features of several types."""
+    """10x ``.h5`` of Cell Ranger 3 and later, and CellBender's: one matrix, features of several types."""
     matrix = scratch.enter_context(_hdf5(path))["matrix"]
     features = matrix["features"]
     table = {"gene_ids": as_text(features["id"][()])}
     for column in ("feature_type", "genome"):
         if column in features:
             table[column] = as_text(features[column][()])
-    var = pd.DataFrame(table, index=as_text(features["name"][()]))
-    return gene_expression_only(_read_10x(matrix, f"{path}: matrix", var), path, decisions)
+    return _read_10x(matrix, Field(f"{path}: matrix"), pd.DataFrame(table, index=as_text(features["name"][()])))
 
 
 def read_10x_v2(path: Path, config: InputConfig, decisions: Decisions, scratch: Scratch) -> Read:
@@ -146,37 +279,44 @@ def read_10x_v2(path: Path, config: InputConfig, decisions: Decisions, scratch: 
         )
     group = file[genomes[0]]
     var = pd.DataFrame({"gene_ids": as_text(group["genes"][()])}, index=as_text(group["gene_names"][()]))
-    return _read_10x(group, f"{path}: {genomes[0]}", var)
+    return _read_10x(group, Field(f"{path}: {genomes[0]}"), var)
 
 
-def _read_10x(group: h5py.Group, where: str, var: pd.DataFrame) -> Read:
+def _read_10x(group: h5py.Group, field: Field, var: pd.DataFrame) -> Read:
     # stored as CSC of features x barcodes, which is CSR of barcodes x features
     n_features, n_barcodes = (int(n) for n in group["shape"][()])
     arrays = group["data"], group["indices"], group["indptr"]
-    blocks = checks.compressed_blocks(*arrays, (n_barcodes, n_features), where, FIND_COUNTS)
-    return Read(blocks, (n_barcodes, n_features), pd.DataFrame(index=as_text(group["barcodes"][()])), var)
+    for array in arrays:
+        _check_whole(array, f"{field.where}/{array.name.rpartition('/')[2]}")
+    blocks = checks.compressed_blocks(*arrays, (n_barcodes, n_features), field)
+    return Read(blocks, (n_barcodes, n_features), pd.DataFrame(index=as_text(group["barcodes"][()])), var, field)
 
 
 def read_loom(path: Path, config: InputConfig, decisions: Decisions, scratch: Scratch) -> Read:
     """loom: genes x cells, dense, with named attributes."""
     with _hdf5(path) as file:
         layers = sorted(file["layers"]) if "layers" in file else []
-        key = "matrix" if config.layer == "X" else f"layers/{config.layer}"
+        layer = "X" if config.layer == "auto" else config.layer
+        key = "matrix" if layer == "X" else f"layers/{layer}"
         remedy = (
-            f"set input.layer to where the raw counts are (this file has {listed(layers)})" if layers else FIND_COUNTS
+            f"set input.layer to where the raw counts are (this file has {listed(layers)})"
+            if layers
+            else checks.FIND_COUNTS
         )
         if key not in file:
-            raise UserError(f"{path}: no layer {config.layer!r}{nearest(config.layer, layers)}; {remedy}, or to X")
+            raise UserError(f"{path}: no layer {layer!r}{nearest(layer, layers)}; {remedy}, or to X")
         n_genes, n_cells = file[key].shape
-        by_gene = checks.dense_blocks(file[key], f"{path}: {key}", remedy)
-        blocks = by_cell(turned(by_gene), n_cells, str(path), scratch)  # which has read all of it
+        field = Field(f"{path}: {key}", remedy)
+        _check_whole(file[key], field.where)
+        blocks = by_cell(turned(checks.dense_blocks(file[key], field)), n_cells, str(path), scratch)  # reads all of it
         var, obs = _loom_table(file["row_attrs"], n_genes), _loom_table(file["col_attrs"], n_cells)
     genes = next((name for name in ("Gene", "gene", "var_names", "Accession") if name in var), None)
     cells = next((name for name in ("CellID", "obs_names", "cell_id", "barcode", "Barcode") if name in obs), None)
     if genes is None or cells is None:
-        field, table = ("row_attrs/Gene", var) if genes is None else ("col_attrs/CellID", obs)
-        raise UserError(f"{path}: no {field} (found {listed(list(table)) or 'none'}); a loom file needs names; add it")
-    return Read(blocks, (n_cells, n_genes), obs.set_index(cells), var.set_index(genes))
+        named, table = ("row_attrs/Gene", var) if genes is None else ("col_attrs/CellID", obs)
+        raise UserError(f"{path}: no {named} (found {listed(list(table)) or 'none'}); a loom file needs names; add it")
+    obs = obs.set_index(cells)
+    return Read(blocks, (n_cells, n_genes), obs, var.set_index(genes), field, tuple(obs.columns))
 
 
 def _loom_table(group: h5py.Group, n: int) -> pd.DataFrame:

@@ -1,26 +1,81 @@
-"""What a gene is called: Ensembl ids or symbols, one row a gene, and the organism they point to."""
+"""What a row of a matrix is: a gene or something else, what the gene is called, and the organism it points to."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from scvi_core.config import InputConfig, name_matcher
 from scvi_core.files import Decisions, UserError
 from scvi_core.io.blocks import Read, take_columns
-from scvi_core.io.checks import listed
+from scvi_core.io.checks import listed, nearest
 
-ENSEMBL = re.compile(r"ENS[A-Z]*G\d{11}(\.\d+)?")
-VERSION = re.compile(r"^(ENS[A-Z]*G\d{11})\.\d+")  # what follows stays: GENCODE writes ENSG00000182378.15_PAR_Y
+# Ensembl's gene ids: of vertebrates, and those that it takes from FlyBase and WormBase
+ID = r"(?:ENS[A-Z]*G\d{11}|FBgn\d{7}|WBGene\d{8})"
+ENSEMBL = re.compile(ID + r"(?:\.\d+)?")
+VERSION = re.compile(rf"^({ID})\.\d+")  # what follows stays: GENCODE writes ENSG00000182378.15_PAR_Y
+JOINED = re.compile(
+    rf"(?P<a>{ID}(?:\.\d+)?)[_|:;-](?P<b>.+)|(?P<d>.+)[_|:;](?P<c>{ID}(?:\.\d+)?)"
+)  # id_symbol, or turned
+ACCESSION = re.compile(rf"{ID}.*|[NX][MR]_\d+(?:\.\d+)?|(?:MGI|HGNC|RGD):\d+|ZDB-GENE-[\d-]+")  # no symbols
+NUMBER = re.compile(r"(?:[XV]|row_?)?\d+(?:\.0)?", re.IGNORECASE)  # numbers of rows, and what R makes of them
+# what aligners put in front of names where a reference is of several genomes
+GENOME = re.compile(
+    r"((?:GRC[a-z]\d+|hg\d\d|mm\d\d?|rn\d|dm\d|ce\d\d|danRer\d+|galGal\d+|susScr\d+|rheMac\d+|Mmul|mRatBN\d)\w*?)[_-]+"
+)
+ORGANISMS = {
+    "ENSG": "human", "ENSMUSG": "mouse", "ENSRNOG": "rat", "ENSMMUG": "rhesus macaque",
+    "ENSMFAG": "crab-eating macaque", "ENSPTRG": "chimpanzee", "ENSSSCG": "pig", "ENSBTAG": "cow", "ENSOCUG": "rabbit",
+    "ENSDARG": "zebrafish", "ENSGALG": "chicken", "FBgn": "fly", "WBGene": "worm",
+}  # fmt: skip
 BARCODE = re.compile(r"(?:.*[_:-])?[ACGT]{8,}(?:[-_.].*)?")
 # column names of symbols as they are met in the wild, best first, in lower case
 SYMBOL_COLUMNS = (
     "gene_name", "gene_names", "gene_symbol", "gene_symbols", "gene_short_name", "symbol", "symbols", "hgnc_symbol",
     "mgi_symbol", "feature_name", "gene", "genes", "genename", "name",
 )  # fmt: skip
-HOUSEKEEPING = {"ACTB", "GAPDH", "MALAT1", "B2M", "EEF1A1", "RPLP0", "TMSB4X", "FTL", "RPL13", "RPS27"}
+# genes by which a list of names is known to be one: in nearly every cell, or on most targeted panels
+KNOWN = {
+    "ACTB", "GAPDH", "MALAT1", "B2M", "EEF1A1", "RPLP0", "TMSB4X", "FTL", "FTH1", "TPT1", "UBC", "PPIA", "HPRT1",
+    "TBP", "PTPRC", "CD3D", "CD3E", "CD3G", "CD4", "CD8A", "CD8B", "CD14", "CD19", "CD68", "CD74", "CD79A", "MS4A1",
+    "NKG7", "GNLY", "LYZ", "S100A8", "S100A9", "FCGR3A", "IL7R", "CCR7", "FOXP3", "GZMB", "GZMK", "PRF1", "EPCAM",
+    "KRT5", "KRT8", "KRT14", "KRT18", "KRT19", "VIM", "COL1A1", "COL1A2", "COL3A1", "ACTA2", "PECAM1", "VWF", "CDH1",
+    "CDH5", "PDGFRA", "PDGFRB", "MKI67", "TOP2A", "PCNA", "ESR1", "ERBB2", "EGFR", "TP53", "MYC", "SOX2", "SOX9",
+    "SOX10", "PAX6", "OLIG1", "OLIG2", "GFAP", "AQP4", "MBP", "PLP1", "MOG", "GAD1", "GAD2", "SLC17A7", "SLC17A6",
+    "SLC32A1", "RBFOX3", "SNAP25", "CX3CR1", "P2RY12", "INS", "GCG", "SST", "PPY", "ALB", "APOE", "APOA1", "TTR",
+    "CD34", "KIT", "HBB", "HBA1", "HBA2", "JCHAIN", "IGHM", "IGKC", "IGHG1", "TPSAB1", "CPA3", "CXCL8", "IL1B", "TNF",
+    "IFNG", "STAT1", "JUN", "FOS",
+}  # fmt: skip
+FAMILIES = re.compile(r"MT[-.:]\S+|RP[SL]\d+[AXYL]?|HLA-\S+", re.IGNORECASE)
+
+# What the kinds of features are called (lower case, blanks for _ and -). Spliced and unspliced counts are of genes.
+TYPE_COLUMNS = ("feature_types", "feature_type", "modality", "feature_biotype")
+OF_GENES = {"gene expression", "gex", "rna", "gene", "genes", "mrna", "spliced", "unspliced", "ambiguous"}
+OF_OTHERS = {
+    "antibody capture", "crispr guide capture", "multiplexing capture", "antigen capture", "peaks", "custom", "adt",
+    "hto", "antibody", "antibodies", "protein", "proteins", "prot", "cite", "atac", "chromatin accessibility",
+    "hashtag", "hashtags", "cell hashing", "guide", "guides", "sgrna", "spike in", "spike ins", "ercc",
+}  # fmt: skip
+# and how their names tell, where no column does
+OTHERS_BY_NAME = re.compile(
+    r"(?:ADT|HTO|PROT|AB)[-_:].+|.+[-_.](?:ADT|HTO|PROT|TotalSeq-?[A-D]?|Total[A-D])|HTO\d+"  # not the worm's adt-1
+    r"|(?i:.*TotalSeq.*|.*hashtag.*|.*isotype.*)"
+    r"|(?i:(?:(?:rat|mouse|hamster|human)[-_ ])?IgG\d?[a-c]?[-_ ].*(?:control|ctrl)\S*)"
+    r"|(?:chr\w+|\d\d?|[XYM]|MT|[A-Z]{2}\d{6}\.\d)[:_-]\d+[-_]\d+"  # peaks
+    r"|(?i:(?:gRNA|sgRNA|guide|crispr)[-_].+|.+[-_](?:gRNA|sgRNA)(?:[-_]?\d+)?|non[-_]?targeting.*)"  # guides
+    r"|ERCC-\d{5}"  # spike-ins
+    r"|__(?:no_feature|ambiguous|too_low_aQual|not_aligned|alignment_not_unique)"  # what htseq-count and STAR add
+    r"|N_(?:unmapped|multimapping|noFeature|ambiguous)"
+)
+# gene names that a spreadsheet made dates or numbers of: 1-Mar, Sep-07, 2021-03-01, 2.31E+13
+MONTHS = "(?:jan|feb|mar|apr|may|jun|jul|aug|sep|sept|oct|nov|dec)"
+SPREADSHEET = re.compile(
+    rf"\d{{1,2}}[-/. ]{MONTHS}[a-z]*|{MONTHS}[-/. ]\d{{1,4}}|\d{{4}}[-/]\d\d[-/]\d\d(?: 00:00:00)?|\d(?:\.\d+)?E\+\d\d",
+    re.IGNORECASE,
+)
 
 
 def as_text(values: object) -> np.ndarray:
@@ -36,9 +91,17 @@ def as_text(values: object) -> np.ndarray:
     return out
 
 
+def gene_evidence(names: np.ndarray) -> int:
+    """How many of `names` are recognised as genes: Ensembl ids, symbols and families that are known, in any case."""
+    upper = [GENOME.sub("", n, count=1).upper().strip("\"'") for n in names]
+    return sum(
+        n in KNOWN or bool(FAMILIES.fullmatch(n) or ENSEMBL.match(name)) for n, name in zip(upper, names, strict=True)
+    )
+
+
 def looks_like_genes(names: np.ndarray) -> bool:
-    """Whether `names` are gene names: Ensembl ids, or known symbols of human or mouse among them."""
-    return _ensembl_share(names) >= 0.5 or len(HOUSEKEEPING.intersection(n.upper() for n in names)) >= 3
+    """Whether `names` are gene names: half of them, or three, are recognised."""
+    return bool(len(names)) and gene_evidence(names) >= min(3, -(-len(names) // 2))
 
 
 def looks_like_barcodes(names: np.ndarray) -> bool:
@@ -55,15 +118,15 @@ def _ensembl_share(names: np.ndarray) -> float:
 
 
 def gene_identity(
-    var: pd.DataFrame, choice: str, where: str, decisions: Decisions
+    var: pd.DataFrame, config: InputConfig, where: str, decisions: Decisions
 ) -> tuple[np.ndarray, np.ndarray, str]:
     """Find what identifies each gene of an input.
 
     Parameters
     ----------
     var : the input's gene table, one row a gene; its index and all its text columns are looked at.
-    choice : ``"auto"`` (Ensembl ids where 90 % of an index or a column are such, else symbols), ``"ensembl"`` or
-        ``"symbol"``.
+    config : ``gene_ids``: ``"auto"`` (Ensembl ids where 90 % of an index or a column are such, else symbols),
+        ``"ensembl"`` or ``"symbol"``; ``gene_names``: the column that holds symbols, where it is not one of the usual.
     where : the file, for messages.
     decisions : what was taken, and what was changed, is added.
 
@@ -76,17 +139,19 @@ def gene_identity(
     Raises
     ------
     UserError
-        When ids are asked for that the file does not hold.
+        When ids are asked for that the file does not hold, and where genes are only numbered.
     """
-    index = "the gene index"
+    choice, index = config.gene_ids, "the gene index"
     texts = {index: as_text(var.index)}
     for column in var.columns:
         if not (pd.api.types.is_numeric_dtype(var[column]) or pd.api.types.is_bool_dtype(var[column])):
             texts.setdefault(f"column '{column}'", as_text(var[column]))
+    for field, values in list(texts.items()):
+        texts.update(_untangled(field, values, decisions))
     shares = {field: _ensembl_share(values) for field, values in texts.items()}
     id_field = max(shares, key=shares.__getitem__)  # ties: the first, so the index before columns
     has_ids = shares[id_field] >= 0.9
-    symbol_field = _symbol_field(texts, shares, index)
+    symbol_field = _symbol_field(texts, index, config.gene_names, where, decisions)
 
     if choice == "ensembl" and not has_ids:
         raise UserError(
@@ -94,7 +159,7 @@ def gene_identity(
             f"nor a column of the gene table ({listed(var.columns) or 'it has none'}) holds Ensembl ids; "
             "set input.gene_ids to symbol"
         )
-    if choice == "symbol" and symbol_field is None:
+    if choice == "symbol" and symbol_field is None and has_ids:
         raise UserError(
             f"{where}: input.gene_ids asks for symbol, but the gene table has Ensembl ids only "
             f"(such as {_example(texts[index])}); set input.gene_ids to ensembl"
@@ -107,12 +172,25 @@ def gene_identity(
         if (n := int((empty & (names != "")).sum())) > 0:
             decisions.add("gene_ids_missing", n, "genes without an id are identified by their symbol", n_genes=n)
             ids[empty] = names[empty]
+        odd = [i for i in ids[~empty] if not ENSEMBL.match(i)]
+        if odd:
+            text = (
+                f"ids that are not of Ensembl, such as {odd[0]!r}, are kept: are these genes? else see input.not_genes"
+            )
+            decisions.add("other_gene_ids", len(odd), text, n_genes=len(odd), warn=True)
     else:
-        symbol_field = symbol_field or index
+        if symbol_field is None:
+            others = [f for f in texts if f != index and _nameable(texts[f])]
+            raise UserError(
+                f"{where}: its genes are only numbered (such as {_example(texts[index])}), which says nothing of which "
+                f"gene it is; set input.gene_names to the column that names them ({listed(others) or 'none is left'}), "
+                "or write their names into the file"
+            )
         ids, kind = texts[symbol_field].copy(), "symbol"
         names = ids.copy()
         why = "as configured" if choice == "symbol" else "no index or column holds Ensembl gene ids"
         decisions.add("gene_ids", kind, f"{symbol_field} is taken: {why}")
+        ids = _kept_apart(ids, decisions)
     cut = np.array([VERSION.sub(r"\1", i) for i in ids], object)
     if (n := int((cut != ids).sum())) > 0:
         first = int(np.flatnonzero(cut != ids)[0])
@@ -122,15 +200,92 @@ def gene_identity(
     return cut, names, kind
 
 
-def _symbol_field(texts: dict[str, np.ndarray], shares: dict[str, float], index: str) -> str | None:
-    """Which field holds symbols: a column known for it, or the index; never Ensembl ids, never row numbers."""
+def _untangled(field: str, values: np.ndarray, decisions: Decisions) -> dict[str, np.ndarray]:
+    """One field of names as one or two: quotes, the name of the genome and joined ids and symbols taken apart."""
+    filled = [v for v in values.tolist() if v]
+    most = 0.9 * len(filled)
+    if not filled:
+        return {field: values}
+    if sum(len(v) > 1 and v[0] == v[-1] and v[0] in "\"'" for v in filled) >= most:
+        values = np.array([v.strip("\"'") for v in values], object)
+        filled = [v for v in values.tolist() if v]
+        decisions.add("quotes", len(filled), f"{field}: names are in quotes, which were taken off", n_genes=len(filled))
+    genomes = [match[1] for v in filled if (match := GENOME.match(v))]
+    if len(genomes) >= most:
+        cut = np.array([GENOME.sub("", v, count=1) for v in values], object)
+        # of several genomes, symbols need theirs to differ; Ensembl ids do not
+        if len(set(genomes)) == 1 or _ensembl_share(cut) >= 0.9:
+            text = f"{field}: the genome in front of names is cut ({listed(sorted(set(genomes)))})"
+            decisions.add("genome_cut", len(genomes), text, n_genes=len(genomes))
+            values = cut
+    parts = [JOINED.fullmatch(v) for v in values.tolist()]
+    if sum(part is not None for part in parts) >= most and not all(VERSION.match(v) for v in filled):
+        ids = [(part["a"] or part["c"]) if part else v for part, v in zip(parts, values, strict=True)]
+        symbols = [(part["b"] or part["d"]) if part else v for part, v in zip(parts, values, strict=True)]
+        decisions.add("ids_joined", len(filled), f"{field}: ids and symbols are joined, and were taken apart")
+        return {field: np.array(ids, object), f"{field}, behind the id": np.array(symbols, object)}
+    return {field: values}
+
+
+def _nameable(values: np.ndarray, distinct: float = 0.0) -> bool:
+    """Whether a field can hold names: not ids, not numbers, and hardly ever the same."""
+    filled = [v for v in values.tolist() if v]
+    if 2 * len(filled) < len(values) or not filled or len(set(filled)) < distinct * len(filled):
+        return False
+    unlike = sum(not (ACCESSION.fullmatch(v) or NUMBER.fullmatch(v)) for v in filled)
+    return unlike > 0.5 * len(filled)
+
+
+def _symbol_field(
+    texts: dict[str, np.ndarray], index: str, asked: str | None, where: str, decisions: Decisions
+) -> str | None:
+    """Which field holds symbols: the one asked for, one known for it, the index, or the only one that can."""
     lower = {field.removeprefix("column '").removesuffix("'").lower(): field for field in texts if field != index}
-    numbered = all(name.isdigit() for name in texts[index])
-    candidates = [lower[name] for name in SYMBOL_COLUMNS if name in lower]
-    # an index that is no id and no number is what the file's maker calls its genes; their columns may lag behind
-    candidates = [*candidates, index] if numbered or shares[index] >= 0.5 else [index, *candidates]
-    usable = [f for f in candidates if shares[f] < 0.5 and (texts[f] != "").any() and not (f == index and numbered)]
-    return usable[0] if usable else None
+    if asked is not None:
+        if f"column '{asked}'" not in texts:
+            columns = [f.removeprefix("column '").removesuffix("'") for f in texts if f.startswith("column '")]
+            raise UserError(
+                f"{where}: input.gene_names: no text column {asked!r} in its gene table{nearest(asked, columns)}; "
+                f"there are {listed(columns) or 'none'}"
+            )
+        return f"column '{asked}'"
+    candidates = [field for field in texts if field.endswith(", behind the id")]
+    known = [lower[name] for name in SYMBOL_COLUMNS if name in lower]
+    # an index that can name is what the file's maker calls its genes; their columns may lag behind
+    candidates += [index, *known] if _nameable(texts[index]) else known
+    usable = [field for field in candidates if _nameable(texts[field])]
+    if usable:
+        return usable[0]
+    left = [field for field in texts if field not in candidates and _nameable(texts[field], distinct=0.9)]
+    if len(left) == 1:
+        decisions.add(
+            "gene_names", left[0], "the only field whose texts tell genes apart is taken for their names", warn=True
+        )
+        return left[0]
+    if not left and _accessions(texts[index]):
+        return index
+    return None
+
+
+def _accessions(values: np.ndarray) -> bool:
+    """Whether names are ids of another kind than Ensembl's: they tell genes apart, whatever they say to a reader."""
+    return _ensembl_share(values) < 0.9 and sum(not NUMBER.fullmatch(v) for v in values) > 0.5 * len(values)
+
+
+def _kept_apart(ids: np.ndarray, decisions: Decisions) -> np.ndarray:
+    """Names that a spreadsheet made dates of, counted; two genes that became one date stay two."""
+    damaged = np.flatnonzero([SPREADSHEET.fullmatch(i) is not None for i in ids])
+    if not len(damaged):
+        return ids
+    repeated = pd.Series(ids[damaged]).duplicated(keep=False).to_numpy()
+    text = f"names such as {ids[damaged[0]]!r} look like dates that a spreadsheet made of genes; get the names anew"
+    if repeated.any():
+        text += f"; {int(repeated.sum())} that became the same stay apart, by their row"
+    decisions.add("spreadsheet_names", len(damaged), text, n_genes=len(damaged), warn=True)
+    ids = ids.copy()
+    for row in damaged[repeated]:
+        ids[row] = f"{ids[row]} (row {row + 1})"
+    return ids
 
 
 def _example(names: np.ndarray) -> str:
@@ -164,40 +319,89 @@ def merge_genes(ids: np.ndarray, names: np.ndarray, decisions: Decisions) -> tup
     return to, ids[first], names[first]
 
 
-def gene_expression_only(read: Read, path: Path, decisions: Decisions) -> Read:
-    """Keep the features of type Gene Expression, and say what else there was."""
-    blocks, (n_cells, n_genes), obs, var = read.blocks, read.shape, read.obs, read.var
-    if "feature_type" not in var or len(var) != n_genes:  # the lengths are compared when the reader is done
-        return read
-    genes = (var["feature_type"] == "Gene Expression").to_numpy()
-    if not genes.any():
+def genes_only(read: Read, where: str, config: InputConfig, decisions: Decisions) -> Read:
+    """Keep the features that are genes, and say what else there was; sum what was counted spliced and unspliced.
+
+    Raises
+    ------
+    UserError
+        For a matrix without a gene.
+    """
+    (n_cells, n_features), var = read.shape, read.var
+    told = _kinds(var, decisions)
+    kinds = None if told is None else told.str.lower().str.replace("[_-]", " ", regex=True)
+    genes = ~kinds.isin(OF_OTHERS).to_numpy() if kinds is not None else np.ones(n_features, bool)
+    if kinds is not None and kinds.isin(OF_GENES).any():
+        genes = kinds.isin(OF_GENES).to_numpy()
+    dropped = told[~genes].value_counts().sort_index() if told is not None else pd.Series(dtype=int)
+    said = ", ".join(f"{n:,} {name or 'without a type'}" for name, n in dropped.items())
+    by_name = config.not_genes
+    if by_name is None and kinds is None:
+        other = np.array([OTHERS_BY_NAME.fullmatch(name) is not None for name in as_text(var.index)])
+    else:
+        texts = [as_text(var.index), *(as_text(var[c]) for c in ("gene_ids",) if c in var)]
+        other = np.any([np.array([name_matcher(by_name or ())(n) for n in names], bool) for names in texts], axis=0)
+    other &= genes
+    if not (genes & ~other).any():
         raise UserError(
-            f"{path}: no feature of type 'Gene Expression' (found {listed(sorted(set(var['feature_type'])))})"
+            f"{where}: no feature is a gene, by type or name ({said or listed(as_text(var.index)[:5])}); name the "
+            "matrix of gene expression, or see input.not_genes"
         )
-    if not genes.all():
-        others = var.loc[~genes, "feature_type"].value_counts().sort_index()
-        said = ", ".join(f"{n:,} {name}" for name, n in others.items())
-        n = int((~genes).sum())
-        decisions.add("features_dropped", n, f"only Gene Expression features are modelled (not {said})", n_genes=n)
-        to, n_genes = np.where(genes, np.cumsum(genes) - 1, -1), len(genes) - n
-        blocks, var = (take_columns(block, to, n_genes) for block in read.blocks), var[genes]
-    if "genome" in var and var["genome"].nunique() > 1:
-        names = sorted(set(var["genome"]))
+    if (n := int((~genes).sum())) > 0:
+        decisions.add("features_dropped", n, f"only genes are modelled (not {said})", n_genes=n)
+    if (n := int(other.sum())) > 0:
+        example = listed(as_text(var.index)[other][:3])
+        why = (
+            "as input.not_genes says" if by_name is not None else "their names look like no genes; see input.not_genes"
+        )
+        text = f"left out: {why} (such as {example})"
+        decisions.add("features_dropped_by_name", n, text, n_genes=n, warn=by_name is None)
+    genes &= ~other
+    if "genome" in var and var.loc[genes, "genome"].nunique() > 1:
+        names = sorted(set(var.loc[genes, "genome"]))
         decisions.add("genomes", names, "the genes of all genomes are kept, as one gene set")
-    return Read(blocks, (n_cells, n_genes), obs, var.drop(columns=["feature_type"]))
+    kept = var[genes].drop(columns=[c for c in TYPE_COLUMNS if c in var])
+    to = np.where(genes, np.cumsum(genes) - 1, -1)
+    blocks = read.blocks if genes.all() else (take_columns(block, to, int(genes.sum())) for block in read.blocks)
+    kept.index = pd.Index(_unsplit(as_text(kept.index), decisions))
+    if "gene_ids" in kept:
+        kept["gene_ids"] = _unsplit(as_text(kept["gene_ids"]), None)
+    return dataclasses.replace(read, blocks=blocks, shape=(n_cells, len(kept)), var=kept)
+
+
+def _kinds(var: pd.DataFrame, decisions: Decisions) -> pd.Series | None:
+    """What kind each feature is, if a column says so in words that are known."""
+    for column in TYPE_COLUMNS:
+        if column in var:
+            kinds = pd.Series(as_text(var[column]))
+            if kinds.str.lower().str.replace("[_-]", " ", regex=True).isin(OF_GENES | OF_OTHERS).any():
+                return kinds
+            text = f"it has no kind of feature that is known (such as {kinds.iloc[0]!r}), so it says nothing here"
+            decisions.add(f"column {column}", "ignored", text)
+    return None
+
+
+def _unsplit(names: np.ndarray, decisions: Decisions | None) -> np.ndarray:
+    """Names without alevin-fry's endings: G, G-U and G-A are spliced, unspliced and ambiguous counts of one gene."""
+    there = set(names.tolist())
+    of = {n: n[:-2] for n in there if n[-2:] in ("-U", "-A") and n[:-2] in there}
+    if len(of) < 0.6 * len(there) or not of:  # two thirds, where every gene has both
+        return names
+    if decisions is not None:
+        text = "unspliced (-U) and ambiguous (-A) counts are added to the spliced ones of their gene"
+        decisions.add("spliced_unspliced_summed", len(of), text, n_genes=len(of), warn=True)
+    return np.array([of.get(n, n) for n in names], object)
 
 
 def guess_organism(ids: np.ndarray, names: np.ndarray) -> str:
-    """Guess from Ensembl prefixes, else from how symbols are written: "human", "mouse" or "unknown".
+    """Guess from Ensembl prefixes, else from how symbols are written: "human", "mouse" ... or "unknown".
 
     A guess to label models by: other species' symbols are written the same way (rat's as mouse's).
     """
     ensembl = [i for i in ids if ENSEMBL.fullmatch(i)]
     if len(ensembl) >= 0.5 * len(ids):
-        for prefix, organism in (("ENSG", "human"), ("ENSMUSG", "mouse")):
-            if sum(i.startswith(prefix) and i[len(prefix)].isdigit() for i in ensembl) >= 0.9 * len(ensembl):
-                return organism
-        return "unknown"
+        prefixes = pd.Series(ensembl).str.extract(r"^([A-Za-z]+)\d")[0].value_counts()
+        return ORGANISMS.get(prefixes.index[0], "unknown") if prefixes.iloc[0] >= 0.9 * len(ensembl) else "unknown"
     words = [n for n in names if re.fullmatch(r"[A-Z][A-Za-z]{2,}[A-Za-z0-9-]*", n)]
     upper = sum(bool(re.fullmatch(r"[A-Z0-9-]+(?:orf[A-Z0-9-]+)?", n)) for n in words)
     title = sum(bool(re.fullmatch(r"[A-Z][a-z]+[A-Za-z0-9-]*", n)) for n in words)

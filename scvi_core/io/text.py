@@ -1,14 +1,15 @@
-"""Readers of text: 10x ``mtx`` folders, CSV and TSV tables; see :func:`scvi_core.io.read_counts`."""
+"""Readers of text: matrix market files as pipelines write them, CSV and TSV; see :func:`scvi_core.io.read_counts`."""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import gzip
 import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO, cast
 
 import numpy as np
 import pandas as pd
@@ -19,109 +20,303 @@ from scvi_core.config import InputConfig
 from scvi_core.files import Decisions, UserError
 from scvi_core.io import checks, identity
 from scvi_core.io.blocks import Read, Scratch, Spool, by_cell, by_row, turned
-from scvi_core.io.checks import FIND_COUNTS, listed
-from scvi_core.io.identity import as_text, gene_expression_only
+from scvi_core.io.checks import Field, listed
+from scvi_core.io.identity import as_text
+
+MOST_TEXT = 2**30  # bytes of a table of barcodes or features, and of a line
+
+# A matrix' name, and what the tables beside it are called then: by 10x, STARsolo, BD Rhapsody and GEO; by kb; by
+# alevin-fry; by Parse's split-pipe; and otherwise.
+LAYOUTS = (
+    (r"(?P<before>.*)matrix(?P<after>[^/]*)\.mtx", "{before}barcodes{after}",
+     ("{before}features{after}", "{before}genes{after}")),
+    (r"(?P<before>cells_x_[a-z]+)(?P<after>\.[a-z]+)?\.mtx", "{before}.barcodes", ("{before}.genes",)),
+    (r"(?P<before>.*)quants_mat(?P<after>)\.mtx", "{before}quants_mat_rows", ("{before}quants_mat_cols",)),
+    (r"(?P<before>.*)(?:DGE|count_matrix)(?P<after>[^/]*)\.mtx", "{before}cell_metadata",
+     ("{before}all_genes", "{before}genes")),
+    (r"(?P<before>)[^/]*(?P<after>)\.mtx", "barcodes", ("features", "genes")),
+)  # fmt: skip
+# in the first line of a table that should have none
+HEADER = {
+    "",
+    "x",
+    "0",
+    "gene",
+    "genes",
+    "gene_id",
+    "gene_ids",
+    "gene_name",
+    "gene_symbol",
+    "symbol",
+    "feature",
+    "features",
+}
+HEADER |= {"id", "ids", "name", "names", "barcode", "barcodes", "cell", "cells", "cell_id", "cell_barcode", "bc_wells"}
+# columns of tables that hold no counts: of featureCounts, of genes, of cells
+ANNOTATION = {
+    "chr", "chrom", "chromosome", "start", "end", "strand", "length", "gene_length", "description",
+    "gene_description", "gene_type", "gene_biotype", "biotype", "gene_name", "gene_names", "gene_symbol",
+    "gene_symbols", "symbol", "gene_id", "gene_ids", "geneid", "ensembl_id", "entrez_id", "entrezid", "genename",
+    "numi", "ngene", "ncount_rna", "nfeature_rna", "n_counts", "n_genes", "total_counts", "n_genes_by_counts",
+    "percent.mt", "percent.mito", "percent_mito", "pct_mito", "pct_counts_mt", "cluster", "clusters",
+    "seurat_clusters", "assigned_cluster", "louvain", "leiden", "cell_type", "celltype", "cell_ontology_class",
+    "orig.ident", "sample", "sample_id", "donor", "donor_id", "batch", "condition", "barcode", "tissue",
+}  # fmt: skip
 
 
 def matrices(folder: Path) -> list[Path]:
-    """The ``matrix.mtx`` files of a folder, zipped or not, with or without something in front of the name."""
-    return sorted(p for p in folder.iterdir() if re.fullmatch(r".*matrix\.mtx(\.gz)?", p.name))
+    """The matrix market files of a folder that bear a name that some pipeline gives."""
+    named = re.compile("|".join(f"(?:{re.sub(r'[?]P<[a-z]+>', '?:', pattern)})" for pattern, _, _ in LAYOUTS[:-1]))
+    return sorted(p for p in folder.iterdir() if named.fullmatch(p.name.removesuffix(".gz")))
 
 
 def read_mtx(path: Path, config: InputConfig, decisions: Decisions, scratch: Scratch) -> Read:
-    """Matrix Market with the barcodes and features beside it, as 10x and STARsolo write them; folder or matrix."""
+    """Matrix Market with the barcodes and features beside it, as pipelines write them; folder or matrix."""
     found = matrices(path) if path.is_dir() else [path]
     if len(found) > 1:
         raise UserError(f"{path}: several matrices ({listed(m.name for m in found)}); name one of them as path")
     matrix = found[0]
-    barcodes = _beside(matrix, ("barcodes",))[0].to_numpy()
-    features = _beside(matrix, ("features", "genes"))
-    rows, columns, entries, form, field, symmetry = scipy.io.mminfo(matrix)
-    if field not in ("integer", "real", "unsigned-integer") or symmetry != "general":
-        raise UserError(f"{matrix}: a {symmetry} matrix of type {field}; counts are general, integer or real")
-    checks.check_size(entries, matrix.stat().st_size, str(matrix))
-    n_cells, n_genes = len(barcodes), len(features)
-    if (rows, columns) == (n_genes, n_cells):
-        as_cells = False
-    elif (columns, rows) == (n_genes, n_cells):
-        as_cells = True
-        decisions.add("orientation", "cells_as_rows", "the matrix has as many rows as there are barcodes")
-    else:
-        raise UserError(
-            f"{matrix}: {rows:,} x {columns:,}, but there are {n_genes:,} features and {n_cells:,} "
-            "barcodes; the three files are not of one export"
-        )
+    if path.is_dir():
+        checks.check_links(path)
+    remedy = checks.FIND_COUNTS
+    whole = next(
+        (matrix.with_name(n) for n in ("matrix.mtx", "matrix.mtx.gz") if matrix.with_name(n).is_file()), matrix
+    )
+    if whole != matrix:
+        remedy = f"take {whole.name} beside it, which has the counts"
+    field = Field(str(matrix), remedy)
+    head = _mtx_head(matrix)
+    checks.check_size(head.entries, matrix.stat().st_size, str(matrix))
+    cells, genes = _tables_beside(matrix, decisions)
+    cells, genes, as_cells = _fitting(matrix, head, cells, genes, decisions)
+    n_cells, n_genes = len(cells), len(genes)
     stripes = (
         by_row(*((row, column) if as_cells else (column, row)), counts, (n_cells, n_genes), str(matrix))
-        for row, column, counts in _mtx_entries(matrix, (rows, columns), entries, form, field)
+        for row, column, counts in _mtx_entries(matrix, head, field)
     )
     blocks = by_cell(stripes, n_cells, str(matrix), scratch)
-    var = pd.DataFrame({"gene_ids": features[0].to_numpy()}, index=features[1 if 1 in features else 0].to_numpy())
-    if 2 in features:
-        var["feature_type"] = features[2].to_numpy()
-    return gene_expression_only(Read(blocks, (n_cells, n_genes), pd.DataFrame(index=barcodes), var), path, decisions)
+    obs = pd.DataFrame(index=as_text(np.array([row[0] if row else "" for row in cells], object)))
+    return Read(blocks, (n_cells, n_genes), obs, _gene_table(genes), field)
 
 
-def _mtx_entries(
-    matrix: Path, shape: tuple[int, int], entries: int, form: str, field: str
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Rows, columns (from 0) and counts of a Matrix Market file, some lines at a time, given to scipy as a file."""
-    lines = seen = 0
-    with (gzip.open if zipped(matrix) else open)(matrix, "rb") as handle:
-        for line in handle:
+@dataclasses.dataclass(frozen=True)
+class _Head:
+    """What a Matrix Market file says in front of its entries; `lines` of it are read."""
+
+    rows: int
+    columns: int
+    entries: int
+    dense: bool
+    lines: int
+
+
+def _mtx_head(matrix: Path) -> _Head:
+    lines, sizes = 0, b""
+    with _open(matrix) as handle:
+        banner = handle.readline(1024).decode("ascii", "replace").lower().split()
+        while not sizes.strip() or sizes.startswith(b"%"):
             lines += 1
-            if line.strip() and not line.startswith(b"%"):  # the sizes, which mminfo has read
-                break
-        while text := handle.read(8 * checks.BLOCK):
-            text += handle.readline()
-            n = ends = text.count(b"\n") + (not text.endswith(b"\n"))
-            try:
-                read = _mtx_lines(text, n, shape, form, field, lines)
-            except ValueError:  # are some of them blank? if not, the same is said again
-                if not (n := sum(bool(line.strip()) for line in text.splitlines())):
-                    continue
-                read = _mtx_lines(text, n, shape, form, field, lines)
-            if form == "coordinate":
-                yield read.row, read.col, checks.pack_counts(read.data, str(matrix), FIND_COUNTS)
-            else:  # all values, column by column
-                at = np.flatnonzero(read)
-                column, row = np.divmod(seen + at, shape[0])
-                yield row, column, checks.pack_counts(read.reshape(-1)[at], str(matrix), FIND_COUNTS)
-            lines, seen = lines + ends, seen + n
-    if seen != entries:
+            sizes = handle.readline(2**16)
+            if not sizes:
+                raise UserError(f"{matrix}: truncated before its line of sizes; fetch it again")
+    form, field, symmetry = (*banner[2:5], *3 * [""])[:3]
+    if (
+        banner[:2] != ["%%matrixmarket", "matrix"]
+        or form not in ("coordinate", "array")
+        or field not in ("integer", "unsigned-integer", "real", "double", "float")
+        or symmetry != "general"
+    ):
+        raise UserError(
+            f"{matrix}: a matrix of type {' '.join(banner[1:5]) or 'unknown'}; counts are general, integer or real"
+        )
+    try:
+        told = [float(token) for token in sizes.split()]  # R writes 1e+05
+        if len(told) != (3 if form == "coordinate" else 2) or any(n < 0 or n != int(n) for n in told):
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise UserError(f"{matrix}: its sizes are {sizes.strip()[:80]!r}, not whole numbers; fetch it again") from None
+    rows, columns, *entries = (int(n) for n in told)
+    return _Head(rows, columns, entries[0] if entries else rows * columns, form == "array", lines + 1)
+
+
+def _mtx_entries(matrix: Path, head: _Head, field: Field) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Rows, columns (from 0) and counts of a Matrix Market file, some lines at a time."""
+    seen, lines = 0, head.lines
+    with _open(matrix) as handle:
+        for _ in range(head.lines):
+            handle.readline(2**16)
+        for text in _line_blocks(handle, matrix, 8):
+            values = _mtx_values(text, 1 if head.dense else 3, matrix, lines)
+            lines += text.count(b"\n")
+            if not len(values):
+                continue
+            if head.dense:  # all values, column by column
+                at = np.flatnonzero(values)
+                column, row = np.divmod(seen + at, head.rows)
+                yield row, column, checks.pack_counts(values.reshape(-1)[at], field)
+            else:
+                row, column = values[:, 0].astype(np.int64) - 1, values[:, 1].astype(np.int64) - 1
+                outside = (row < 0) | (column < 0) | (row >= head.rows) | (column >= head.columns)
+                if outside.any():
+                    filled = [i for i, line in enumerate(text.splitlines()) if line.strip()]
+                    at = lines - text.count(b"\n") + filled[int(outside.argmax())] + 1
+                    raise UserError(
+                        f"{matrix}: Line {at}: its row or column lies outside of {head.rows:,} x {head.columns:,} "
+                        "(counted from 1); fetch it again"
+                    )
+                yield row, column, checks.pack_counts(values[:, 2], field)
+            seen += len(values)
+    if seen != head.entries:
         raise ValueError(
-            f"{'truncated' if seen < entries else 'too long'}: {seen:,} entries where {entries:,} are declared"
+            f"{'truncated' if seen < head.entries else 'too long'}: {seen:,} entries, {head.entries:,} are declared"
         )
 
 
-def _mtx_lines(text: bytes, n: int, shape: tuple[int, int], form: str, field: str, before: int) -> Any:
-    """What scipy makes of `n` lines of a Matrix Market file; `before`: how many lines of the file are before them."""
-    sizes = f"{shape[0]} {shape[1]} {n}" if form == "coordinate" else f"{n} 1"
-    try:
-        return scipy.io.mmread(io.BytesIO(f"%%MatrixMarket matrix {form} {field} general\n{sizes}\n".encode() + text))
-    except ValueError as error:
-        if (found := re.match(r"Line (\d+)", str(error))) is None:
-            raise
-        raise ValueError(f"Line {int(found[1]) - 2 + before}{str(error)[found.end() :]}") from None
+def _mtx_values(text: bytes, per_line: int, matrix: Path, before: int) -> np.ndarray:
+    """(lines, per_line) numbers of whole lines of text, each token parsed whole.
+
+    scipy's parser is the fastest, but stops in silence where a token has a character that it does not expect, and at
+    what follows the third one: it sees digits only, three numbers a line. pandas' is strict.
+    """
+    characters = np.frombuffer(text, np.uint8)
+    inside = characters > 32
+    tokens = np.count_nonzero(inside[1:] & ~inside[:-1]) + bool(len(inside) and inside[0])
+    lines = text.count(b"\n") + (not text.endswith(b"\n"))
+    if tokens == per_line * lines:
+        try:
+            if per_line == 3 and not text.translate(None, b"0123456789 \t\r\n"):
+                sizes = f"{2**31 - 1} {2**31 - 1} {lines}\n"  # whether places lie within is looked at by who asks
+                head = f"%%MatrixMarket matrix coordinate integer general\n{sizes}"
+                read = scipy.io.mmread(io.BytesIO(head.encode() + text))
+                return np.column_stack([read.row.astype(np.int64) + 1, read.col.astype(np.int64) + 1, read.data])
+            names = list(range(per_line))
+            options = {"sep": r"\s+", "header": None, "names": names, "index_col": False, "na_filter": False}
+            values = pd.read_csv(io.BytesIO(text), dtype=np.float64, **options).to_numpy()
+            if len(values) == lines and (per_line == 1 or (values[:, :2] == np.floor(values[:, :2])).all()):
+                return values
+        except (ValueError, OverflowError):
+            pass  # said below, with its line
+    rows = []
+    for number, line in enumerate(text.splitlines(), before + 1):
+        fields = line.split()
+        if not fields:
+            continue
+        try:
+            if len(fields) != per_line:
+                raise ValueError
+            rows.append([float(token) for token in fields])
+        except ValueError:
+            raise UserError(
+                f"{matrix}: Line {number}: {line[:80].decode('utf-8', 'replace')!r} is not {per_line} number"
+                f"{'s' * (per_line > 1)}; write it again, with a point for decimals"
+            ) from None
+    values = np.array(rows, np.float64).reshape(-1, per_line)
+    if per_line == 3 and len(values) and (values[:, :2] != np.floor(values[:, :2])).any():
+        raise UserError(f"{matrix}: an entry's row or column is no whole number; fetch it again")
+    return values
 
 
-def _beside(matrix: Path, names: tuple[str, ...]) -> pd.DataFrame:
-    """The tab-separated table of barcodes or features that lies beside a matrix.mtx; columns are numbered."""
-    prefix = re.sub(r"(matrix)?\.mtx(\.gz)?$", "", matrix.name)  # GEO puts the accession in front of all three
-    for name in [f"{p}{n}.tsv{gz}" for p in dict.fromkeys((prefix, "")) for n in names for gz in (".gz", "")]:
-        path = matrix.with_name(name)
-        if path.exists():
-            return pd.read_csv(
-                path,
-                sep="\t",
-                header=None,
-                dtype=str,
-                keep_default_na=False,
-                quoting=csv.QUOTE_NONE,
-                compression="gzip" if zipped(path) else None,
+def _tables_beside(matrix: Path, decisions: Decisions) -> tuple[list[list[str]], list[list[str]]]:
+    """The rows of the tables of barcodes and of features that lie beside a matrix."""
+    name = matrix.name.removesuffix(".gz")
+    tried: dict[str, list[str]] = {"barcodes": [], "features": []}
+    tables: dict[str, list[list[str]]] = {}
+    for pattern, barcodes, features in LAYOUTS:
+        match = re.fullmatch(pattern, name)
+        if match is None:
+            continue
+        parts = {key: value or "" for key, value in match.groupdict().items()}
+        for kind, names in (("barcodes", (barcodes,)), ("features", features)):
+            # the names of 10x may also lie there without what GEO puts around them
+            stems = dict.fromkeys(
+                [*(n.format(**parts) for n in names), *(n.format(before="", after="") for n in names)]
             )
-    files = " or ".join(f"{prefix}{name}.tsv" for name in names)
-    raise UserError(f"{matrix}: no {files} (or .gz) beside it; put the export's files together")
+            tried[kind] += stems
+            there = [
+                path
+                for stem in stems
+                for end in (".tsv", ".txt", ".csv")
+                for path in (matrix.with_name(f"{stem}{end}.gz"), matrix.with_name(f"{stem}{end}"))
+                if path.is_file()
+            ]
+            if there and kind not in tables:
+                tables[kind] = _rows(there[0], decisions)
+    if "features" not in tables:  # GEO has one for a whole series
+        series = [p for p in matrix.parent.iterdir() if re.fullmatch(r".*(features|genes).*\.tsv(\.gz)?", p.name)]
+        if len(series) == 1:
+            decisions.add("features", series[0].name, "the only table of features in the folder")
+            tables["features"] = _rows(series[0], decisions)
+    for kind in ("barcodes", "features"):
+        if kind not in tables:
+            names = " or ".join(f"{stem}.tsv" for stem in dict.fromkeys(tried[kind]))
+            raise UserError(f"{matrix}: no {names} (or .gz) beside it; put the export's files together")
+    return tables["barcodes"], tables["features"]
+
+
+def _rows(path: Path, decisions: Decisions) -> list[list[str]]:
+    """The fields of a small table's lines, without the quotes and the numbers that R puts around and before them."""
+    with _open(path) as handle:
+        content = handle.read(MOST_TEXT)
+    if len(content) == MOST_TEXT:
+        raise UserError(f"{path}: over {MOST_TEXT:,} bytes of text where names are expected; fetch it again")
+    text = content.decode("utf-8-sig")
+    lines = [line for line in re.split(r"\r\n|\r|\n", text) if line]
+    if not lines:
+        raise UserError(f"{path}: an empty file; fetch it again")
+    if path.name.removesuffix(".gz").endswith(".csv"):
+        return list(csv.reader(lines))
+    rows = [line.split("\t") for line in lines]
+    if sum(line[0] == line[-1] and line[0] in "\"'" and len(line) > 1 for line in lines) >= 0.9 * len(lines):
+        decisions.add("quotes", path.name, "its lines or fields are in quotes, which were taken off")
+        rows = [[field.strip("\"'") for field in row] for row in rows]
+    shift = 0 if rows[0][0] in ("0", "1") and len(rows[0]) > 1 else 1  # a header has no number
+    body = rows[shift:]
+    if body and len(body[0]) > 1 and body[0][0] in ("0", "1"):
+        first = int(body[0][0])
+        if all(row[0] == str(first + i) for i, row in enumerate(body)):
+            decisions.add("row_numbers", path.name, "its lines are numbered, and the numbers were left out")
+            rows = [row[1:] if len(row) == len(body[0]) else row for row in rows]
+    return rows
+
+
+def _fitting(
+    matrix: Path, head: _Head, cells: list[list[str]], genes: list[list[str]], decisions: Decisions
+) -> tuple[list[list[str]], list[list[str]], bool]:
+    """Barcodes and features as many as the matrix has, without the headers that some have; whether cells are rows."""
+
+    def headed(rows: list[list[str]]) -> bool:
+        names = [field.strip("\"'").lower() for field in rows[0]]
+        return any(name in HEADER or re.fullmatch(r"v\d+", name) for name in names)  # R calls columns V1, V2 ...
+
+    for c in range(1 + headed(cells)):
+        for g in range(1 + headed(genes)):
+            shape = (len(genes) - g, len(cells) - c)
+            if shape in ((head.rows, head.columns), (head.columns, head.rows)):
+                if c or g:
+                    which = " and ".join(["barcodes"] * c + ["features"] * g)
+                    decisions.add("headers", c + g, f"{which}: the first line is a header, and was left out")
+                as_cells = shape != (head.rows, head.columns)
+                if as_cells:
+                    decisions.add("orientation", "cells_as_rows", "the matrix has as many rows as there are barcodes")
+                return cells[c:], genes[g:], as_cells
+    raise UserError(
+        f"{matrix}: {head.rows:,} x {head.columns:,}, but there are {len(genes):,} features and {len(cells):,} "
+        "barcodes; the three files are not of one export"
+    )
+
+
+def _gene_table(rows: list[list[str]]) -> pd.DataFrame:
+    """Features as a gene table: ids, names and kinds, in 10x's order of columns."""
+    width = max(map(len, rows), default=0)
+    columns = [
+        as_text(np.array([row[i] if i < len(row) else "" for row in rows], object)) for i in range(min(width, 3))
+    ]
+    if not columns:
+        return pd.DataFrame()
+    var = pd.DataFrame({"gene_ids": columns[0]}, index=columns[1 if len(columns) > 1 else 0])
+    if len(columns) > 2:
+        var["feature_type"] = columns[2]
+    return var
 
 
 def zipped(path: Path) -> bool:
@@ -130,11 +325,31 @@ def zipped(path: Path) -> bool:
         return handle.read(2) == b"\x1f\x8b"
 
 
+def _open(path: Path) -> BinaryIO:
+    """A file's bytes, unpacked where its content (not its name) says that it is packed."""
+    if not path.is_file():
+        raise UserError(f"{path}: not a file; put the export's files together")
+    return cast(BinaryIO, gzip.open(path, "rb") if zipped(path) else path.open("rb"))
+
+
+def _line_blocks(handle: BinaryIO, path: Path, per_value: int) -> Iterator[bytes]:
+    """Whole lines of a file, as many at a time as have about ``checks.BLOCK`` values of so many bytes."""
+    while text := handle.read(per_value * checks.BLOCK):
+        rest = handle.readline(MOST_TEXT)
+        if len(rest) == MOST_TEXT:
+            raise UserError(f"{path}: a line of over {MOST_TEXT:,} bytes; {checks.DAMAGED}")
+        yield text + rest
+
+
 def read_table(path: Path, config: InputConfig, decisions: Decisions, scratch: Scratch) -> Read:
     """A dense table, its delimiter by its name, read some rows at a time."""
-    opened = gzip.open if zipped(path) else open
-    with opened(path, "rt", encoding="utf-8-sig", newline="") as handle:
-        first, second = handle.readline(), handle.readline()
+    with _open(path) as handle:
+        skip, first = 0, handle.readline(MOST_TEXT)
+        while first.startswith(b"##"):  # BD Rhapsody writes what it did in front
+            skip, first = skip + 1, handle.readline(MOST_TEXT)
+        if len(first) == MOST_TEXT:
+            raise UserError(f"{path}: a line of over {MOST_TEXT:,} bytes; {checks.DAMAGED}")
+        first, second = first.decode("utf-8-sig"), handle.readline(MOST_TEXT).decode("utf-8")
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if suffix not in (".csv", ".tsv", ".tab", ".txt"):
         raise UserError(f"{path}: text, but not named .csv, .tsv or .txt (or with .gz); rename it by its delimiter")
@@ -142,60 +357,150 @@ def read_table(path: Path, config: InputConfig, decisions: Decisions, scratch: S
     if suffix == ".txt" and "\t" not in first:
         delimiter = "," if "," in first else " "
     header, row = next(csv.reader([first], delimiter=delimiter)), next(csv.reader([second], delimiter=delimiter), [])
+    if len(header) < 2 and ";" in first:
+        raise UserError(
+            f"{path}: its columns are separated by semicolons, as spreadsheets of some languages write them; save it "
+            "with commas, or tabs (.tsv), and a point for decimals"
+        )
     if not row:
         raise UserError(f"{path}: no row below the header, so no counts; check the export, or leave the sample out")
     if len(header) < 2 and len(row) < 2:
         name = {",": "comma", "\t": "tab", " ": "space"}[delimiter]
         raise UserError(f"{path}: no {name} in its first lines; is another delimiter used? .csv: comma, .tsv: tab")
-    names = header if len(row) == len(header) + 1 else header[1:]  # R leaves the corner out
-    columns = as_text(np.array(names, object))
-    rows: list[str] = []  # known when all is read
-    as_cells = config.orientation == "cells_as_rows"
-    read = _table_blocks(path, delimiter, columns, rows)
-    if as_cells:
-        blocks = Spool(scratch)
-        for block in read:
-            blocks.add(block)
-        cells, genes = np.array(rows, object), columns
-    else:
-        blocks = by_cell(turned(read), len(columns), str(path), scratch)
-        cells, genes = columns, np.array(rows, object)
-    if (identity.looks_like_genes(cells) and not identity.looks_like_genes(genes)) or (
-        identity.looks_like_barcodes(genes) and not identity.looks_like_barcodes(cells)
-    ):
-        other = "genes_as_rows" if as_cells else "cells_as_rows"
-        raise UserError(
-            f"{path}: with input.orientation {config.orientation} the cells would be {cells[0]!r}... and the genes "
-            f"{genes[0]!r}...; set input.orientation to {other}"
+    names = as_text(np.array(header if len(row) == len(header) + 1 else header[1:], object))  # R leaves the corner out
+    beside = np.flatnonzero([name.lower() in ANNOTATION for name in names])
+    table = _Table(path, delimiter, skip + 1, names, beside, Field(str(path)))
+    return table.read(config, decisions, scratch)
+
+
+@dataclasses.dataclass
+class _Table:
+    """A dense table on disk: what is in its columns, and, as it is read, what its rows are called.
+
+    Attributes
+    ----------
+    before : lines in front of the values.
+    names : (columns,) of the header, but for that of the rows' names.
+    beside : which columns hold no counts.
+    rows, annotation : the rows' names, and the columns beside, as they are read.
+    """
+
+    path: Path
+    delimiter: str
+    before: int
+    names: np.ndarray
+    beside: np.ndarray
+    field: Field
+    rows: list[str] = dataclasses.field(default_factory=list)
+    annotation: list[pd.DataFrame] = dataclasses.field(default_factory=list)
+
+    def read(self, config: InputConfig, decisions: Decisions, scratch: Scratch) -> Read:
+        columns = np.delete(self.names, self.beside)
+        blocks = self.blocks()
+        first = next(blocks)
+        oriented = self.orientation(config.orientation, columns)
+        as_cells = oriented == "cells_as_rows"
+        read = (block for part in ([first], blocks) for block in part)
+        if as_cells:
+            spool = Spool(scratch)
+            for block in read:
+                spool.add(block)
+            counts, rows = spool, np.array(self.rows, object)
+        else:
+            counts = by_cell(turned(read), len(columns), str(self.path), scratch)
+            rows = np.array(self.rows, object)
+        self.orientation(oriented, columns)  # now that all rows are known
+        cells, genes = (rows, columns) if as_cells else (columns, rows)
+        beside = (
+            pd.concat(self.annotation, ignore_index=True) if self.annotation else pd.DataFrame(index=range(len(rows)))
         )
-    example = f"cells such as {cells[0]}, genes such as {genes[0]}" if len(cells) and len(genes) else "no values"
-    decisions.add("orientation", config.orientation, f"as configured: {example}")
-    return Read(blocks, (len(cells), len(genes)), pd.DataFrame(index=cells), pd.DataFrame(index=genes))
+        if len(self.beside):
+            text = f"columns of names known for annotation hold no counts: {listed(self.names[self.beside][:10])}"
+            decisions.add("annotation_columns", len(self.beside), text, warn=True)
+        self.unlike(cells, decisions)
+        example = f"cells such as {cells[0]}, genes such as {genes[0]}" if len(cells) and len(genes) else "no values"
+        why = "by the names of genes and cells" if config.orientation == "auto" else "as configured"
+        decisions.add("orientation", oriented, f"{why}: {example}")
+        obs, var = pd.DataFrame(index=cells), pd.DataFrame(index=genes)
+        if as_cells:
+            obs = beside.set_index(cells)
+        else:
+            var = beside.set_index(genes)
+        return Read(counts, (len(cells), len(genes)), obs, var, self.field, tuple(obs.columns))
 
+    def orientation(self, asked: str, columns: np.ndarray) -> str:
+        """What a row is, as asked for, if names do not say otherwise, or as they say."""
+        rows = np.array(self.rows, object)
+        in_rows, in_columns = identity.gene_evidence(rows), identity.gene_evidence(columns)
+        genes = "genes_as_rows" if in_rows > in_columns else "cells_as_rows" if in_columns > in_rows else None
+        if max(in_rows, in_columns) < 3 or min(in_rows, in_columns) > 0.5 * max(in_rows, in_columns):
+            bars = identity.looks_like_barcodes(rows), identity.looks_like_barcodes(columns)
+            genes = {(True, False): "cells_as_rows", (False, True): "genes_as_rows"}.get(bars)
+        names = f"rows such as {listed(rows[:2])}, columns such as {listed(columns[:2])}"
+        if asked == "auto" and genes is None:
+            raise UserError(
+                f"{self.path}: neither rows nor columns have names that are known as genes or barcodes ({names}); set "
+                "input.orientation to genes_as_rows or cells_as_rows"
+            )
+        if asked != "auto" and genes not in (None, asked):
+            cell, gene = (rows, columns) if asked == "cells_as_rows" else (columns, rows)
+            raise UserError(
+                f"{self.path}: with input.orientation {asked} the cells would be {cell[0]!r}... and the genes "
+                f"{gene[0]!r}...; set input.orientation to {genes}"
+            )
+        return genes if asked == "auto" else asked
 
-def _table_blocks(path: Path, delimiter: str, columns: np.ndarray, rows: list[str]) -> Iterator[sp.csr_matrix]:
-    """Counts of a table below its header, some rows at a time; their names are added to `rows`."""
-    reading = pd.read_csv(
-        path,
-        sep=delimiter,
-        header=None,
-        skiprows=1,
-        index_col=0,
-        dtype={0: str},
-        na_values=[""],  # "NA" stays text: as a gene's name it is one, as a count it is none
-        keep_default_na=False,
-        encoding="utf-8-sig",
-        compression="gzip" if zipped(path) else None,
-        chunksize=max(1, checks.BLOCK // max(1, len(columns))),
-    )
-    for chunk in reading:
-        for column, kind in enumerate(chunk.dtypes):
-            if kind.kind not in "iuf":
-                values = chunk.iloc[:, column]
-                bad = next((v for v in values if pd.isna(pd.to_numeric(v, errors="coerce"))), values.iloc[0])
-                at = columns[column] if column < len(columns) else column + 1
-                raise UserError(f"{path}: column {at!r} has {bad!r}, not a number; keep names and counts only")
-        if chunk.shape[1] != len(columns):
-            raise UserError(f"{path}: {len(columns):,} names in the header, {chunk.shape[1]:,} values in a row")
-        rows.extend(as_text(chunk.index))
-        yield checks.dense_counts(chunk.to_numpy(), str(path), FIND_COUNTS)
+    def unlike(self, cells: np.ndarray, decisions: Decisions) -> None:
+        """Warn of a few names without nucleotides among barcodes: sums, lengths and the like."""
+        if len(cells) > 20 and identity.looks_like_barcodes(cells):
+            odd = [name for name in cells if not identity.looks_like_barcodes(np.array([name], object))]
+            if odd:
+                text = (
+                    f"names that are unlike the other cells' ({listed(odd[:5])}): are these cells? else take them out"
+                )
+                decisions.add("odd_cells", len(odd), text, n_cells=len(odd), warn=True)
+
+    def blocks(self) -> Iterator[sp.csr_matrix]:
+        """Counts below the header, some rows at a time; at least one block."""
+        count = np.setdiff1d(np.arange(len(self.names)), self.beside)
+        empty = True
+        with _open(self.path) as handle:
+            for _ in range(self.before):
+                handle.readline(MOST_TEXT)
+            for text in _line_blocks(handle, self.path, 2):  # a digit and a delimiter
+                if not text.strip():
+                    continue
+                chunk = pd.read_csv(
+                    io.BytesIO(text),
+                    sep=self.delimiter,
+                    header=None,
+                    index_col=0,
+                    dtype={0: str},
+                    na_values=[""],  # "NA" stays text: as a gene's name it is one, as a count it is none
+                    keep_default_na=False,
+                    encoding="utf-8",
+                )
+                if chunk.shape[1] != len(self.names):
+                    raise UserError(
+                        f"{self.path}: {len(self.names):,} names in the header, {chunk.shape[1]:,} values in a row"
+                    )
+                self.check_numbers(chunk, count)
+                self.rows.extend(as_text(chunk.index))
+                if len(self.beside):
+                    beside = chunk.iloc[:, self.beside].reset_index(drop=True)
+                    self.annotation.append(beside.set_axis(self.names[self.beside], axis=1))
+                empty = False
+                yield checks.dense_counts(chunk.iloc[:, count].to_numpy(), self.field)
+        if empty:
+            yield sp.csr_matrix((0, len(count)), dtype=np.uint8)
+
+    def check_numbers(self, chunk: pd.DataFrame, count: np.ndarray) -> None:
+        for column in count:
+            if chunk.dtypes.iloc[column].kind in "iuf":
+                continue
+            values = chunk.iloc[:, column]
+            bad = next((v for v in values if pd.isna(pd.to_numeric(v, errors="coerce"))), values.iloc[0])
+            remedy = "keep names and counts only"
+            if str(bad) in ("NA", "N/A", "nan", "NaN", ""):
+                remedy = "write 0 where nothing was counted"
+            raise UserError(f"{self.path}: column {self.names[column]!r} has {bad!r}, not a number; {remedy}")

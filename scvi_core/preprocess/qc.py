@@ -5,6 +5,7 @@ Every threshold is a decision on record with its numbers; a dropped cell carries
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from scvi_core.config import QcConfig
+from scvi_core.config import QcConfig, name_matcher
 from scvi_core.files import Decisions, UserError
+from scvi_core.io.identity import GENOME
 from scvi_core.preprocess.samples import read_chunks, read_tables
 
 if TYPE_CHECKING:
@@ -44,37 +46,56 @@ HIGHEST_RATE = 0.08
 # RPS6KA1 (kinase) and RPS19BP1, HBEGF and HBP1, IGHMBP2 (helicase), TRADD and TRAF1.
 # A '.' may stand for '-' in names that went through R.
 GENE_GROUPS = {
-    "mitochondrial": r"^MT[-.:]",
+    "mitochondrial": r"^(?:MT[-.:]|ATMG\d{5}$|Q0\d{3}$)",  # the last two: thale cress, yeast
     "ribosomal": r"^RP(?:[SL]\d+(?![\dK]|BP)|LP[0-2]|SA(?:$|P))(?!.*[-.](?:AS|DT)\d*$)",
     "haemoglobin": r"^HB(?:[ABDEGMQZ]\d?|Q1[AB]|[AB][AE]\d(?:\.\d)?)(?:$|[-.])",
     "immunoglobulin": r"^IG(?:H[VJ]|HD\d|H[ADEGM](?:\d[ABC]?)?(?:P\d?)?$|K[CVJ]|L[CVJ])",
     "tcr": r"^(?:TR(?:A[VJ]|B[VDJ]|G[VJ]|D[VDJ])(?:\d|P|[AB]$|OR)|TR(?:A|B|G|D)C\d?(?:$|[-.])|TCR[ABGD][-.])",
 }
-# for matrices without gene names: the 13 protein-coding and 2 ribosomal RNA genes of each mitochondrial genome
-MITOCHONDRIAL_IDS = frozenset(
-    [f"ENSG00000{n}" for n in (198888, 198763, 198804, 198712, 228253, 198899, 198938, 198840, 212907, 198886)]
-    + [f"ENSG00000{n}" for n in (198786, 198695, 198727, 211459, 210082)]
-    + [f"ENSMUSG000000{n}" for n in (64341, 64345, 64351, 64354, 64356, 64357, 64358, 64360, 65947, 64363)]
-    + [f"ENSMUSG000000{n}" for n in (64367, 64368, 64370, 64337, 64339)]
-)
+# the genes of mitochondrial genomes where nothing stands in front of their names: of most vertebrates, and the worm's
+MITOCHONDRIAL_NAMES = {
+    "ND1", "ND2", "ND3", "ND4", "ND4L", "ND5", "ND6", "COX1", "COX2", "COX3", "CO1", "CO2", "CO3", "CYTB", "CYB",
+    "ATP6", "ATP8", "NDUO-1", "NDUO-2", "NDUO-3", "NDUO-4", "NDUO-5", "NDUO-6", "NDFL-4", "CTC-1", "CTC-2", "CTC-3",
+    "CTB-1", "ATP-6",
+}  # fmt: skip
+ENOUGH_NAMES = 5  # of these, as one alone may be called so by chance
 
 
-def in_group(group: str, gene_ids: np.ndarray, gene_names: np.ndarray) -> np.ndarray:
+@functools.cache
+def _mitochondrial_ids() -> frozenset[str]:
+    """Ensembl ids of the mitochondrial genomes of the species in mitochondrial.txt."""
+    lines = Path(__file__).with_name("mitochondrial.txt").read_text("utf-8").splitlines()
+    return frozenset(gene for line in lines if not line.startswith("#") for gene in line.partition(":")[2].split())
+
+
+def in_group(
+    group: str, gene_ids: np.ndarray, gene_names: np.ndarray, given: tuple[str, ...] | None = None
+) -> np.ndarray:
     """Which genes belong to a group of ``GENE_GROUPS``.
 
     Parameters
     ----------
     group : a key of ``GENE_GROUPS``.
     gene_ids, gene_names : (genes,) texts.
+    given : ids, names and /patterns/ that are the group, instead of what is known of it.
 
     Returns
     -------
     (genes,) bool.
     """
+    if given is not None:
+        among = name_matcher(given)
+        return np.array(
+            [among(gene) or among(name) for gene, name in zip(gene_ids, gene_names, strict=True)], dtype=bool
+        )
     matches = re.compile(GENE_GROUPS[group], re.IGNORECASE).match
-    found = np.array([matches(name) is not None for name in gene_names], dtype=bool)
+    names = [GENOME.sub("", name, count=1) for name in gene_names]
+    found = np.array([matches(name) is not None for name in names], dtype=bool)
     if group == "mitochondrial":
-        found |= np.array([gene in MITOCHONDRIAL_IDS for gene in gene_ids], dtype=bool)
+        found |= np.array([gene in _mitochondrial_ids() for gene in gene_ids], dtype=bool)
+        bare = np.array([name.upper() in MITOCHONDRIAL_NAMES for name in names], dtype=bool)
+        if not found.any() and bare.sum() >= ENOUGH_NAMES:
+            return bare
     return found
 
 
@@ -101,13 +122,17 @@ def qc(h5ad: Path, config: QcConfig, seed: int) -> tuple[pd.DataFrame, Decisions
     UserError
         When no cell is left, or the file is not a sample that ingest wrote.
     """
-    obs, var, _ = read_tables(h5ad, ("barcode", "sample", "batch"))
-    sample = str(obs["sample"].iloc[0])
+    obs, var, uns = read_tables(h5ad, ("barcode", "sample", "batch"))
+    sample = uns["sample"]
     decisions = Decisions("qc", sample)
-    frame, totals = _metrics(h5ad, obs, var, decisions)
-    flags = _thresholds(frame, config, decisions)
+    frame, totals = _metrics(h5ad, obs, var, config, decisions)
+    flags = {flag: np.zeros(len(frame), dtype=bool) for flag in FLAGS}
+    members = {name: np.flatnonzero(frame["sample"] == name) for name in frame["sample"].unique()}
+    for name, rows in members.items():
+        for flag, flagged in _thresholds(frame.iloc[rows], config, decisions, name).items():
+            flags[flag][rows] = flagged
     frame["doublet_score"], frame["predicted_doublet"] = _doublets(
-        h5ad, frame["n_genes"].to_numpy(), totals, flags, config, seed, decisions
+        h5ad, frame["n_genes"].to_numpy(), totals, members, flags, config, seed, decisions
     )
     flags["doublet"] = frame["predicted_doublet"].to_numpy()
 
@@ -130,7 +155,9 @@ def qc(h5ad: Path, config: QcConfig, seed: int) -> tuple[pd.DataFrame, Decisions
     return frame[order], decisions
 
 
-def _metrics(h5ad: Path, obs: pd.DataFrame, var: pd.DataFrame, decisions: Decisions) -> tuple[pd.DataFrame, np.ndarray]:
+def _metrics(
+    h5ad: Path, obs: pd.DataFrame, var: pd.DataFrame, config: QcConfig, decisions: Decisions
+) -> tuple[pd.DataFrame, np.ndarray]:
     """Sums a cell, and (genes,) counts of all cells, in one reading of the file.
 
     They are what ``scanpy.pp.calculate_qc_metrics`` gives (a test says so). That function sums in the type of the
@@ -139,13 +166,18 @@ def _metrics(h5ad: Path, obs: pd.DataFrame, var: pd.DataFrame, decisions: Decisi
     import pandas as pd
 
     gene_ids, gene_names = var.index.to_numpy(), var["gene_name"].to_numpy()
-    groups = {group: in_group(group, gene_ids, gene_names) for group in ("mitochondrial", "ribosomal", "haemoglobin")}
+    given = {"mitochondrial": config.mitochondrial, "ribosomal": config.ribosomal, "haemoglobin": config.haemoglobin}
+    groups = {group: in_group(group, gene_ids, gene_names, known) for group, known in given.items()}
     for group, member in groups.items():
-        found = int(member.sum())
-        text = "recognised by name or Ensembl id" if found else "none recognised: their share is 0 in every cell"
-        if group == "mitochondrial" and not found:
-            text = "none recognised by name or Ensembl id: the share is 0 and no threshold on it applies"
-        decisions.add(f"{group}_genes", found, text, n_genes=found)
+        found, how = (
+            int(member.sum()),
+            f"as qc.{group} says" if given[group] is not None else "recognised by name or Ensembl id",
+        )
+        text = how if found else f"none {how}: their share is 0 in every cell"
+        lost = group == "mitochondrial" and not found
+        if lost:
+            text = f"none {how}: the share is 0 and no threshold on it applies; name them as qc.mitochondrial"
+        decisions.add(f"{group}_genes", found, text, n_genes=found, warn=lost)
 
     n_counts, n_top = np.zeros(len(obs), dtype=np.int64), np.zeros(len(obs), dtype=np.int64)
     n_genes, totals = np.zeros(len(obs), dtype=np.int32), np.zeros(len(var), dtype=np.int64)
@@ -181,7 +213,8 @@ def _top_sums(counts: csr_matrix) -> np.ndarray:
     return total[ends[1:]] - total[np.maximum(ends[:-1], ends[1:] - TOP)]
 
 
-def _thresholds(frame: pd.DataFrame, config: QcConfig, decisions: Decisions) -> dict[str, np.ndarray]:
+def _thresholds(frame: pd.DataFrame, config: QcConfig, decisions: Decisions, sample: str) -> dict[str, np.ndarray]:
+    """(cells,) flags of one sample's cells."""
     from scipy.stats import median_abs_deviation
 
     flags = {flag: np.zeros(len(frame), dtype=bool) for flag in FLAGS}
@@ -193,7 +226,7 @@ def _thresholds(frame: pd.DataFrame, config: QcConfig, decisions: Decisions) -> 
         flags[flag] |= beyond
         word = "below" if side < 0 else "above"
         text = f"{column} {word} it is flagged; {why}"
-        decisions.add(f"{flag}.{name}", round(limit, 4), text, n_cells=int(beyond.sum()))
+        decisions.add(f"{flag}.{name}", round(limit, 4), text, n_cells=int(beyond.sum()), sample=sample)
 
     def by_mad(column: str, sides: dict[int, str], log: bool = False, floor: float | None = None) -> None:
         values = frame[column].to_numpy()[cells].astype(np.float64)
@@ -203,9 +236,8 @@ def _thresholds(frame: pd.DataFrame, config: QcConfig, decisions: Decisions) -> 
         median, mad = float(np.median(values)), float(median_abs_deviation(values, scale="normal"))
         scale = f"log1p({column})" if log else column
         if mad == 0:
-            decisions.add(
-                f"{'/'.join(sides.values())}.mad", None, f"{scale} has MAD 0 around {median:.4g}: not applied"
-            )
+            text = f"{scale} has MAD 0 around {median:.4g}: not applied"
+            decisions.add(f"{'/'.join(sides.values())}.mad", None, text, sample=sample)
             return
         for side, flag in sides.items():
             limit = median + side * config.n_mads * mad
@@ -221,6 +253,7 @@ def _thresholds(frame: pd.DataFrame, config: QcConfig, decisions: Decisions) -> 
             "mad_cells",
             int(cells.sum()),
             f"medians and MADs are over cells with at least {config.min_counts} counts and {config.min_genes} genes",
+            sample=sample,
         )
     apply("low_counts", "n_counts", config.min_counts, -1, "min_counts", "fixed limit")
     apply("low_genes", "n_genes", config.min_genes, -1, "min_genes", "fixed limit")
@@ -241,16 +274,17 @@ def _doublets(
     h5ad: Path,
     n_genes: np.ndarray,
     totals: np.ndarray,
+    members: dict[str, np.ndarray],
     flags: dict[str, np.ndarray],
     config: QcConfig,
     seed: int,
     decisions: Decisions,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Doublet scores (float32, NaN where not scored) and calls (bool) of every cell.
+    """Doublet scores (float32, NaN where not scored) and calls (bool) of every cell; `members`: each sample's rows.
 
     Empty droplets and dying cells are left out: added to another cell they make no recognisable doublet. Cells with
     too many counts or genes stay in: that is what doublets look like. A large sample is scored in random groups, so
-    that memory does not grow with it; one threshold, over all groups, calls.
+    that memory does not grow with it; one threshold, over all groups of a sample, calls.
     """
     from scvi_core.preprocess.doublets import doublet_threshold, score_doublets
 
@@ -260,43 +294,53 @@ def _doublets(
         decisions.add("doublets", "off", "qc.doublets is false: not scored")
         return score, called
     poor = [flag for flag in ("low_counts", "low_genes", "high_mito", "high_hb", "high_top50") if flag in config.drop]
-    rows = np.flatnonzero(~np.any([flags[flag] for flag in poor], axis=0)) if poor else np.arange(len(n_genes))
+    good = ~np.any([flags[flag] for flag in poor], axis=0) if poor else np.ones(len(n_genes), dtype=bool)
     genes = np.sort(np.argsort(-totals, kind="stable")[: min(DOUBLET_GENES, np.count_nonzero(totals))])
-    if len(rows) < MIN_DOUBLET_CELLS or len(genes) < MIN_DOUBLET_GENES:
-        decisions.add(
-            "doublets",
-            "undecidable",
-            f"{len(rows)} cells and {len(genes)} genes to judge by, where {MIN_DOUBLET_CELLS} and {MIN_DOUBLET_GENES} "
-            "are needed; not scored",
-        )
-        return score, called
-
-    known = config.expected_doublet_rate is not None
-    expected, why = config.expected_doublet_rate, "as qc.expected_doublet_rate says"
-    if not known:
-        expected = min(RATE_PER_CELL * len(rows), HIGHEST_RATE)
-        why = f"{100_000 * RATE_PER_CELL:g} % per 1,000 cells captured"
-        if expected == HIGHEST_RATE:
-            why += f", {100 * HIGHEST_RATE:g} % at most, as more cells come of several captures or a newer chemistry"
-    decisions.add("doublets_expected", round(expected, 4), f"share of {len(rows)} cells: {why}")
-    order = np.random.default_rng(seed).permutation(rows)
-    groups = [np.sort(group) for group in np.array_split(order, -(-len(rows) // GROUP_CELLS))]
-    if len(groups) > 1:
-        text = f"of {len(rows)} cells: random groups of {len(groups[0])} are scored alone, so that memory is bounded"
-        decisions.add("doublet_groups", len(groups), text)
-    artificial = []
+    rng = np.random.default_rng(seed)
+    known, groups, of, expected = config.expected_doublet_rate is not None, [], [], {}
+    for name, of_sample in members.items():
+        rows = of_sample[good[of_sample]]
+        if len(rows) < MIN_DOUBLET_CELLS or len(genes) < MIN_DOUBLET_GENES:
+            decisions.add(
+                "doublets",
+                "undecidable",
+                f"{len(rows)} cells and {len(genes)} genes to judge by, where {MIN_DOUBLET_CELLS} and "
+                f"{MIN_DOUBLET_GENES} are needed; not scored",
+                sample=name,
+            )
+            continue
+        expected[name], why = config.expected_doublet_rate, "as qc.expected_doublet_rate says"
+        if not known:
+            expected[name] = min(RATE_PER_CELL * len(rows), HIGHEST_RATE)
+            why = f"{100_000 * RATE_PER_CELL:g} % per 1,000 cells captured"
+            if expected[name] == HIGHEST_RATE:
+                why += (
+                    f", {100 * HIGHEST_RATE:g} % at most, as more cells come of several captures or a newer chemistry"
+                )
+        text = f"share of {len(rows)} cells: {why}"
+        decisions.add("doublets_expected", round(expected[name], 4), text, sample=name)
+        parts = [np.sort(part) for part in np.array_split(rng.permutation(rows), -(-len(rows) // GROUP_CELLS))]
+        if len(parts) > 1:
+            text = f"of {len(rows)} cells: random groups of {len(parts[0])} are scored alone, so that memory is bounded"
+            decisions.add("doublet_groups", len(parts), text, sample=name)
+        groups += parts
+        of += [name] * len(parts)
+    artificial: dict[str, list[np.ndarray]] = {name: [] for name in expected}
     for i, (group, counts) in enumerate(_gathered(h5ad, groups, n_genes, genes)):
-        score[group], of_artificial = score_doublets(counts, expected, known, seed + i)
-        artificial.append(of_artificial.astype(np.float32))
-    threshold = doublet_threshold(score[rows], np.concatenate(artificial), expected, known)
-    called[rows] = score[rows] > threshold
-    decisions.add(
-        "doublet.threshold",
-        round(threshold, 4),
-        f"scores above it are flagged: {100 * called.sum() / len(rows):.1f} % of {len(rows)} cells; "
-        + ("flagged cells are dropped" if "doublet" in config.drop else "flagged cells are kept (qc.drop)"),
-        n_cells=int(called.sum()),
-    )
+        score[group], of_artificial = score_doublets(counts, expected[of[i]], known, seed + i)
+        artificial[of[i]].append(of_artificial.astype(np.float32))
+    for name, share in expected.items():
+        rows = members[name][good[members[name]]]
+        threshold = doublet_threshold(score[rows], np.concatenate(artificial[name]), share, known)
+        called[rows] = score[rows] > threshold
+        decisions.add(
+            "doublet.threshold",
+            round(threshold, 4),
+            f"scores above it are flagged: {100 * called[rows].sum() / len(rows):.1f} % of {len(rows)} cells; "
+            + ("flagged cells are dropped" if "doublet" in config.drop else "flagged cells are kept (qc.drop)"),
+            n_cells=int(called[rows].sum()),
+            sample=name,
+        )
     return score, called
 
 

@@ -68,7 +68,7 @@ def read_tables(h5ad: Path, columns: Sequence[str] = ()) -> tuple[pd.DataFrame, 
     -------
     obs : (cells, columns) indexed by cell id.
     var : (genes, ...) indexed by gene id, with ``gene_name``.
-    uns : gene_ids, organism and content_sha256.
+    uns : sample (its row of the sheet), gene_ids, organism and content_sha256.
 
     Raises
     ------
@@ -81,12 +81,14 @@ def read_tables(h5ad: Path, columns: Sequence[str] = ()) -> tuple[pd.DataFrame, 
 
     verify(h5ad, "ingest")
     try:
-        with h5py.File(h5ad) as file:
+        with h5py.File(h5ad, locking=False) as file:  # which may lie where no lock can be taken
             group = file["obs"]
             ids = read_elem(group[group.attrs["_index"]])
             obs = pd.DataFrame({column: read_elem(group[column]) for column in columns}, index=pd.Index(ids))
             var = read_elem(file["var"])
-            uns = {key: str(read_elem(file["uns"][key])) for key in ("gene_ids", "organism", "content_sha256")}
+            uns = {
+                key: str(read_elem(file["uns"][key])) for key in ("sample", "gene_ids", "organism", "content_sha256")
+            }
             shape = tuple(file["X"].attrs["shape"])
         var["gene_name"] = var["gene_name"].astype(str)
         if shape != (len(obs), len(var)):
@@ -98,12 +100,12 @@ def read_tables(h5ad: Path, columns: Sequence[str] = ()) -> tuple[pd.DataFrame, 
 
 def _open(h5ad: Path, table: Path) -> SampleFile:
     obs, var, uns = read_tables(h5ad)
-    judged = read_parquet(table, "qc", ["cell_id", "sample", "batch", "keep"])
+    judged = read_parquet(table, "qc", ["cell_id", "batch", "keep"])
     if not np.array_equal(judged["cell_id"], obs.index.to_numpy(dtype=object)) or not len(obs):
         raise UserError(f"{table}: its cells are not those of {h5ad}; run qc again")
     return SampleFile(
         path=h5ad,
-        name=judged["sample"][0],
+        name=uns["sample"],
         kind=uns["gene_ids"],
         organism=uns["organism"],
         content_sha256=uns["content_sha256"],
@@ -139,7 +141,7 @@ def _chunks(h5ad: Path, keep: np.ndarray) -> Iterator[tuple[np.ndarray, csr_matr
     import h5py
     from scipy.sparse import csr_matrix
 
-    with h5py.File(h5ad) as file:
+    with h5py.File(h5ad, locking=False) as file:  # which may lie where no lock can be taken
         X = file["X"]
         indptr, n_genes = X["indptr"][:].astype(np.int64), int(X.attrs["shape"][1])
         start = 0

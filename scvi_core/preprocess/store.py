@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from scvi_core.config import level_text
 from scvi_core.files import (
     LITTER,
     Decisions,
@@ -181,8 +182,7 @@ def read_store(path: Path, counts: bool = True) -> AnnData:
             raise ValueError(f"column {absent[0]} is absent")
         if adata.shape != told_shape:
             raise ValueError(f"X is {told_shape[0]} x {told_shape[1]}, its tables {adata.n_obs} x {adata.n_vars}")
-        told = {name: int(record["n_cells"]) for name, record in samples.items()}
-        if told != {str(k): int(v) for k, v in adata.obs["sample"].value_counts().items() if v}:
+        if adata.n_obs != sum(int(record["n_cells"]) for record in samples.values()):
             raise ValueError("its cells are not those that uns['samples'] counts")
     except Exception as error:  # zarr and anndata raise every type there is on damaged stores
         line = " ".join(str(error).split())[:200]
@@ -249,7 +249,7 @@ def _cell_table(
     tables, further = [], {}
     for sample, table, keep in zip(samples, qcs, keeps, strict=True):
         judged = read_parquet(table, "qc", ["cell_id", *FIXED_OBS])[keep]
-        with h5py.File(sample.path) as file:
+        with h5py.File(sample.path, locking=False) as file:
             own = read_elem(file["obs"])[keep]
         own = own.drop(columns=[c for c in (*FIXED_OBS, "barcode") if c in own])
         further.update(dict.fromkeys(own.columns))
@@ -261,6 +261,12 @@ def _cell_table(
             decisions.add(f"column {column}", "missing", f"not in samples {', '.join(missing)}: left empty there")
     obs = pd.concat(tables, ignore_index=True).set_index("cell_id")
     obs.index.name = None
+    if obs.index.has_duplicates:
+        twice = obs.index[obs.index.duplicated()][0]
+        raise UserError(
+            f"cell {twice!r} is in two inputs; where input.sample_column takes sample names from the inputs, "
+            "a name may repeat only if its barcodes differ"
+        )
     for column in ("sample", "batch"):  # categories in order of appearance
         obs[column] = pd.Categorical(obs[column].astype(str), categories=obs[column].astype(str).unique())
     for column in further:
@@ -276,6 +282,15 @@ def _typed(column: str, values: pd.Series, own: bool, decisions: Decisions) -> p
         return values
     empty = values.isna() | (values.astype(str) == "")
     texts = values.astype(str).where(~empty)
+    if own and len(filled := texts[~empty].unique()):
+        # one input has a level as the number 1, another as 1.0, a third as text: these are one
+        as_one = {text: level_text(text) if NUMBER.fullmatch(text) else text for text in filled}
+        if len(set(as_one.values())) < len(as_one) or values[~empty].map(type).nunique() > 1:
+            merged = sorted(text for text, level in as_one.items() if text != level)
+            decisions.add(
+                f"column {column}", "levels as one", f"numbers that differ in writing only ({', '.join(merged[:5])})"
+            )
+            texts = texts.map(as_one)
     filled = texts[~empty].unique()
     if not own and len(filled) and all(NUMBER.fullmatch(text) for text in filled):
         numbers = pd.to_numeric(texts)
@@ -298,7 +313,7 @@ def _sample_record(samples: list[SampleFile], keeps: list[np.ndarray]) -> str:
 
     record = {}
     for sample, keep in zip(samples, keeps, strict=True):
-        with h5py.File(sample.path) as file:
+        with h5py.File(sample.path, locking=False) as file:
             ids = np.asarray(read_elem(file["obs"][file["obs"].attrs["_index"]]))[keep]
         record[sample.name] = {
             "content_sha256": sample.content_sha256,

@@ -73,7 +73,7 @@ def build_report(folder: Path, config: Config) -> None:
     own.write(folder / "decisions" / "report.jsonl")
     decisions = data["decisions"] = collect_decisions(folder, data["names"], data["model"], config)
     with replacing(folder / "decisions.jsonl", "JSONL") as temporary:
-        temporary.write_text("".join(canonical_json(d) + "\n" for d in decisions))
+        temporary.write_text("".join(canonical_json(d) + "\n" for d in decisions), "utf-8")
     numbers = _metrics(data, config)
     write_json(folder / "metrics.json", numbers)
     pictures = draw(folder, data, config)
@@ -87,8 +87,9 @@ def read_atlas(folder: Path, config: Config) -> dict[str, Any]:
 
     Returns
     -------
-    cells, genes, de, history : data frames; model : ``model.json``; names : samples in sheet order;
-    qc : a frame a sample; decisions : a list, in the order of the flow; n_latent : an integer;
+    cells, genes, de, history : data frames; model : ``model.json``; names : rows of the sheet, in its order;
+    qc : a frame a sample, of which an input may have several; decisions : a list, in the order of the flow;
+    n_latent : an integer;
     factors : of a linear decoder, see :func:`factors`, else empty; contrasts : see :func:`contrasts`, empty where
     none is asked for; criticism : see :func:`read_criticism`.
     """
@@ -115,11 +116,35 @@ def read_atlas(folder: Path, config: Config) -> dict[str, Any]:
         "history": read_parquet(folder / "model/history.parquet", "train"),
         "model": model,
         "names": names,
-        "qc": {s: _read(folder / f"samples/{s}/qc.parquet", "qc") for s in names},
+        "qc": by_sample([_read(folder / f"samples/{s}/qc.parquet", "qc") for s in names]),
         "decisions": collect_decisions(folder, names, model, config),
         "contrasts": contrasts(read_parquet(folder / "contrast.parquet", "contrast")) if config.contrast.tests else [],
         "criticism": read_criticism(folder) if config.criticism.enabled else None,
     }
+
+
+def by_sample(tables: list[pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """QC tables of inputs as one a sample, in the order in which samples appear."""
+    parts: dict[str, list[pd.DataFrame]] = {}
+    for table in tables:
+        for name in table["sample"].unique():
+            parts.setdefault(str(name), []).append(table[table["sample"] == name])
+    return {name: found[0] if len(found) == 1 else pd.concat(found, ignore_index=True) for name, found in parts.items()}
+
+
+def warnings(decisions: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What steps warned of, as the summary shows it: each once, with the samples it is about."""
+    of: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for d in decisions:
+        if d.get("warning"):
+            of.setdefault((d["step"], d["what"]), []).append(d)
+    said = []
+    for (step, what), found in of.items():
+        samples = [d["sample"] for d in found if d["sample"]]
+        more = f" and {len(samples) - 3} more" if len(samples) > 3 else ""
+        where = f" in {', '.join(samples[:3])}{more}" if samples else ""
+        said.append(("look", f"{step}, {what}{where}: {_text(found[0]['value'])}: {found[0]['reason']}."))
+    return said
 
 
 def read_criticism(folder: Path) -> dict[str, Any] | None:
@@ -307,7 +332,7 @@ def draw(folder: Path, data: dict[str, Any], config: Config) -> dict[str, dict[s
 
     add("qc", figures.qc_overview, data["qc"], data["decisions"])
     for name, qc in data["qc"].items():
-        add(f"qc_{name}", figures.qc_figure, qc, [d for d in data["decisions"] if d["step"] == "qc"])
+        add(f"qc_{slug(name)}", figures.qc_figure, qc, [d for d in data["decisions"] if d["step"] == "qc"])
     add("genes", figures.genes_figure, data["genes"])
     add("training", figures.training_figure, data["history"], kept_epoch(data["model"]))
     for basis in ("umap", "tsne"):
@@ -393,12 +418,12 @@ def render(
     env.filters["slug"] = slug
     cells, decisions = data["cells"], data["decisions"]
     top = markers(data["de"], TABLE_MARKERS)
-    limits = {s: figures.thresholds([d for d in decisions if d["step"] == "qc"], s) for s in data["names"]}
+    limits = {s: figures.thresholds([d for d in decisions if d["step"] == "qc"], s) for s in data["qc"]}
     pairs = cells[["sample", "batch"]].drop_duplicates().astype(str)
     batch_of = pairs.groupby("sample")["batch"].unique()
     return env.get_template("report.html.j2").render(
         config=config, m=numbers, model=data["model"], n_latent=data["n_latent"], viewer=viewer, pictures=pictures,
-        verdicts=verdicts(numbers, data, config), card=model_card(data, config),
+        verdicts=[*warnings(decisions), *verdicts(numbers, data, config)], card=model_card(data, config),
         snippets=snippets(data["model"], config), criticism=data["criticism"],
         reasons=sorted({r for s in numbers["samples"].values() for r in s["reasons"]}), table_markers=TABLE_MARKERS,
         limit_text={s: ", ".join(f"{k} {' and '.join(f'{x:,.4g}' for x in v)}" for k, v in found.items())

@@ -26,7 +26,9 @@ def sample(X, name="a", batch="b", gene_ids=None, gene_names=None, kind="symbol"
     frame = pd.DataFrame({**table, **obs}, index=[f"{name}:{b}" for b in barcode])
     var = pd.DataFrame({"gene_name": gene_ids if gene_names is None else list(gene_names)}, index=gene_ids)
     digest = sha256_text(json.dumps([name, X.toarray().tolist()]) if n * g < 1e5 else name)
-    return ad.AnnData(X, frame, var, uns={"gene_ids": kind, "organism": organism, "content_sha256": digest})
+    return ad.AnnData(
+        X, frame, var, uns={"sample": name, "gene_ids": kind, "organism": organism, "content_sha256": digest}
+    )
 
 
 def judged(adata, keep=None):

@@ -9,7 +9,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 from snakemake_interface_storage_plugins.registry import StoragePluginRegistry
 
-from scvi_core.config import check_columns, load_config, load_samples
+from scvi_core.config import carried, check_columns, load_config, load_samples
 from scvi_core.files import UserError, code_sha256, stamp
 from scvi_core.times import times_table
 
@@ -92,15 +92,22 @@ def part(*names, drop=()):
     return lambda wildcards: text
 
 
+def reading(wildcards):
+    """How a sample is read, as JSON: the section `input`, but for what its row of the sheet says."""
+    asked = SAMPLES[wildcards.sample].reads(CONFIG.input).model_dump(mode="json")
+    del asked["genes"]
+    return json.dumps({"input": asked}, sort_keys=True)
+
+
 # Only training asks for a GPU. By `device: cuda` the rules after it take one if there is one, as by `auto`.
 NO_GPU = ["device"] if CONFIG.device == "cuda" else []
 # Jobs on one machine take turns at its card: `card: 1` in the default profile. More by --resources card=2.
 CARD = int(CONFIG.device != "cpu" and shutil.which("nvidia-smi") is not None)
 
 
-# what jobs took when they were measured (benchmarks/million.py), and more: a margin, and the Snakemake that Slurm's plugin
-# starts around each job
-MARGIN, AROUND = 1.25, 200
+# what jobs took when they were measured (benchmarks/million.py), and more: a margin, and the two Snakemakes of 180 MB each
+# that Slurm's plugin starts around a job
+MARGIN, AROUND = 1.25, 400
 
 
 def folder_mb(paths):

@@ -38,7 +38,7 @@ rule store:
         runtime=minutes(10, 0.05),
     params:
         store=subpath(output.store, parent=True),
-        config=part("input.metadata"),
+        config=json.dumps({"input": {"metadata": carried(CONFIG, SAMPLES.values())}}),
     shell:
         "scvi-core store {input.counts:q} --genes {input.genes:q} --config {params.config:q} --out {params.store:q}"
         " --decisions {output.decisions:q} 2> {log:q}"

@@ -16,7 +16,7 @@ rule ingest:
         batch=lambda wildcards: SAMPLES[wildcards.sample].batch,
         source=lambda wildcards: SAMPLES[wildcards.sample].path,
         metadata=lambda wildcards: json.dumps(SAMPLES[wildcards.sample].metadata),
-        config=part("input", drop=["input.genes"]),
+        config=reading,
         given=given,  # so that it re-runs where times tell nothing
     shell:
         "scvi-core ingest --sample {wildcards.sample:q} --batch {params.batch:q} --metadata {params.metadata:q}"

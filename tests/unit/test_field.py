@@ -1,0 +1,600 @@
+"""Files as the field writes them: each gives the right counts, genes and cells, or one line that says what it is."""
+
+import gzip
+import json
+import zipfile
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+from scvi_core import io
+from scvi_core.config import InputConfig, QcConfig, Sample, load_samples
+from scvi_core.files import Decisions, UserError
+from scvi_core.preprocess.qc import in_group, qc
+
+N, G = 40, 60
+MITO = ["ND1", "ND2", "CO1", "CO2", "ATP8", "ATP6", "CO3", "ND3", "ND4L", "ND4", "ND5", "ND6", "CYB"]
+NAMES = [f"MT-{gene}" for gene in MITO] + ["ACTB", "GAPDH", "B2M"] + [f"LOC{i}" for i in range(G - 16)]
+IDS = [f"ENSG{i:011d}" for i in range(G)]
+_rng = np.random.default_rng(0)
+X = _rng.poisson(_rng.gamma(0.6, 2.0, (1, G)), (N, G))
+X[:, 0] += 1  # no cell is empty
+BARCODES = ["".join(_rng.choice(list("ACGT"), 16)) + "-1" for _ in range(N)]
+
+
+def read(path, sample=None, **config):
+    """What ingest makes of an input: genes by name, cells, counts; and its decisions by what they are about."""
+    sample = sample or Sample(sample="s", path=str(path), batch="b")
+    out = path.parent / f"{path.name}.counts.h5ad"
+    _, decisions = io.ingest(path, out, sample, InputConfig(**config))
+    return anndata.read_h5ad(out), {d.what: d for d in decisions}
+
+
+def right(path, names=NAMES, x=X, barcodes=BARCODES, **config):
+    adata, decisions = read(path, **config)
+    assert list(adata.var["gene_name"]) == list(names)
+    assert list(adata.obs["barcode"]) == list(barcodes)
+    np.testing.assert_array_equal(adata.X.toarray(), x)
+    return decisions
+
+
+def refused(path, match, **config):
+    (path.parent / f"{path.name}.counts.h5ad").unlink(missing_ok=True)
+    with pytest.raises(UserError, match=match) as caught:
+        read(path, **config)
+    assert "\n" not in str(caught.value) and path.name in str(caught.value)
+    assert not (path.parent / f"{path.name}.counts.h5ad").exists()
+
+
+def h5ad(path, x=X, var=None, obs=None, raw=None, **more):
+    var = pd.DataFrame(index=NAMES) if var is None else var
+    obs = pd.DataFrame(index=BARCODES) if obs is None else obs
+    adata = anndata.AnnData(sp.csr_matrix(np.asarray(x, np.float32)), obs=obs, var=var, **more)
+    if raw is not None:
+        adata.raw = anndata.AnnData(sp.csr_matrix(raw), obs=obs, var=var)
+    (adata.write_zarr if path.suffix == ".zarr" else adata.write_h5ad)(path)
+    return path
+
+
+def mtx(
+    folder, values=None, head="integer", features=None, barcodes=None, names=("matrix", "features", "barcodes"), x=X
+):
+    """A folder of three files; `values` writes a count."""
+    folder.mkdir()
+    entries = sp.coo_matrix(x.T)
+    write = values or str
+    lines = [f"{i + 1} {j + 1} {write(v)}" for i, j, v in zip(entries.row, entries.col, entries.data, strict=True)]
+    body = [f"%%MatrixMarket matrix coordinate {head} general", f"{x.shape[1]} {x.shape[0]} {entries.nnz}", *lines]
+    features = [f"{i}\t{n}\tGene Expression" for i, n in zip(IDS, NAMES, strict=True)] if features is None else features
+    ends = [".mtx", ".tsv", ".tsv"] if "." not in names[1] else [".mtx", "", ""]
+    for name, end, content in zip(names, ends, (body, features, barcodes or BARCODES), strict=True):
+        (folder / f"{name}{end}").write_text("\n".join(content) + "\n")
+    return folder
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["integer", "real"])
+def test_numbers_are_parsed_whole_whatever_the_header(tmp_path, head):
+    big = X.copy()
+    big[3, 20] = 100_000
+    right(mtx(tmp_path / "e", lambda v: f"{v:.0e}" if v == 100_000 else str(v), head, x=big), x=big)
+    right(mtx(tmp_path / "point", lambda v: f"{v}.0", head))
+    right(mtx(tmp_path / "plus", lambda v: f"+{v}", head))
+    refused(mtx(tmp_path / "half", lambda v: f"{v}.5", head), r"\.5\), so these are not counts")
+    for name, write in (("comma", "{},5"), ("word", "{}x"), ("more", "{} 7"), ("thousand", "1'{}"), ("hex", "0x{}")):
+        refused(mtx(tmp_path / name, write.format, head), "Line 3: .* is not 3 numbers")
+    one = mtx(tmp_path / "one", head=head)
+    text = (one / "matrix.mtx").read_text().splitlines()
+    text[40] = text[40].rpartition(" ")[0] + " 1.75"
+    (one / "matrix.mtx").write_text("\n".join(text))
+    refused(one, r"such as 1\.75")
+    text[40] = text[40].rpartition(" ")[0]
+    (one / "matrix.mtx").write_text("\n".join(text))
+    refused(one, "Line 41: .* is not 3 numbers")
+
+
+def test_sizes_as_r_writes_them(tmp_path):
+    folder = mtx(tmp_path / "m")
+    head, sizes, *lines = (folder / "matrix.mtx").read_text().splitlines()
+    keep = lines[: 10 ** int(np.log10(len(lines)))]
+    for told in (f"{G} {N} {len(keep):.0e}", f"{G:.1e} {N}.0 {len(keep)}"):
+        (folder / "matrix.mtx").write_text("\n".join([head, told, *keep]))
+        assert read(folder)[0].X.sum() == sum(int(line.split()[2]) for line in keep)
+    (folder / "matrix.mtx").write_text("\n".join([head, sizes.replace(str(G), f"{G}.5"), *lines]))
+    refused(folder, "not whole numbers")
+
+
+@pytest.mark.parametrize("kind", ["sparse", "dense", "float32"])
+def test_noise_is_rounded_and_counted(tmp_path, kind):
+    noisy = X * (1 + 1e-7 * np.sign(_rng.normal(size=X.shape)))
+    noisy[X == 0] = -1e-17
+    noisy = np.expm1(np.log1p(X.astype(np.float32))) if kind == "float32" else noisy
+    adata = anndata.AnnData(noisy, obs=pd.DataFrame(index=BARCODES), var=pd.DataFrame(index=NAMES))
+    adata.X = sp.csr_matrix(noisy) if kind == "sparse" else noisy
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    decisions = right(tmp_path / "a.h5ad")
+    off = (noisy != np.rint(noisy)).sum() if kind != "float32" else np.count_nonzero(noisy != X)
+    assert decisions["rounded"].value == off > 0 and decisions["rounded"].warning
+    for wrong, said in ((2.9998, "2.9998"), (1e6 + 0.25, "1000000.25"), (-0.001, "-0.001")):
+        bad = noisy.astype(np.float64)
+        bad[2, 2] = wrong
+        adata.X = bad
+        adata.write_h5ad(tmp_path / "b.h5ad")
+        refused(tmp_path / "b.h5ad", f"such as {said}")
+
+
+# --- what identifies a gene -------------------------------------------------------------------------------------------
+
+
+def test_numbers_identify_no_gene(tmp_path):
+    order = _rng.permutation(G)
+    for name, numbers in (("a", range(G)), ("r", [f"X{i}" for i in range(G)]), ("f", [f"{i}.0" for i in range(G)])):
+        var = pd.DataFrame({"whatever": NAMES, "chromosome": "chr1"}, index=[str(i) for i in numbers]).iloc[order]
+        decisions = right(h5ad(tmp_path / f"{name}.h5ad", X[:, order], var), np.array(NAMES)[order], X[:, order])
+        assert decisions["gene_names"].warning
+    var["another"] = [f"n{i}" for i in range(G)]
+    path = h5ad(tmp_path / "two.h5ad", var=var)
+    refused(path, r"genes are only numbered.*set input\.gene_names.*another.*whatever")
+    right(h5ad(tmp_path / "said.h5ad", X[:, order], var), np.array(NAMES)[order], X[:, order], gene_names="whatever")
+    refused(path, "did you mean 'whatever'", gene_names="whateva")
+    refused(h5ad(tmp_path / "none.h5ad", var=pd.DataFrame(index=[str(i) for i in range(G)])), "only numbered")
+
+
+def test_ids_and_symbols_wherever_they_are(tmp_path):
+    other = pd.DataFrame({"gene_symbols": IDS, "gene_ids": NAMES}, index=[str(i) for i in range(G)])  # swapped
+    joined = pd.DataFrame(index=[f"{i}_{n}" for i, n in zip(IDS, NAMES, strict=True)])
+    turned = pd.DataFrame(index=[f"{n}|{i}.7" for i, n in zip(IDS, NAMES, strict=True)])
+    quoted = pd.DataFrame({"id": [f'"{i}"' for i in IDS]}, index=[f"'{n}'" for n in NAMES])
+    prefixed = pd.DataFrame({"id": [f"GRCh38_{i}" for i in IDS]}, index=[f"GRCh38_{n}" for n in NAMES])
+    hg19 = pd.DataFrame({"id": IDS}, index=[f"hg19___{n}" for n in NAMES])
+    for name, var in (("o", other), ("j", joined), ("t", turned), ("q", quoted), ("p", prefixed), ("h", hg19)):
+        right(h5ad(tmp_path / f"{name}.h5ad", var=var))
+        adata, _ = read(tmp_path / f"{name}.h5ad")
+        assert list(adata.var_names) == IDS and adata.uns["gene_ids"] == "ensembl"
+
+
+def test_ids_of_fly_and_worm(tmp_path):
+    ids = [f"FBgn{i:07d}" for i in range(G)]
+    fly = [n.replace("MT-", "mt:") for n in NAMES]
+    right(h5ad(tmp_path / "f.h5ad", var=pd.DataFrame({"feature_name": fly}, index=ids)), fly)
+    features = [f"{i}\t{n}\tGene Expression" for i, n in zip(ids, fly, strict=True)]
+    right(mtx(tmp_path / "f", features=features), fly)
+    right(h5ad(tmp_path / "w.h5ad", var=pd.DataFrame(index=[f"WBGene{i:08d}" for i in range(G)])), None or [
+        f"WBGene{i:08d}" for i in range(G)
+    ])  # fmt: skip
+
+
+def test_two_genomes_stay_apart(tmp_path):
+    names = [f"{'GRCh38' if i % 2 else 'mm10'}_{n.title() if i % 2 == 0 else n}" for i, n in enumerate(NAMES)]
+    adata, _ = read(h5ad(tmp_path / "a.h5ad", var=pd.DataFrame(index=names)))
+    assert list(adata.var["gene_name"]) == names
+    assert in_group("mitochondrial", np.array(names), np.array(names)).sum() == len(MITO)
+
+
+def test_names_that_a_spreadsheet_damaged(tmp_path):
+    names = [*NAMES[:-4], "1-Mar", "1-Mar", "Sep-07", "2.31E+13"]
+    adata, decisions = read(h5ad(tmp_path / "a.h5ad", var=pd.DataFrame(index=names)))
+    assert adata.n_vars == G and decisions["spreadsheet_names"].n_genes == 4 and decisions["spreadsheet_names"].warning
+    np.testing.assert_array_equal(adata.X.toarray(), X)
+    assert not {d for d in decisions if d == "genes_merged"}
+
+
+# --- what is no gene --------------------------------------------------------------------------------------------------
+
+
+def with_proteins(kind="feature_types", types=("Gene Expression", "Antibody Capture"), names=("CD3", "ACTB", "HTO1")):
+    x = np.hstack([X, np.full((N, len(names)), 900)])
+    var = pd.DataFrame({kind: [types[0]] * G + [types[1]] * len(names)}, index=[*NAMES, *names])
+    return x, var
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+@pytest.mark.parametrize("kind", ["feature_types", "feature_type", "modality"])
+def test_proteins_by_type(tmp_path, suffix, kind):
+    for i, types in enumerate(
+        (("Gene Expression", "Antibody Capture"), ("rna", "ADT"), ("GEX", "Multiplexing Capture"))
+    ):
+        x, var = with_proteins(kind, types)
+        var[kind] = pd.Categorical(var[kind])
+        decisions = right(h5ad(tmp_path / f"{i}{suffix}", x, var))  # ACTB the antibody is not added to ACTB the gene
+        assert decisions["features_dropped"].n_genes == 3
+
+
+def test_others_by_name(tmp_path):
+    others = [
+        "CD3_TotalSeqB",
+        "ADT_CD4",
+        "HTO_1",
+        "Hashtag1",
+        "chr1:100-2000",
+        "chr2-5-900",
+        "sgRNA_TP53",
+        "ERCC-00002",
+    ]
+    others += ["Mouse-IgG2a_control", "CD45-ADT", "non-targeting_1", "__no_feature", "N_unmapped", "AC012345.1:20-400"]
+    x = np.hstack([X, np.full((N, len(others)), 900)])
+    path = h5ad(tmp_path / "a.h5ad", x, pd.DataFrame(index=[*NAMES, *others]))
+    decisions = right(path)
+    assert (
+        decisions["features_dropped_by_name"].n_genes == len(others) and decisions["features_dropped_by_name"].warning
+    )
+    adata, _ = read(path, not_genes=())
+    assert adata.n_vars == G + len(others)
+    adata, decisions = read(path, not_genes=("/^LOC/", "ADT_CD4"))
+    assert adata.n_vars == 16 + len(others) - 1 and not decisions["features_dropped_by_name"].warning
+    like = [
+        "HLA-A",
+        "adt-1",
+        "AB019441.29",
+        "IGHG1",
+        "HTR1A",
+        "GUIDE1",
+        "SGCE",
+        "NTC2",
+        "CD4",
+        "mir-1-2",
+        "T-bet",
+        "NKX2-1",
+    ]
+    names = [*NAMES[:-12], *like]
+    assert list(read(h5ad(tmp_path / "b.h5ad", var=pd.DataFrame(index=names)))[0].var_names) == names
+
+
+def test_a_third_column_that_is_no_type(tmp_path):
+    for name, third in (
+        ("u", ["unknown"] * G),
+        ("b", ["protein_coding", "lncRNA"] * (G // 2)),
+        ("c", [f"c{i}" for i in range(G)]),
+    ):
+        features = [f"{i}\t{n}\t{t}" for i, n, t in zip(IDS, NAMES, third, strict=True)]
+        assert right(mtx(tmp_path / name, features=features))["column feature_type"].value == "ignored"
+
+
+def test_spliced_and_unspliced_are_summed(tmp_path):
+    usa = [*IDS, *(f"{i}-U" for i in IDS), *(f"{i}-A" for i in IDS)]
+    x = np.hstack([X, 2 * X, X])
+    folder = tmp_path / "alevin"
+    mtx(folder, features=usa, names=("quants_mat", "quants_mat_cols.txt", "quants_mat_rows.txt"), x=x)
+    decisions = right(folder, IDS, 4 * X)
+    assert decisions["spliced_unspliced_summed"].warning
+    var = pd.DataFrame({"feature_types": ["spliced"] * G + ["unspliced"] * G + ["ambiguous"] * G}, index=3 * NAMES)
+    right(h5ad(tmp_path / "t.h5ad", x, var), NAMES, 4 * X)
+
+
+# --- layers, cells, columns -------------------------------------------------------------------------------------------
+
+
+def test_the_layer_with_counts_is_found(tmp_path):
+    log = np.log1p(X / X.sum(1, keepdims=True) * 1e4)
+    assert right(h5ad(tmp_path / "raw.h5ad", log, raw=X))["layer"].value == "raw"
+    assert right(h5ad(tmp_path / "layer.h5ad", log, layers={"counts": X, "scaled": log}))["layer"].value == "counts"
+    assert right(h5ad(tmp_path / "odd.h5ad", log, layers={"mine": X}))["layer"].value == "mine"
+    right(h5ad(tmp_path / "x.h5ad"))
+    assert right(h5ad(tmp_path / "velo.h5ad", layers={"spliced": X // 2, "unspliced": X // 3}))["layer"].value == "X"
+    refused(h5ad(tmp_path / "two.h5ad", log, layers={"mine": X, "yours": X + 1}), "several layers.*mine, yours")
+    right(tmp_path / "two.h5ad", layer="mine")
+    refused(h5ad(tmp_path / "none.h5ad", log, layers={"more": log}), "no layer holds counts")
+    with pytest.raises(UserError, match=r"only one matrix.*sample sheet"):
+        read(mtx(tmp_path / "m"), layer="L2/3")
+
+
+def test_a_row_of_the_sheet_says_how_its_sample_is_read(tmp_path):
+    sheet = tmp_path / "s.tsv"
+    sheet.write_text("sample\tpath\tbatch\tlayer\tmetadata\tage\na\ta.h5ad\tb\traw\tx,y\t3\nb\tb.h5ad\tb\t\t\t4\n")
+    first, second = load_samples(sheet)
+    config = InputConfig(layer="counts", metadata=("z",))
+    assert first.reads(config).layer == "raw" and first.reads(config).metadata == ("x", "y")
+    assert second.reads(config) == config and first.metadata == {"age": "3"}
+    sheet.write_text("sample\tpath\tbatch\torientation\na\ta.csv\tb\tsideways\n")
+    with pytest.raises(UserError, match=r"s\.tsv line 2: orientation: .*cells_as_rows"):
+        load_samples(sheet)
+
+
+def test_batches_and_samples_of_one_file(tmp_path):
+    donors = pd.DataFrame(
+        {"donor": pd.Categorical([f"D{i % 3}" for i in range(N)]), "lane": np.arange(N) // 20}, BARCODES
+    )
+    path = h5ad(tmp_path / "a.h5ad", obs=donors)
+    adata, _ = read(path, batch_column="donor", sample_column="lane")
+    assert list(adata.obs["batch"]) == list(donors["donor"])
+    assert list(adata.obs["sample"]) == [str(lane) for lane in donors["lane"]]
+    assert adata.obs_names[0] == f"0:{BARCODES[0]}" and adata.uns["sample"] == "s"
+    refused(path, "cell column 'donro'.*did you mean 'donor'", batch_column="donro")
+    twice = donors.set_index(pd.Index(BARCODES[:20] * 2))
+    path = h5ad(tmp_path / "lanes.h5ad", obs=twice)
+    refused(path, r"more than once.*input\.sample_column \(found donor, lane\)")
+    adata, _ = read(path, sample_column="lane")
+    assert adata.obs_names.is_unique
+    donors["gap"] = ["", *["x"] * (N - 1)]
+    refused(h5ad(tmp_path / "gap.h5ad", obs=donors), "cell column 'gap' has ''", batch_column="gap")
+
+
+def test_qc_is_by_sample_within_a_file(tmp_path):
+    x = np.vstack([X, 50 * X])
+    obs = pd.DataFrame({"donor": ["poor"] * N + ["rich"] * N}, [f"{b}{i}" for i in (1, 2) for b in BARCODES])
+    x[5] //= 8
+    x[N + 5] //= 50  # an outlier among the rich alone
+    read(h5ad(tmp_path / "a.h5ad", x, obs=obs), sample_column="donor")
+    frame, decisions = qc(tmp_path / "a.h5ad.counts.h5ad", QcConfig(min_counts=1, min_genes=1, doublets=False), 0)
+    flagged = frame["flags"].str.contains("low_counts").to_numpy()
+    assert flagged[N + 5] and not flagged[[i for i in range(2 * N) if i not in (5, N + 5)]].any()
+    assert {d.sample for d in decisions if d.what.startswith("low_counts")} == {"poor", "rich"}
+
+
+def test_what_nobody_asked_for_may_be_broken(tmp_path):
+    path = h5ad(tmp_path / "a.h5ad", obs=pd.DataFrame({"good": "x", "bad": "y"}, BARCODES))
+    with h5py.File(path, "a") as file:
+        del file["obs/bad"]
+        file["obs/bad"] = np.arange(3)
+        file["obs/bad"].attrs["encoding-type"] = "of-the-future"
+        file["obs/bad"].attrs["encoding-version"] = "9"
+        file["uns/odd"] = np.arange(3)
+        file["uns/odd"].attrs["encoding-type"] = "of-the-future"
+        file["var/odd"] = np.arange(3)
+        file["var/odd"].attrs["encoding-type"] = "of-the-future"
+    decisions = right(path, metadata=("good",))
+    assert decisions["var/odd"].warning
+    refused(path, "obs/bad cannot be read", metadata=("bad",))
+
+
+def test_tables_of_converters_without_encodings(tmp_path):
+    path = h5ad(tmp_path / "a.h5ad", np.log1p(X), raw=X)
+    with h5py.File(path, "a") as file:
+        for key in ("var", "raw/var"):
+            del file[key]
+            file.create_group(key)["_index"] = np.array(NAMES, "S")
+    assert right(path)["layer"].value == "raw"
+
+
+def test_filters_that_are_not_installed_are_named(tmp_path, monkeypatch):
+    path = h5ad(tmp_path / "a.h5ad")
+    monkeypatch.setattr(h5py.h5z, "filter_avail", lambda code: False)
+    with h5py.File(path, "a") as file:
+        values = file["X/data"][:]
+        del file["X/data"]
+        file["X"].create_dataset("data", data=values, compression="gzip")
+    refused(
+        path, "X/data is compressed by the HDF5 filter deflate, which is not installed here: `pip install hdf5plugin`"
+    )
+
+
+def test_parts_of_a_zarr_that_were_lost(tmp_path):
+    obs = pd.DataFrame({"kind": pd.Categorical(["a", "b"] * (N // 2)), "same": pd.Categorical(["x"] * N)}, BARCODES)
+    for i, (part, asked) in enumerate(
+        (("X/data", ()), ("X/indices", ()), ("obs/kind/codes", ("kind",)), ("obs/_index", ()))
+    ):
+        path = h5ad(tmp_path / f"{i}.zarr", obs=obs)
+        right(path, metadata=("kind", "same"))  # of `same` zarr writes no chunk, as all its codes are 0
+        lost = [
+            p for p in (path / part).rglob("*") if p.is_file() and not p.name.startswith(".") and p.name != "zarr.json"
+        ]
+        lost[0].unlink()
+        refused(path, f"{part}: 1 of 1 chunks are missing", metadata=asked)
+
+
+def test_links_and_pipes_in_a_folder(tmp_path):
+    import os
+
+    secret = tmp_path / "secret"
+    secret.write_text("\n".join(BARCODES))
+    folder = mtx(tmp_path / "m")
+    (folder / "barcodes.tsv").unlink()
+    (folder / "barcodes.tsv").symlink_to(secret)
+    refused(folder, "barcodes.tsv is a link out of the folder")
+    (folder / "barcodes.tsv").unlink()
+    os.mkfifo(folder / "barcodes.tsv")
+    refused(folder, "neither a file nor a folder")
+
+
+# --- layouts of pipelines ---------------------------------------------------------------------------------------------
+
+
+def test_layouts_of_pipelines(tmp_path):
+    plain = [f"{i}\t{n}" for i, n in zip(IDS, NAMES, strict=True)]
+    for i, names in enumerate(
+        (
+            ("GSM1_S1_matrix", "GSM1_S1_features", "GSM1_S1_barcodes"),
+            ("GSM1_matrix_S1", "GSM1_genes_S1", "GSM1_barcodes_S1"),
+            ("GSM1_S1-matrix", "GSE9_features", "GSM1_S1-barcodes"),
+            ("cells_x_genes", "cells_x_genes.genes.txt", "cells_x_genes.barcodes.txt"),
+            ("S.quants_mat", "S.quants_mat_cols.txt", "S.quants_mat_rows.txt"),
+        )
+    ):
+        right(mtx(tmp_path / str(i), features=plain, names=names))
+    parse = tmp_path / "DGE_filtered"
+    features = ["gene_id,gene_name,genome", *(f"{i},{n},hg38" for i, n in zip(IDS, NAMES, strict=True))]
+    cells = ["bc_wells,sample", *(f"{b},all-well" for b in BARCODES)]
+    mtx(parse, features=features, barcodes=cells, names=("DGE", "all_genes.csv", "cell_metadata.csv"))
+    right(parse)
+    outs = tmp_path / "outs"
+    outs.mkdir()
+    mtx(outs / "filtered_feature_bc_matrix")
+    refused(outs, "name one of the folders in it that have one: filtered_feature_bc_matrix")
+
+
+def test_rhapsody_tables_and_starsolo_multimappers(tmp_path):
+    path = tmp_path / "x_RSEC_MolsPerCell.csv"
+    body = pd.DataFrame(X, pd.Index(range(7000, 7000 + N), name="Cell_Index"), NAMES).to_csv()
+    path.write_text("## BD Rhapsody\n## more\n" + body)
+    right(path, barcodes=[str(i) for i in range(7000, 7000 + N)])
+    folder = mtx(tmp_path / "raw")
+    text = (folder / "matrix.mtx").read_text().replace("integer", "float")
+    (folder / "UniqueAndMult-EM.mtx").write_text(
+        "\n".join(f"{line}.25" if i > 1 else line for i, line in enumerate(text.splitlines()))
+    )
+    right(folder)
+    with pytest.raises(UserError, match=r"such as .*\.25.*take matrix.mtx beside it"):
+        read(folder / "UniqueAndMult-EM.mtx")
+
+
+def test_mudata(tmp_path):
+    with h5py.File(tmp_path / "a.h5mu", "w") as file:
+        for name, source in (("rna", h5ad(tmp_path / "r.h5ad")), ("prot", h5ad(tmp_path / "p.h5ad", X + 7))):
+            with h5py.File(source) as one:
+                one.copy("/", file.require_group("mod"), name)
+        for table in ("obs", "var"):
+            file.create_group(table)
+    assert right(tmp_path / "a.h5mu")["modality"].value == "rna"
+    with h5py.File(tmp_path / "a.h5mu", "a") as file:
+        file.move("mod/rna", "mod/first")
+    refused(tmp_path / "a.h5mu", "MuData with the modalities first, prot")
+
+
+def test_content_decides_what_is_packed(tmp_path):
+    for name, packed in (("plain", False), ("packed", True)):
+        folder = mtx(tmp_path / name)
+        for file in list(folder.iterdir()):
+            content = file.read_bytes()
+            file.unlink()
+            (folder / (file.name if packed else f"{file.name}.gz")).write_bytes(
+                gzip.compress(content) if packed else content
+            )
+        right(folder)
+
+
+@pytest.mark.parametrize("wrapped", ["fields", "rows", "numbers", "header", "all"])
+def test_tables_as_r_writes_them(tmp_path, wrapped):
+    def write(rows):
+        rows = [row.split("\t") for row in rows]
+        if wrapped in ("numbers", "all"):
+            rows = [[str(i + 1), *row] for i, row in enumerate(rows)]
+        if wrapped in ("header", "all"):
+            rows = [["x"] if len(rows[0]) == 1 else [f"V{i}" for i in range(1, 1 + len(rows[0]))], *rows]
+        if wrapped == "rows":
+            return [f'"{chr(9).join(row)}"' for row in rows]
+        return ["\t".join(f'"{field}"' for field in row) for row in rows]
+
+    features = write([f"{i}\t{n}\tGene Expression" for i, n in zip(IDS, NAMES, strict=True)])
+    right(mtx(tmp_path / "m", features=features, barcodes=write(BARCODES)))
+
+
+def test_tables_of_another_export_are_not_headers(tmp_path):
+    refused(mtx(tmp_path / "m", barcodes=[*BARCODES, "AAAA-1"]), "not of one export")
+
+
+# --- tables of text ---------------------------------------------------------------------------------------------------
+
+
+def test_columns_of_annotation(tmp_path):
+    frame = pd.DataFrame(X.T, pd.Index(NAMES, name="Geneid"), BARCODES)
+    for i, column in enumerate(("Chr", "Start", "Length")):
+        frame.insert(i, column, ["chr1"] * G if column == "Chr" else range(1000, 1000 + G))
+    frame.insert(3, "gene_name", NAMES)
+    frame.reset_index().assign(Geneid=IDS).to_csv(tmp_path / "counts.tsv", sep="\t", index=False)
+    decisions = right(tmp_path / "counts.tsv")
+    assert decisions["annotation_columns"].value == 4 and decisions["annotation_columns"].warning
+    cells = pd.DataFrame(X, BARCODES, NAMES).assign(nUMI=7, seurat_clusters=3, cell_type="T")
+    cells.to_csv(tmp_path / "cells.csv")
+    decisions = right(tmp_path / "cells.csv", metadata=("cell_type",))
+    assert decisions["orientation"].value == "cells_as_rows"
+    frame = pd.DataFrame(X.T, NAMES, BARCODES).assign(Total=7)
+    frame.to_csv(tmp_path / "total.csv")
+    adata, decisions = read(tmp_path / "total.csv")
+    assert adata.n_obs == N + 1 and "Total" in decisions["odd_cells"].reason and decisions["odd_cells"].warning
+
+
+def test_orientation_by_names(tmp_path):
+    panel = ["CD3E", "CD19", "EPCAM", *(f"P{i}" for i in range(G - 3))]  # no housekeeping gene among them
+    numbered = [str(700000 + i) for i in range(N)]
+    for name, frame in (("a", pd.DataFrame(X, numbered, panel)), ("b", pd.DataFrame(X.T, panel, numbered))):
+        frame.to_csv(tmp_path / f"{name}.csv")
+        right(tmp_path / f"{name}.csv", panel, barcodes=numbered)
+    wrong = "genes_as_rows"
+    refused(tmp_path / "a.csv", "set input.orientation to cells_as_rows", orientation=wrong)
+    pd.DataFrame(X, [f"c{i}" for i in range(N)], [f"g{i}" for i in range(G)]).to_csv(tmp_path / "c.csv")
+    refused(tmp_path / "c.csv", "neither rows nor columns have names that are known")
+    adata, _ = read(tmp_path / "c.csv", orientation="cells_as_rows")
+    assert adata.shape == (N, G)
+
+
+def test_files_of_spreadsheets_are_named(tmp_path):
+    frame = pd.DataFrame(X.T, NAMES, BARCODES)
+    with zipfile.ZipFile(tmp_path / "a.xlsx", "w") as archive:
+        archive.writestr("xl/workbook.xml", "<x/>")
+    refused(tmp_path / "a.xlsx", "an Excel workbook; save")
+    (tmp_path / "u.txt").write_text(frame.to_csv(sep="\t"), encoding="utf-16")
+    refused(tmp_path / "u.txt", "UTF-16 text")
+    (tmp_path / "s.csv").write_text(frame.to_csv(sep=";"))
+    refused(tmp_path / "s.csv", "separated by semicolons")
+    (tmp_path / "w.csv").write_bytes(frame.rename(index={"ACTB": "ACTÉ"}).to_csv().encode("cp1252"))
+    refused(tmp_path / "w.csv", "not UTF-8 text .*Windows-1252")
+    (tmp_path / "n.csv").write_text(frame.astype(object).where(X.T > 0, "NA").to_csv())
+    refused(tmp_path / "n.csv", "has 'NA', not a number; write 0")
+
+
+def test_sheets_of_spreadsheets(tmp_path):
+    sheet = tmp_path / "s.tsv"
+    text = "sample\tpath\tbatch\tage\tkind\t\t\r\na\tx\tb\t34\tβ cell\t\t\r\nb\ty\tb\tNA\tn/a\t\t\r\n\t\t\t\t\t\t\r\n"
+    sheet.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    first, second = load_samples(sheet)
+    assert first.metadata == {"age": "34", "kind": "β cell"} and second.metadata == {"age": "", "kind": ""}
+    for content, match in (
+        (text.encode("utf-16"), "UTF-16"),
+        (text.replace("β", "é").encode("cp1252"), "line 2: not UTF-8 text .*Windows-1252"),
+        (b"PK\x03\x04...", "Excel workbook"),
+        (text.replace("\t", ",").encode(), "separated by ','"),
+        (text.replace("\tb\t34", "\tNA\t34").encode(), "line 2: batch: is empty"),
+    ):
+        sheet.write_bytes(content)
+        with pytest.raises(UserError, match=match):
+            load_samples(sheet)
+    with pytest.raises(UserError, match="not a file"):
+        load_samples(tmp_path)
+
+
+# --- mitochondrial genes ----------------------------------------------------------------------------------------------
+
+
+def test_mitochondrial_genes_of_other_species(tmp_path):
+    def found(names, ids=None, **config):
+        ids = names if ids is None else ids
+        return in_group("mitochondrial", np.array(ids), np.array(names), config.get("given")).sum()
+
+    bare = [n.removeprefix("MT-") for n in NAMES]
+    assert found(bare) == 13 and found([n.lower() for n in bare]) == 13  # pig, macaque, chicken
+    assert found(["ND1", "COX1", *NAMES[13:]]) == 0  # too few to tell
+    assert found(["nduo-1", "nduo-2", "ctc-1", "ctc-2", "ctb-1", "atp-6", "act-1"]) == 6
+    assert found([f"GRCh38_{n}" for n in NAMES]) == 13 and found([f"hg19-{n}" for n in NAMES]) == 13
+    for ids in (
+        ["ENSSSCG00000018065"],
+        ["ENSMMUG00000065372"],
+        ["FBgn0013679"],
+        ["WBGene00010959"],
+        ["ENSGALG00000043768"],
+    ):
+        assert found(["x"], ids) == 1
+    assert found(["ATMG00160", "AT1G01010"]) == 1
+    assert found(bare, given=("ND1", "/^CO/", "IDX")) == 4
+
+
+def test_genes_given_in_the_configuration(tmp_path):
+    from scvi_core.config import load_config
+
+    path = tmp_path / "mito.txt"
+    path.write_text("# mine\nLOC1\nLOC2\n\n")
+    for given, expected in ((str(path), ("LOC1", "LOC2")), ("/^MT/", ("/^MT/",)), (["LOC3"], ("LOC3",))):
+        config = load_config({"qc": {"mitochondrial": given}})
+        assert config.qc.mitochondrial == expected
+    assert load_config(json.dumps(config.model_dump(mode="json"))) == config
+    for given, match in (("none.txt", "no list of genes in a file"), (["/(/"], "not a regular expression")):
+        with pytest.raises(UserError, match=match):
+            load_config({"qc": {"mitochondrial": given}})
+    read(h5ad(tmp_path / "a.h5ad"))
+    counts = tmp_path / "a.h5ad.counts.h5ad"
+    frame, _ = qc(counts, QcConfig(mitochondrial=("LOC1", "LOC2"), doublets=False, min_counts=1, min_genes=1), 0)
+    share = 100 * X[:, [NAMES.index("LOC1"), NAMES.index("LOC2")]].sum(1) / X.sum(1)
+    np.testing.assert_allclose(frame["pct_mito"], share, rtol=1e-5)
+    none = QcConfig(mitochondrial=("ABC",), doublets=False, min_counts=1, min_genes=1)
+    warned = [d for d in qc(counts, none, 0)[1] if d.what == "mitochondrial_genes"]
+    assert warned[0].warning and "qc.mitochondrial" in warned[0].reason
+
+
+def test_warnings_are_logged_as_such(caplog):
+    Decisions("x", "s").add("a", 1, "look", warn=True)
+    assert caplog.records[0].levelname == "WARNING"
