@@ -6,8 +6,11 @@ import errno
 import json
 import os
 import signal
+import stat
 import sys
+import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -30,7 +33,7 @@ from scvi_core.files import (
     write_json,
     write_parquet,
 )
-from scvi_core.log import log
+from scvi_core.log import log, one_line, redacted
 
 
 class Step(typer.core.TyperCommand):
@@ -42,6 +45,8 @@ class Step(typer.core.TyperCommand):
         for option in self.params:
             value = ctx.params.get(option.name)
             paths = [path for path in (value if isinstance(value, list) else [value]) if isinstance(path, Path)]
+            if any("\0" in str(path) for path in paths):
+                raise UserError(f"{option.opts[0]}: {value!r} has a NUL in it; name a path")
             if option.metavar in {*FILES, *FOLDERS}:
                 outputs += [(option, path) for path in paths]
             else:  # of several samples' counts.h5ad, what stands beside each is read too
@@ -76,6 +81,7 @@ DecisionsOption = Annotated[
 ]
 Tracking = Annotated[str, typer.Option("--tracking-uri", help="MLflow tracking URI of the registry")]
 TRACKING = "sqlite:///results/mlflow.db"
+ISSUES = "see CONTRIBUTING.md"
 
 
 @app.callback(invoke_without_command=True)
@@ -418,7 +424,7 @@ def expression(
     wanted = fitted.gene_ids
     if genes is not None:
         text = Path(genes[1:]).read_text("utf-8") if genes.startswith("@") else genes.replace(",", "\n")
-        wanted = [gene.strip() for gene in text.splitlines() if gene.strip()]
+        wanted = [gene.strip() for gene in text.split("\n") if gene.strip()]
     if not wanted:
         raise UserError(f"--genes {genes!r}: names no gene; leave it out for all")
     try:
@@ -609,8 +615,6 @@ def register(
 
     Example: scvi-core register results/pancreas --config config/config.yaml
     """
-    import tempfile
-
     from scvi_core import registry
     from scvi_core.report import figures
 
@@ -635,7 +639,9 @@ def register(
             train_run=run,
             dataset={"name": settings.atlas, "digest": card["data_sha256"], "source": str(folder / "counts.zarr")},
             # what made the model
-            config=settings.model_dump(mode="json", exclude={"cluster", "contrast", "criticism", "de", "report"}),
+            config=json.loads(
+                redacted(settings.model_dump_json(exclude={"cluster", "contrast", "criticism", "de", "report"}))
+            ),
             experiment=settings.registry.experiment or f"scvi-core/{settings.atlas}",
             atlas=settings.atlas,
             organism=settings.registry.organism or card["organism"],
@@ -683,8 +689,6 @@ def map_(
 
     Example: scvi-core map new.h5ad --model models:/pancreas@champion --out query/latent.parquet
     """
-    import tempfile
-
     from scvi_core import api, registry
     from scvi_core.io import read_counts
     from scvi_core.mapping import embed
@@ -794,17 +798,34 @@ def _write_schemas(folder: Path) -> None:
             )
 
 
-def _give_up(message: str) -> NoReturn:
+def _give_up(message: str, code: int = 1) -> NoReturn:
     """Say why, in one line, and end: on standard output where a log on a full disk does not take it."""
+    line = f"error: {one_line(message)}"
     try:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
     except OSError:
-        print(f"error: {message}", flush=True)
-    sys.exit(1)
+        print(line, flush=True)
+    sys.exit(code)
+
+
+def _our_fault(error: Exception) -> NoReturn:
+    """Of what nobody foresaw, say that it is our fault and where it is told in full: in the log, or a file of its own."""
+    told = redacted("".join(traceback.format_exception(error)))
+    where = "what stands above"
+    if stat.S_ISREG(os.fstat(2).st_mode):  # the rule's log
+        print(told, file=sys.stderr)
+    else:
+        with tempfile.NamedTemporaryFile("w", prefix="scvi-core-", suffix=".log", delete=False) as file:
+            file.write(told)
+            where = file.name
+    summary = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    _give_up(
+        f"a fault of scvi-core's own, not yours ({one_line(summary, 300)}); please report it with {where} ({ISSUES})"
+    )
 
 
 def main() -> None:
-    """Entry point: a :class:`UserError` becomes one line and exit code 1; what is unexpected keeps its traceback."""
+    """Entry point: whatever is raised becomes one line and an exit code; what was not foreseen is a fault of ours."""
     image = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
     wanted = os.environ.get("SCVI_CORE_CODE")  # of the workflow's own
     if image and wanted and wanted != code_sha256():
@@ -815,17 +836,28 @@ def main() -> None:
         _give_up(str(error))
     except MemoryError:
         _give_up("out of memory; give the step more (resources: mem_mb) or choose fewer genes (genes.n_top)")
+    except KeyboardInterrupt:
+        _give_up("interrupted", 130)
+    except FileNotFoundError as error:
+        if error.filename is None:
+            _our_fault(error)
+        _give_up(f"{error.filename}: no such file; run the step before, or mend the path")
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # whoever read has heard enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.exit(0)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            _give_up(f"{error.filename or os.getcwd()}: no space left on the device; free some, then run again")
+        if error.filename is None or error.strerror is None:
+            _our_fault(error)
+        _give_up(f"{error.filename}: {error.strerror}; mend the path or its permissions")
     except RuntimeError as error:
         if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which is not imported here
             line = str(error).split(". ")[0]
             _give_up(f"the GPU ran out of memory ({line}); free it, lower genes.n_top or use device: cpu")
-        raise
-    except FileNotFoundError as error:
-        _give_up(f"{error.filename}: no such file; run the step before, or mend the path")
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            _give_up(f"{error.filename or os.getcwd()}: no space left on the device; free some, then run again")
-        raise
+        _our_fault(error)
+    except Exception as error:
+        _our_fault(error)
 
 
 if __name__ == "__main__":

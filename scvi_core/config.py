@@ -84,7 +84,7 @@ def _of_file(value: Any) -> Any:
     try:
         if not os.path.isfile(value) or os.path.getsize(value) > 2**24:
             raise ValueError(f"no list of genes in a file {value!r}; give a list [A, B], a /pattern/ or such a file")
-        lines = Path(value).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(value).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"file {value!r} cannot be read ({error})") from None
     return tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))

@@ -179,9 +179,10 @@ def replacing(path: str | Path, kind: str | None = None) -> Iterator[Path]:
             file.chmod(0o666 & ~_umask())  # some libraries keep what they write from others
             _fsync(file)
         check_output(path, _kind(temporary) if kind is None and temporary.is_file() else kind or "")
-        if path.is_dir():
-            os.rename(path, holder / "earlier")
-        os.rename(temporary, path)
+        if not (path.is_dir() and _exchange(temporary, path)):
+            if path.is_dir():
+                os.rename(path, holder / "earlier")
+            os.rename(temporary, path)
         _fsync(path.parent)
     except UserError:
         raise
@@ -218,6 +219,36 @@ def _clear(left: Path, path: Path) -> None:
     os.close(handle)
 
 
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change places at one stroke; False where the system or the file system has none."""
+    import ctypes
+
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), swap) == 0
+
+
+def sweep(folder: str | Path) -> list[Path]:
+    """Remove what killed processes have left beside their outputs below a folder; say what it was.
+
+    What another process of this machine is at stays, and so does what another machine has touched within a day: its
+    locks are not seen from here.
+    """
+    swept, here = [], f".{platform.node()}."
+    for left in sorted(Path(folder).rglob(".*.tmp")):
+        found = re.fullmatch(r"\.(.+?)\.[^/]*\.[a-z0-9_]{8}\.tmp", left.name)
+        if found is None or left.is_symlink() or not left.is_dir():
+            continue
+        name, ours, _ = left.name[1:].partition(here)
+        if ours:
+            _clear(left, left.with_name(name))
+        elif _age(left) > 86_400:
+            shutil.rmtree(left, ignore_errors=True)
+        if not left.exists():
+            swept.append(left)
+    return swept
+
+
 def _umask() -> int:
     umask = os.umask(0)
     os.umask(umask)
@@ -243,6 +274,55 @@ def _hold(folder: Path) -> int | None:
     if handle is not None:
         os.close(handle)
     return None
+
+
+class Claim:
+    """A folder of results that one build holds, from the first to the last of its steps.
+
+    The lock is the file ``.lock`` in it, which says who holds it; it ends with the process.
+
+    Raises
+    ------
+    UserError
+        When another build holds the folder.
+    """
+
+    def __init__(self, folder: str | Path):
+        import fcntl
+        import getpass
+
+        from scvi_core.log import log
+
+        self.path = Path(folder, ".lock")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            try:
+                fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.read(self.handle, 500).decode("utf-8", "replace").strip() or "it does not say who"
+                os.close(self.handle)
+                raise UserError(
+                    f"{folder}: another build is writing into it ({holder}); wait for it, or name another folder by "
+                    "`results:`"
+                ) from None
+            except OSError as error:
+                log.warning("%s: cannot be locked (%s); let one build at a time write there", folder, error.strerror)
+                break
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self.handle), self.path.stat()):
+                    break
+            os.close(self.handle)  # the one that held it has removed it
+        with contextlib.suppress(KeyError, OSError):  # a user without a name
+            user = getpass.getuser()
+            text = f"{user} on {platform.node()}, process {os.getpid()} in {os.getcwd()}, since {time.ctime()}"
+            os.ftruncate(self.handle, 0)
+            os.pwrite(self.handle, text.encode("utf-8", "surrogateescape"), 0)
+
+    def release(self) -> None:
+        """Let others build."""
+        self.path.unlink(missing_ok=True)
+        os.close(self.handle)
 
 
 @contextlib.contextmanager

@@ -20,9 +20,9 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from scvi_core.files import UserError, replacing, sha256_file
-from scvi_core.log import log
+from scvi_core.log import log, redacted
 from scvi_core.registry.run import CARD, HISTORY, STORED, WEIGHTS, log_training, short
-from scvi_core.registry.tracking import connect, errors, exclusive, place, shown, sqlite_path
+from scvi_core.registry.tracking import connect, errors, exclusive, place, sqlite_path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,7 +84,7 @@ def fetch(tracking_uri: str, found: Found, out: str | Path) -> None:
     from mlflow.artifacts import download_artifacts
 
     client = connect(tracking_uri)
-    label = f"{shown(tracking_uri)}: models:/{found.name}/{found.version}"
+    label = f"{redacted(tracking_uri)}: models:/{found.name}/{found.version}"
     remedy = "train again with model.reuse: never, which registers it anew"
     with errors(tracking_uri):
         location = place(tracking_uri, client.get_model_version_download_uri(found.name, found.version))
@@ -192,7 +192,7 @@ def register(
         "run_id": version.run_id,
         "fingerprint": card["fingerprint"],
         "reused": bool(train_run.get("reused", False)),
-        "tracking_uri": shown(tracking_uri),
+        "tracking_uri": redacted(tracking_uri),
     }
 
 
@@ -445,7 +445,7 @@ def _found(version: ModelVersion) -> Found:
 
 def _lookup(tracking_uri: str, name: str, version: str | int | None) -> tuple[MlflowClient, ModelVersion]:
     """Find one version by number, alias (with or without @) or None for the newest."""
-    label = f"{shown(tracking_uri)}: "
+    label = f"{redacted(tracking_uri)}: "
     database = sqlite_path(tracking_uri)
     if database is not None and not database.exists():
         raise UserError(f"{label}no such registry; build an atlas first, or mend registry.tracking_uri")

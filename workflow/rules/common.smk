@@ -10,7 +10,7 @@ from snakemake.exceptions import WorkflowError
 from snakemake_interface_storage_plugins.registry import StoragePluginRegistry
 
 from scvi_core.config import carried, check_columns, load_config, load_samples
-from scvi_core.files import UserError, code_sha256, stamp
+from scvi_core.files import Claim, UserError, code_sha256, stamp, sweep
 from scvi_core.times import times_table
 
 os.environ.update(
@@ -55,12 +55,28 @@ BEGAN = time.time()
 
 
 onsuccess:
+    for left in sweep(ATLAS):
+        print(f"removed, as a killed process had left it: {left}")
+    CLAIMED.pop().release()
     went = times_table(CONFIG.folder, BEGAN)
     if went:
         print(f"\nWhere the time went:\n{went}")
 
 
+onerror:
+    for claim in CLAIMED:
+        claim.release()
+
+
+# of this build on the folder, against another that would mix its own into it
+CLAIMED = []
+
+
 onstart:
+    try:
+        CLAIMED.append(Claim(ATLAS))
+    except UserError as error:
+        raise WorkflowError(str(error)) from None
     # where a run was killed as it fetched, a part may lie, which Snakemake would take for the whole
     for name, row in SAMPLES.items():
         if row.plugin:
