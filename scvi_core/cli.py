@@ -18,7 +18,7 @@ import typer
 import typer.core
 
 from scvi_core._version import __version__
-from scvi_core.config import Config, Sample, check_columns, explain, load_config, load_samples
+from scvi_core.config import Config, Sample, check_columns, explain, load_config, load_samples, parse_json
 from scvi_core.files import (
     FILES,
     FOLDERS,
@@ -81,7 +81,6 @@ DecisionsOption = Annotated[
 ]
 Tracking = Annotated[str, typer.Option("--tracking-uri", help="MLflow tracking URI of the registry")]
 TRACKING = "sqlite:///results/mlflow.db"
-ISSUES = "see CONTRIBUTING.md"
 
 
 @app.callback(invoke_without_command=True)
@@ -135,7 +134,7 @@ def ingest(
     from scvi_core.io import ingest as read
 
     try:
-        row = Sample(sample=sample, path=source or str(path), batch=batch, metadata=json.loads(metadata))
+        row = Sample(sample=sample, path=source or str(path), batch=batch, metadata=parse_json(metadata))
     except ValidationError as error:
         raise UserError("; ".join(f"--{explain(Sample, e)}" for e in error.errors())) from None
     except ValueError as error:
@@ -268,7 +267,10 @@ def train(
         Path | None, typer.Option(help="folder that keeps the state of an unfinished fit; the same command goes on")
     ] = None,
     devices: Annotated[
-        int, typer.Option(min=1, help="processes that share each minibatch: on a GPU each, or on `threads` CPU threads")
+        int,
+        typer.Option(
+            min=1, max=1024, help="processes that share each minibatch: on a GPU each, or on `threads` CPU threads"
+        ),
     ] = 1,
     decisions: DecisionsOption = None,
 ) -> None:
@@ -407,7 +409,7 @@ def expression(
         typer.Option(help="as if measured in this batch; given several times: the mean over these; default: its own"),
     ] = None,
     library_size: Annotated[str, typer.Option(help="counts to scale each cell to, or 'own'")] = "10000",
-    samples: Annotated[int, typer.Option(min=1, help="posterior samples a cell, of which the mean is taken")] = 10,
+    samples: Annotated[int, typer.Option(min=1, max=1_000_000, help="posterior samples a cell, to be averaged")] = 10,
     config: ConfigOption = "{}",
 ) -> None:
     """Write denoised expression: posterior means of rho x library size. A row a cell, a float32 column a gene (its id).
@@ -809,7 +811,7 @@ def _give_up(message: str, code: int = 1) -> NoReturn:
 
 
 def _our_fault(error: Exception) -> NoReturn:
-    """Of what nobody foresaw, say that it is our fault and where it is told in full: in the log, or a file of its own."""
+    """Of what nobody foresaw, say that it is our fault; the whole goes into the log, or a file of its own."""
     told = redacted("".join(traceback.format_exception(error)))
     where = "what stands above"
     if stat.S_ISREG(os.fstat(2).st_mode):  # the rule's log
@@ -818,10 +820,8 @@ def _our_fault(error: Exception) -> NoReturn:
         with tempfile.NamedTemporaryFile("w", prefix="scvi-core-", suffix=".log", delete=False) as file:
             file.write(told)
             where = file.name
-    summary = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    _give_up(
-        f"a fault of scvi-core's own, not yours ({one_line(summary, 300)}); please report it with {where} ({ISSUES})"
-    )
+    fault = one_line(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__, 300)
+    _give_up(f"a fault of scvi-core's own, not yours ({fault}); please report it as CONTRIBUTING.md says, with {where}")
 
 
 def main() -> None:
