@@ -425,7 +425,7 @@ def expression(
     fitted = api.load(model, settings.device)
     wanted = fitted.gene_ids
     if genes is not None:
-        text = Path(genes[1:]).read_text("utf-8") if genes.startswith("@") else genes.replace(",", "\n")
+        text = _list_of(Path(genes[1:])) if genes.startswith("@") else genes.replace(",", "\n")
         wanted = [gene.strip() for gene in text.split("\n") if gene.strip()]
     if not wanted:
         raise UserError(f"--genes {genes!r}: names no gene; leave it out for all")
@@ -744,6 +744,16 @@ def models_promote(
 
     promote(tracking_uri, name, version, alias)
     log.info("models:/%s@%s is version %s", name, alias, version)
+
+
+def _list_of(path: Path) -> str:
+    """The text of a file of names."""
+    if not path.is_file() or path.stat().st_size > 2**24:
+        raise UserError(f"--genes @{path}: not a file of 16 MiB at most; name one with a gene a line")
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--genes @{path}: not UTF-8 text ({error.reason}); name a file with a gene a line") from None
 
 
 def _library_reason(library: str) -> str:

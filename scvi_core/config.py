@@ -218,7 +218,7 @@ class GenesConfig(Section):
     @classmethod
     def _positive(cls, value: int | str) -> int | str:
         if isinstance(value, int) and not 1 <= value <= 1_000_000:
-            raise ValueError("must be between 1 and 1,000,000")
+            raise ValueError("must be at least 1, and 1,000,000 at most")
         return value
 
 
@@ -310,7 +310,7 @@ class TrainConfig(Section):
     @classmethod
     def _positive(cls, value: int | str) -> int | str:
         if isinstance(value, int) and not 1 <= value <= 1_000_000:
-            raise ValueError("must be between 1 and 1,000,000")
+            raise ValueError("must be at least 1, and 1,000,000 at most")
         return value
 
 
@@ -619,7 +619,11 @@ def parse_json(text: str) -> Any:
         return seen
 
     try:
-        return json.loads(text, object_pairs_hook=once)
+        value = json.loads(text, object_pairs_hook=once)
+        json.dumps(value, ensure_ascii=False).encode()  # half a character, as \\ud800 alone, can be written nowhere
+        return value
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{error.object[error.start : error.end]!r} is no character") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -664,7 +668,10 @@ def explain(model: type[BaseModel], error: Any) -> str:
         hint = f"did you mean '{'.'.join([*path[:-1], near[0]])}'?" if near else f"valid keys: {', '.join(valid)}"
         return f"unknown key '{'.'.join(path)}'; {hint}"
     field = ".".join(p for p in path if not p.startswith(("literal", "function", "int", "constrained")))
-    value = "" if isinstance(error["input"], dict) else f" (got {error['input']!r})"
+    try:
+        value = "" if isinstance(error["input"], dict) else f" (got {error['input']!r})"
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        value = " (got a number of thousands of digits)"
     told = REMEDY.get(error.get("ctx", {}).get("pattern"), error["msg"].removeprefix("Value error, "))
     return f"{field + ': ' if field else ''}{told}{value}"
 

@@ -27,7 +27,8 @@ class _Stderr(logging.StreamHandler):
 
 def redacted(text: str) -> str:
     """A text without the user names, passwords and tokens of the addresses in it, for messages and files."""
-    text = re.sub(r"([a-zA-Z][a-zA-Z0-9+.-]*://)[^/\s'\"<>]*@", r"\1***@", text)
+    user, odd = r"[^/\s'\"<>]*", r"[^/\s:@]+:(?!\d+/)[^\s'\"<>]*"  # a password may have a slash that should be %2F
+    text = re.sub(rf"([a-zA-Z][a-zA-Z0-9+.-]*://)(?:{user}|{odd})@", r"\1***@", text)
     secret = "token|passw|pwd|secret|key|sig|auth|credential"
     return re.sub(rf"([?&;][^=&;\s]*(?:{secret})[^=&;\s]*=)[^&;\s'\"]*", r"\1***", text, flags=re.IGNORECASE)
 

@@ -355,3 +355,55 @@ def test_stamp_of_a_folder_is_that_of_all_its_files(tmp_path):
         (tmp_path / f"two/c/{k}").write_bytes(content)
         os.utime(tmp_path / f"two/c/{k}", ns=(about.st_atime_ns, about.st_mtime_ns))
     assert files.stamp(tmp_path / "two") != before
+
+
+# ---- one build at a time, and what is left
+
+
+def test_a_folder_is_one_builds(tmp_path):
+    claim = files.Claim(tmp_path / "atlas")
+    with pytest.raises(UserError, match=rf"another build is writing into it \(.*process {os.getpid()} in .*wait"):
+        files.Claim(tmp_path / "atlas")
+    claim.release()
+    assert names(tmp_path / "atlas") == []
+    (tmp_path / "atlas" / ".lock").write_text("one that was killed")
+    files.Claim(tmp_path / "atlas").release()
+    (tmp_path / "atlas" / ".lock").symlink_to("elsewhere")
+    with pytest.raises(OSError, match="symbolic link"):
+        files.Claim(tmp_path / "atlas")
+
+
+def test_what_killed_processes_left_is_swept(tmp_path):
+    here, inside = platform.node(), tmp_path / "samples" / "a"
+    inside.mkdir(parents=True)
+    old = [f".qc.parquet.{here}.abcdefgh.tmp", ".qc.parquet.far.abcdefgh.tmp", ".a.b.tmp", ".notes.tmp"]
+    for name in [*old, f".qc.parquet.{here}.a_t_work.tmp", f".qc.parquet.{here}.new_ones.tmp"]:
+        (inside / name).mkdir()
+        if "new" not in name:
+            os.utime(inside / name, (0, 0))
+    handle = os.open(inside / f".qc.parquet.{here}.a_t_work.tmp", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    assert files.sweep(tmp_path) == sorted(inside / name for name in old[:2])
+    os.close(handle)
+    stay = [f".qc.parquet.{here}.a_t_work.tmp", f".qc.parquet.{here}.new_ones.tmp"]
+    assert names(inside) == sorted([*old[2:], *stay])
+
+
+def test_a_folder_is_there_at_every_moment(tmp_path, monkeypatch):
+    """Where the system exchanges two at one stroke; else the earlier one is put back, as above."""
+    path = tmp_path / "criticism"
+    write(path, {"checks.json": b'{\n  "earlier": 1\n}\n'})
+    real = os.rename
+
+    def watching(*paths):
+        raise AssertionError("renamed")
+
+    monkeypatch.setattr(os, "rename", watching)
+    with replacing(path, "CRITICISM") as temporary:
+        write(temporary, {"checks.json": b'{\n  "later": 1\n}\n'})
+    assert "later" in (path / "checks.json").read_text() and names(tmp_path) == ["criticism"]
+    monkeypatch.setattr(os, "rename", real)
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    with replacing(path, "CRITICISM") as temporary:
+        write(temporary, {"checks.json": b'{\n  "last": 1\n}\n'})
+    assert "last" in (path / "checks.json").read_text() and names(tmp_path) == ["criticism"]
