@@ -593,7 +593,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except RecursionError:
         raise UserError(f"{path}: nested too deeply; a configuration has four levels at most") from None
-    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:  # dates and numbers that cannot be
+    except Exception as error:  # YAML's own, and whatever there is for dates, numbers and tags that cannot be
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         at = f" line {line + 1}" if line is not None else ""
         raise UserError(f"{path}{at}: not valid YAML ({getattr(error, 'problem', error)})") from None

@@ -98,6 +98,8 @@ def test_config(project, tmp_path, config, words):
         (b"seed: true\n", ["seed is true"]),
         (b"title: !!python/object/apply:os.system [ls]\n", ["not valid YAML"]),
         (b"title: !!binary '*'\n", ["config.yaml"]),
+        (b"title: !!timestamp x\n", ["not valid YAML"]),
+        (b"title: !!bool x\n", ["not valid YAML"]),
         (b"a: " + b"[" * 5000, ["config.yaml"]),
         (b"a: " + b"[" * 5000 + b"]" * 5000, ["nested too deeply"]),
         (b"a: \x00\n", ["not valid YAML"]),
