@@ -30,6 +30,7 @@ from scvi_core.files import (
     read_json,
     read_parquet,
     replacing,
+    speak_utf8,
     write_json,
     write_parquet,
 )
@@ -51,6 +52,7 @@ class Step(typer.core.TyperCommand):
                 outputs += [(option, path) for path in paths]
             else:  # of several samples' counts.h5ad, what stands beside each is read too
                 paths += [path.parent / "qc.parquet" for path in paths if isinstance(value, list)]
+                paths += [file for path in paths if isinstance(value, list) for file in path.glob("*/*")]
                 taken |= {os.path.realpath(path) for path in paths}
         for option, path in outputs:
             if os.path.realpath(path) in taken:
@@ -73,6 +75,12 @@ app.add_typer(models, name="models")
 
 ConfigOption = Annotated[
     str, typer.Option("--config", help="config.yaml, or the part of it that matters as JSON text ('{...}')")
+]
+Samples = Annotated[
+    list[Path],
+    typer.Argument(
+        help="every sample's counts.h5ad, qc.parquet beside each; or the folder of all samples, in the sheet's order"
+    ),
 ]
 Out = Annotated[Path, typer.Option("--out", metavar="PARQUET", help="what to write")]
 DecisionsOption = Annotated[
@@ -175,7 +183,7 @@ def qc(
 
 @app.command(cls=Step)
 def genes(
-    counts: Annotated[list[Path], typer.Argument(help="every sample's counts.h5ad; qc.parquet stands beside each")],
+    counts: Samples,
     out: Out,
     config: ConfigOption = "{}",
     decisions: DecisionsOption = None,
@@ -187,14 +195,15 @@ def genes(
     from scvi_core.preprocess.genes import select_genes
 
     settings = load_config(config)
-    frame, made = select_genes(counts, _beside(counts), settings.input, settings.genes)
+    files = _counts(counts, settings.samples)
+    frame, made = select_genes(files, _beside(files), settings.input, settings.genes)
     write_parquet(out, frame)
     _write_decisions(made, decisions)
 
 
 @app.command(cls=Step)
 def store(
-    counts: Annotated[list[Path], typer.Argument(help="every sample's counts.h5ad; qc.parquet stands beside each")],
+    counts: Samples,
     genes: Annotated[Path, typer.Option(help="genes.parquet")],
     out: Annotated[Path, typer.Option("--out", metavar="STORE", help="the zarr folder to write")],
     config: ConfigOption = "{}",
@@ -206,8 +215,9 @@ def store(
     """
     from scvi_core.preprocess.store import write_store
 
-    metadata = load_config(config).input.metadata
-    made = write_store(out, counts, _beside(counts), read_parquet(genes, "genes"), metadata)
+    settings = load_config(config)
+    files = _counts(counts, settings.samples)
+    made = write_store(out, files, _beside(files), read_parquet(genes, "genes"), settings.input.metadata)
     _write_decisions(made, decisions)
 
 
@@ -526,7 +536,7 @@ def de(
 
 @app.command(cls=Step)
 def contrast(
-    counts: Annotated[list[Path], typer.Argument(help="every sample's counts.h5ad; qc.parquet stands beside each")],
+    counts: Samples,
     cells: Annotated[Path, typer.Option(help="cells.parquet")],
     genes: Annotated[Path, typer.Option(help="genes.parquet")],
     out: Out,
@@ -545,7 +555,8 @@ def contrast(
 
     settings = load_config(config)
     table, of_genes = read_parquet(cells, "cluster"), read_parquet(genes, "genes")
-    frame, bulks, made = sums.contrast(counts, _beside(counts), table, of_genes, settings.contrast)
+    files = _counts(counts, settings.samples)
+    frame, bulks, made = sums.contrast(files, _beside(files), table, of_genes, settings.contrast)
     write_parquet(out, frame)
     if pseudobulk is not None:
         write_parquet(pseudobulk, bulks.table())
@@ -786,6 +797,12 @@ def _use_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
+def _counts(given: list[Path], sheet: str) -> list[Path]:
+    """The samples' counts.h5ad: as given, or of a folder those of all rows of the sheet, however many they are."""
+    rows = [row.sample for row in load_samples(sheet)] if any(path.is_dir() for path in given) else []
+    return [file for path in given for file in ([path / s / "counts.h5ad" for s in rows] if path.is_dir() else [path])]
+
+
 def _beside(counts: list[Path]) -> list[Path]:
     paths = [path.parent / "qc.parquet" for path in counts]
     for path in paths:
@@ -836,6 +853,7 @@ def _our_fault(error: Exception) -> NoReturn:
 
 def main() -> None:
     """Entry point: whatever is raised becomes one line and an exit code; what was not foreseen is a fault of ours."""
+    speak_utf8()
     image = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
     wanted = os.environ.get("SCVI_CORE_CODE")  # of the workflow's own
     if image and wanted and wanted != code_sha256():

@@ -511,8 +511,8 @@ class Sample(Section):
     sample: Name
     path: Plain
     batch: str = Field(min_length=1, max_length=200)
-    metadata: dict[str, str] = {}
-    reading: dict[str, str] = {}
+    metadata: dict[str, str] = Field({}, description="the sheet's further columns")
+    reading: dict[str, str] = Field({}, description="its columns that are called as keys of `input`")
 
     @field_validator("sample")
     @classmethod
@@ -739,7 +739,7 @@ def load_samples(path: str | Path) -> list[Sample]:
     while not header[-1]:  # columns that a spreadsheet adds
         header.pop()
     if len(header) == 1 and (other := re.search("[;,]", header[0])):
-        raise UserError(f"{path}: its columns are separated by {other[0]!r}; save it as tab-separated text")
+        raise UserError(f"{path}: columns are separated by tabs, not {other[0]!r}; save it as tab-separated text")
     for column in ("sample", "path", "batch"):
         if column not in header:
             near = difflib.get_close_matches(column, header, n=1)

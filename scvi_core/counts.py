@@ -331,7 +331,7 @@ def check_counts(values: np.ndarray, where: str) -> np.ndarray:
         if fractional.any():
             example = values[fractional.argmax()]
             raise UserError(
-                f"{where}: counts are not whole numbers (such as {example:.4g}): they look normalised; give raw "
+                f"{where}: counts are not whole numbers (such as {example}): they look normalised; give raw "
                 "counts, in X or by naming their layer"
             )
     if values.size and values.min() < 0:

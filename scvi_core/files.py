@@ -6,15 +6,18 @@ fsync, rename. A reader never meets half a file, and a failed run leaves earlier
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import dataclasses
 import glob
 import hashlib
 import json
+import locale
 import os
 import platform
 import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -573,6 +576,16 @@ def code_sha256() -> str:
 def sha256_text(text: str) -> str:
     """SHA-256 of a text's UTF-8 bytes, in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def speak_utf8() -> None:
+    """Where the locale is of another encoding, start this program again in UTF-8 mode, which its children share.
+
+    Names in sheets and files are UTF-8; as arguments and in paths they would be something else, or nothing.
+    """
+    if not sys.flags.utf8_mode and codecs.lookup(locale.getencoding()).name != "utf-8":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 @dataclasses.dataclass(frozen=True)

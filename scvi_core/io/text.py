@@ -146,16 +146,16 @@ def _mtx_entries(matrix: Path, head: _Head, field: Field) -> Iterator[tuple[np.n
         for _ in range(head.lines):
             handle.readline(2**16)
         for text in _line_blocks(handle, matrix, 8):
-            values = _mtx_values(text, 1 if head.dense else 3, matrix, lines)
+            *places, values = _mtx_columns(text, 1 if head.dense else 3, matrix, lines)
             lines += text.count(b"\n")
             if not len(values):
                 continue
             if head.dense:  # all values, column by column
                 at = np.flatnonzero(values)
                 column, row = np.divmod(seen + at, head.rows)
-                yield row, column, checks.pack_counts(values.reshape(-1)[at], field)
+                yield row, column, checks.pack_counts(values[at], field)
             else:
-                row, column = values[:, 0].astype(np.int64) - 1, values[:, 1].astype(np.int64) - 1
+                row, column = places
                 outside = (row < 0) | (column < 0) | (row >= head.rows) | (column >= head.columns)
                 if outside.any():
                     filled = [i for i, line in enumerate(text.splitlines()) if line.strip()]
@@ -164,7 +164,7 @@ def _mtx_entries(matrix: Path, head: _Head, field: Field) -> Iterator[tuple[np.n
                         f"{matrix}: Line {at}: its row or column lies outside of {head.rows:,} x {head.columns:,} "
                         "(counted from 1); fetch it again"
                     )
-                yield row, column, checks.pack_counts(values[:, 2], field)
+                yield row, column, checks.pack_counts(values, field)
             seen += len(values)
     if seen != head.entries:
         raise ValueError(
@@ -172,28 +172,24 @@ def _mtx_entries(matrix: Path, head: _Head, field: Field) -> Iterator[tuple[np.n
         )
 
 
-def _mtx_values(text: bytes, per_line: int, matrix: Path, before: int) -> np.ndarray:
-    """(lines, per_line) numbers of whole lines of text, each token parsed whole.
+def _mtx_columns(text: bytes, per_line: int, matrix: Path, before: int) -> list[np.ndarray]:
+    """The numbers of whole lines of text by column, each token parsed whole; places from 0.
 
     scipy's parser is the fastest, but stops in silence where a token has a character that it does not expect, and at
     what follows the third one: it sees digits only, three numbers a line. pandas' is strict.
     """
-    characters = np.frombuffer(text, np.uint8)
-    inside = characters > 32
-    tokens = np.count_nonzero(inside[1:] & ~inside[:-1]) + bool(len(inside) and inside[0])
     lines = text.count(b"\n") + (not text.endswith(b"\n"))
-    if tokens == per_line * lines:
+    if _tokens(text) == per_line * lines:
         try:
             if per_line == 3 and not text.translate(None, b"0123456789 \t\r\n"):
                 sizes = f"{2**31 - 1} {2**31 - 1} {lines}\n"  # whether places lie within is looked at by who asks
                 head = f"%%MatrixMarket matrix coordinate integer general\n{sizes}"
                 read = scipy.io.mmread(io.BytesIO(head.encode() + text))
-                return np.column_stack([read.row.astype(np.int64) + 1, read.col.astype(np.int64) + 1, read.data])
-            names = list(range(per_line))
-            options = {"sep": r"\s+", "header": None, "names": names, "index_col": False, "na_filter": False}
-            values = pd.read_csv(io.BytesIO(text), dtype=np.float64, **options).to_numpy()
-            if len(values) == lines and (per_line == 1 or (values[:, :2] == np.floor(values[:, :2])).all()):
-                return values
+                return [read.row, read.col, read.data]
+            options = {"sep": r"\s+", "header": None, "names": range(per_line), "index_col": False, "na_filter": False}
+            table = pd.read_csv(io.BytesIO(text), dtype=np.float64, **options)
+            if len(table) == lines:
+                return _placed([table[i].to_numpy() for i in range(per_line)], matrix)
         except (ValueError, OverflowError):
             pass  # said below, with its line
     rows = []
@@ -210,10 +206,24 @@ def _mtx_values(text: bytes, per_line: int, matrix: Path, before: int) -> np.nda
                 f"{matrix}: Line {number}: {line[:80].decode('utf-8', 'replace')!r} is not {per_line} number"
                 f"{'s' * (per_line > 1)}; write it again, with a point for decimals"
             ) from None
-    values = np.array(rows, np.float64).reshape(-1, per_line)
-    if per_line == 3 and len(values) and (values[:, :2] != np.floor(values[:, :2])).any():
-        raise UserError(f"{matrix}: an entry's row or column is no whole number; fetch it again")
-    return values
+    return _placed(list(np.array(rows, np.float64).reshape(-1, per_line).T), matrix)
+
+
+def _placed(columns: list[np.ndarray], matrix: Path) -> list[np.ndarray]:
+    """Columns of floats, of which all but the last are places that count from 1."""
+    for i, places in enumerate(columns[:-1]):
+        if (places != np.floor(places)).any():
+            raise UserError(f"{matrix}: an entry's row or column is no whole number; fetch it again")
+        columns[i] = (
+            places.astype(np.int32) - 1 if len(places) and places.max() < 2**31 else places.astype(np.int64) - 1
+        )
+    return columns
+
+
+def _tokens(text: bytes) -> int:
+    """How many stretches without white space there are."""
+    inside = np.frombuffer(text, np.uint8) > 32
+    return int(np.count_nonzero(inside[1:] & ~inside[:-1])) + bool(len(inside) and inside[0])
 
 
 def _tables_beside(matrix: Path, decisions: Decisions) -> tuple[list[list[str]], list[list[str]]]:
@@ -490,7 +500,8 @@ class _Table:
                     beside = chunk.iloc[:, self.beside].reset_index(drop=True)
                     self.annotation.append(beside.set_axis(self.names[self.beside], axis=1))
                 empty = False
-                yield checks.dense_counts(chunk.iloc[:, count].to_numpy(), self.field)
+                counted = chunk.iloc[:, count] if len(self.beside) else chunk
+                yield checks.dense_counts(counted.to_numpy(), self.field)
         if empty:
             yield sp.csr_matrix((0, len(count)), dtype=np.uint8)
 

@@ -538,7 +538,7 @@ def test_sheets_of_spreadsheets(tmp_path):
         (text.encode("utf-16"), "UTF-16"),
         (text.replace("β", "é").encode("cp1252"), "line 2: not UTF-8 text .*Windows-1252"),
         (b"PK\x03\x04...", "Excel workbook"),
-        (text.replace("\t", ",").encode(), "separated by ','"),
+        (text.replace("\t", ",").encode(), "separated by tabs, not ','"),
         (text.replace("\tb\t34", "\tNA\t34").encode(), "line 2: batch: is empty"),
     ):
         sheet.write_bytes(content)

@@ -15,7 +15,21 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from _project import CONFIG, SHEET, changed, cli, frame, here, make, snakemake, tree, write_config, write_csv
+from _project import (
+    BIN,
+    CONFIG,
+    SHEET,
+    changed,
+    cli,
+    environment,
+    frame,
+    here,
+    make,
+    snakemake,
+    tree,
+    write_config,
+    write_csv,
+)
 from pydantic import BaseModel
 
 from _project import write_h5ad, write_mtx, write_sheet  # isort: skip
@@ -718,3 +732,27 @@ def test_random_sheets_never_escape(tmp_path):
         assert not any(c in s.path for s in samples for c in "{}\n\r\x00\x1b")
         assert not any(s.path.startswith("-") for s in samples)
     assert 20 < accepted < 4000, accepted
+
+
+def test_a_locale_of_another_encoding(project, tmp_path):
+    """Names are UTF-8 whatever the locale: in arguments, in sheets and in what is written."""
+    if shutil.which("localedef") is None:
+        pytest.skip("localedef is not installed, which makes a locale that is not UTF-8")
+    made = subprocess.run(
+        ["localedef", "-i", "en_US", "-f", "ISO-8859-1", tmp_path / "en_US.ISO-8859-1"], capture_output=True
+    )
+    if not (tmp_path / "en_US.ISO-8859-1").exists():
+        pytest.skip(f"no such locale can be made here ({made.stderr[:80]!r})")
+    outside = {**environment(), "LOCPATH": str(tmp_path), "LC_ALL": "en_US.ISO-8859-1"}
+    outside.pop("PYTHONUTF8", None)
+    out = tmp_path / "β.h5ad"
+    command = [BIN / "scvi-core", "ingest", "data/a.h5ad", "--sample", "a", "--batch", "β-µg", "--out", out]
+    done = subprocess.run(command, cwd=project, env=outside, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert set(ad.read_h5ad(out).obs["batch"]) == {"β-µg"}
+    (tmp_path / "s.tsv").write_text(
+        "sample\tpath\tbatch\na\tdata/a.h5ad\tβ\nb\tdata/none-β.h5ad\tµ\n", encoding="utf-8"
+    )
+    command = [BIN / "scvi-core", "validate", "--config", json.dumps({"samples": str(tmp_path / "s.tsv")})]
+    done = subprocess.run(command, cwd=project, env=outside, capture_output=True, encoding="utf-8")
+    refused(done, "no file data/none-β.h5ad")

@@ -1,5 +1,6 @@
 """The workflow and the library as others find them: formatted, documented, importable, light to start."""
 
+import re
 import subprocess
 import sys
 
@@ -126,3 +127,26 @@ def test_root_and_workflow_snakefile_are_one(built):
     for snakefile in (ROOT / "Snakefile", ROOT / "workflow" / "Snakefile"):
         done = snakemake(built, "-n", snakefile=snakefile)
         assert "Nothing to be done" in done.stdout + done.stderr, done.stdout + done.stderr
+
+
+def test_readme_names_every_key_of_the_configuration():
+    from pydantic import BaseModel
+
+    from scvi_core.config import Config
+
+    text = (ROOT / "config/README.md").read_text("utf-8")
+
+    def keys(model):
+        for name, field in model.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                assert f"### `{name}`" in text
+                yield from keys(field.annotation)
+            else:
+                yield name, field.description
+
+    missing = [
+        name
+        for name, told in keys(Config)
+        if not re.search(rf"^\| `{name}` \|.*{re.escape(told or '')}", text.replace("\\|", "|"), re.M)
+    ]
+    assert not missing

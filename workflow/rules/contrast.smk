@@ -18,7 +18,8 @@ rule contrast:
         mem_mb=megabytes(2400, (4, ANY)),
         runtime=minutes(30 + 30 * len(CONFIG.contrast.tests), 0.2),
     params:
-        config=part("contrast"),
+        samples=f"{ATLAS}/samples",
+        config=part("samples", "contrast"),
     shell:
-        "scvi-core contrast {input.counts:q} --cells {input.cells:q} --genes {input.genes:q} --config {params.config:q}"
+        "scvi-core contrast {params.samples:q} --cells {input.cells:q} --genes {input.genes:q} --config {params.config:q}"
         " --out {output.contrast:q} --pseudobulk {output.pseudobulk:q} --decisions {output.decisions:q} 2> {log:q}"

@@ -14,9 +14,10 @@ rule genes:
         mem_mb=megabytes(310, (0.11, ANY)),
         runtime=minutes(15, 0.05),
     params:
-        config=part("input.genes", "genes"),
+        samples=f"{ATLAS}/samples",  # not each of them: a command's line has an end
+        config=part("samples", "input.genes", "genes"),
     shell:
-        "scvi-core genes {input.counts:q} --config {params.config:q} --out {output.genes:q}"
+        "scvi-core genes {params.samples:q} --config {params.config:q} --out {output.genes:q}"
         " --decisions {output.decisions:q} 2> {log:q}"
 
 
@@ -38,7 +39,13 @@ rule store:
         runtime=minutes(10, 0.05),
     params:
         store=subpath(output.store, parent=True),
-        config=json.dumps({"input": {"metadata": carried(CONFIG, SAMPLES.values())}}),
+        samples=f"{ATLAS}/samples",
+        config=json.dumps(
+            {
+                "samples": CONFIG.samples,
+                "input": {"metadata": carried(CONFIG, SAMPLES.values())},
+            }
+        ),
     shell:
-        "scvi-core store {input.counts:q} --genes {input.genes:q} --config {params.config:q} --out {params.store:q}"
+        "scvi-core store {params.samples:q} --genes {input.genes:q} --config {params.config:q} --out {params.store:q}"
         " --decisions {output.decisions:q} 2> {log:q}"
