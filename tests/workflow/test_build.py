@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -266,6 +267,41 @@ def test_another_input_is_noticed_whatever_its_time(copy, change):
         assert rerun(copy) == {}
         write_h5ad(copy / "data" / "a.h5ad", frame(7), cell_type=[f"type{i % 3}" for i in range(N_CELLS)])
     assert rerun(copy) == dict.fromkeys(["ingest", "qc", *FROM_GENES], 1)
+
+
+def test_a_flipped_bit_between_two_steps_is_refused_by_name(copy):
+    at, rng = "results/small", np.random.default_rng(0)
+    counts = [f"{at}/samples/{s}/counts.h5ad" for s in "abc"]
+    store, model, out = ["--store", f"{at}/counts.zarr"], ["--model", f"{at}/model"], ["--out", "out"]
+    steps = {
+        "samples/a/counts.h5ad": ["qc", counts[0], *out],
+        "samples/b/qc.parquet": ["genes", *counts, *out],
+        "genes.parquet": ["store", *counts, "--genes", f"{at}/genes.parquet", *out],
+        "counts.zarr/X/data/0": ["lookup", *store, *out],
+        "counts.zarr/obs/n_counts/.zarray": ["embed", *store, *model, *out],
+        "model/model.json": ["embed", *store, *model, *out],
+        "model/model.safetensors": ["register", at, *out],
+        "model/history.parquet": ["register", at, *out],
+        "logs/train_run.json": ["register", at, *out],
+        "latent.parquet": ["cluster", *store, "--latent", f"{at}/latent.parquet", *out],
+        "cells.parquet": ["de", *store, *model, "--cells", f"{at}/cells.parquet", *out],
+        "de.parquet": ["report", at, "--config", "config/config.yaml"],
+        "criticism/checks.json": ["report", at, "--config", "config/config.yaml"],
+        "decisions/qc.a.jsonl": ["report", at, "--config", "config/config.yaml"],
+    }
+    for name, command in steps.items():
+        path = copy / at / name
+        content = path.read_bytes()
+        bit = int(rng.integers(8 * len(content)))
+        path.write_bytes(content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :])
+        before = tree(copy)
+        done = here(copy, *command)
+        assert done.returncode == 1 and tree(copy) == before, (name, bit)
+        line = done.stderr.splitlines()[-1]
+        file = "counts.zarr" if name.startswith("counts.zarr") else name
+        assert line.startswith("error: ") and Path(file).name in line, (name, bit, line)
+        assert re.search("remove it and run again: `scvi-core [a-z]+` makes it anew", line), (name, bit, line)
+        path.write_bytes(content)
 
 
 def test_another_build_of_the_same_folder_is_told(as_built):
