@@ -101,6 +101,10 @@ def fetch(tracking_uri: str, found: Found, out: str | Path) -> None:
                         f"{location}/{STORED}/{file}", dst_path=download, tracking_uri=client.tracking_uri
                     )
                 except Exception as error:
+                    if isinstance(error, ImportError):
+                        raise UserError(f"{label}: {location} needs the package {error.name!r}; install it") from error
+                    if isinstance(error, ValueError | TypeError | LookupError | AttributeError):  # of an odd address
+                        raise UserError(f"{label}: {location}: cannot be fetched ({error}); {remedy}") from error
                     if not _is_absent(error):
                         raise
                     raise UserError(f"{label}: {file} is missing from {location}; {remedy}") from error
