@@ -253,7 +253,11 @@ def pack(adata: AnnData, schema: Schema, layer: str | None = None, design: bool 
         raise UserError(f"adata: no layer '{layer}' (layers: {', '.join(adata.layers) or 'none'})")
     if adata.isbacked:
         adata = adata.to_memory()
-    x = sp.csr_matrix(adata.layers[layer] if layer is not None else adata.X)
+    x = adata.layers[layer] if layer is not None else adata.X
+    if getattr(x, "dtype", np.dtype(object)).kind not in "uibf":
+        what = "nothing" if x is None else f"{getattr(x, 'dtype', type(x).__name__)} values"
+        raise UserError(f"adata: {what} in {f'layer {layer!r}' if layer is not None else 'X'}; give raw counts")
+    x = sp.csr_matrix(x.astype(np.float32) if x.dtype == np.float16 else x)  # scipy has no sparse matrix of float16
     if tuple(map(str, adata.var_names)) != schema.gene_ids:
         x = x[:, [have[gene] for gene in schema.gene_ids]]
     values = check_counts(x.data, "adata")

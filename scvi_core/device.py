@@ -19,6 +19,8 @@ def resolve_device(device: str) -> torch.device:
         When CUDA is asked for and there is none: never a silent change to the CPU. Slurm's giving a GPU to the job
         is asking, too.
     """
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device: {device!r}; give auto, cpu or cuda (which card: CUDA_VISIBLE_DEVICES)")
     found = torch.cuda.is_available()
     given = os.environ.get("SLURM_STEP_GPUS") or os.environ.get("SLURM_JOB_GPUS")
     if device == "auto" and given and not found:

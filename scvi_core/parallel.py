@@ -37,7 +37,7 @@ def _add_up(tensor: torch.Tensor) -> torch.Tensor:
     try:
         dist.all_reduce(tensor)
     except RuntimeError as error:
-        raise LostError(str(error).splitlines()[0]) from None
+        raise LostError(str(error).partition("\n")[0]) from None
     return tensor
 
 

@@ -145,6 +145,7 @@ def write_run(path: Path, began: float, model: api.Model, reused: bool) -> None:
             "git_revision": _git_revision(),
             "reused": reused,
         },
+        checksum=True,
     )
 
 

@@ -18,7 +18,7 @@ from _samples import stored
 import scvi_core as sv
 from scvi_core import cli, parallel
 from scvi_core.config import ModelConfig
-from scvi_core.files import UserError
+from scvi_core.files import UserError, write_json
 from scvi_core.model import Noise, build
 from scvi_core.train import Interrupted, elbo_of, loop, train
 from scvi_core.train.loop import _set_library_prior
@@ -338,7 +338,7 @@ def test_the_command_on_two_devices(place, monkeypatch):
     # one that lookup found is taken as well, and written by the first process alone
     one.save("found/model")
     about = {"fingerprint": one.fingerprint, "found": {"name": "m", "version": "1", "run_id": "r"}}
-    (place / "found" / "lookup.json").write_text(json.dumps(about))
+    write_json(place / "found" / "lookup.json", about, checksum=True)
     process, said = command(place, monkeypatch, "again", 2, more=["--found", "found"])
     process.join()
     assert process.exitcode == 0 and said().count("training = skipped") == 1, said()

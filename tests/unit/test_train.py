@@ -265,7 +265,7 @@ def test_weights_not_finite_are_not_kept_at_a_stop(tmp_path, monkeypatch, way, s
 
 def test_a_rate_that_is_too_high():
     with pytest.raises(UserError, match=r"lower train.learning_rate .now 1e.30."):
-        fit(config=brief(learning_rate=1e30, adam_eps=1e-8))
+        fit(config=brief().model_copy(update={"learning_rate": 1e30, "adam_eps": 1e-8}))
 
 
 # ---- checkpoints
