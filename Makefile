@@ -6,9 +6,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: demo demo-slurm demo-apptainer demo-slurm-apptainer image bundle test faults parity triton remote lint schemas clean
 
+PANCREAS := --configfile config/demo/config.yaml
 demo: .venv/installed
 	$(BIN)/python workflow/scripts/fetch_demo.py resources/demo
-	snakemake --cores all
+	snakemake --cores all $(PANCREAS)
 	@echo
 	@echo "The atlas is in results/pancreas:"
 	@echo "  report   results/pancreas/report.html (open it in a browser)"
@@ -21,7 +22,7 @@ demo: .venv/installed
 GPU ?= 0
 demo-slurm: .venv/installed
 	$(BIN)/python workflow/scripts/fetch_demo.py resources/demo
-	snakemake --profile workflow/profiles/slurm --config results=results/slurm --set-resources train:gpu=$(GPU) $(SLURM)
+	snakemake --profile workflow/profiles/slurm $(PANCREAS) --config results=results/slurm --set-resources train:gpu=$(GPU) $(SLURM)
 
 # The image containers/scvi-core.sif, by Apptainer: make image PYTHON=python3.11. VARIANT=cuda: for GPUs. MIRROR=URL: from
 # a Debian mirror's packages, where no image registry can be reached
@@ -36,11 +37,11 @@ containers/scvi-core.sif:
 APPTAINER := --profile workflow/profiles/apptainer --config results=results/apptainer
 demo-apptainer: .venv/installed containers/scvi-core.sif
 	$(BIN)/python workflow/scripts/fetch_demo.py resources/demo
-	snakemake --cores all $(APPTAINER)
+	snakemake --cores all $(PANCREAS) $(APPTAINER)
 
 demo-slurm-apptainer: .venv/installed containers/scvi-core.sif
 	$(BIN)/python workflow/scripts/fetch_demo.py resources/demo
-	snakemake --profile workflow/profiles/slurm --workflow-profile workflow/profiles/apptainer \
+	snakemake --profile workflow/profiles/slurm --workflow-profile workflow/profiles/apptainer $(PANCREAS) \
 	    --config results=results/slurm-apptainer --set-resources train:gpu=$(GPU) $(SLURM)
 
 # all that a site without network needs, in one file under dist/
@@ -77,12 +78,12 @@ remote: .venv/installed
 	PYTHONPATH="$(CURDIR)/.venv-remote" $(BIN)/python -m pytest -q tests/platform/test_remote.py
 
 lint: .venv/installed
-	ruff check . && ruff format --check . && snakefmt --check Snakefile workflow && snakemake --lint
+	ruff check . && ruff format --check . && snakefmt --check Snakefile workflow && snakemake --lint $(PANCREAS)
 
 schemas: .venv/installed
 	scvi-core validate --schemas workflow/schemas
 
-.venv/installed: envs/cpu.lock envs/cuda.lock envs/install.sh pyproject.toml scvi_core/kernels.c
+.venv/installed: envs/cpu.lock envs/cuda.lock envs/install.sh pyproject.toml scvi_core/kernels/kernels.c
 	bash envs/install.sh "$(PYTHON)" .venv
 	@touch $@
 

@@ -1,4 +1,4 @@
-# `snakemake --cores 4` in the repository's root builds the atlas of config/config.yaml.
+# `snakemake --cores 4` in the repository's root builds the atlas of config/config.yaml, or of --configfile FILE.
 include: "workflow/Snakefile"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import platform
@@ -23,19 +22,17 @@ from scvi_core import de, kernels, posterior
 from scvi_core import train as training
 from scvi_core._version import __version__
 from scvi_core.config import DeConfig, ModelConfig, TrainConfig
-from scvi_core.counts import Counts, Schema, content_digest, fingerprint, pack
+from scvi_core.counts import Counts, Schema, content_digest, pack
+from scvi_core.device import resolve_device
 from scvi_core.files import UserError, read_json, read_parquet, replacing, sha256_file, write_json, write_parquet
+from scvi_core.fingerprint import fingerprint
 from scvi_core.log import log
 from scvi_core.model import SCVI, build
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-FORMAT_VERSION = 3  # 2: the encoder's first layer as (genes, hidden); 3: model.json and history.parquet with checksums
-CODE = [  # the files that decide the weights
-    *("counts.py", "engine.py", "gpu.py", "graph.py", "kernels.c", "kernels.py", "likelihood.py", "model.py"),
-    *("native.py", "parallel.py", "stream.py", "train.py", "triton_kernels.py"),
-]
+FORMAT_VERSION = 4  # 4: checksums; 3: norms, and what the encoder sees; 2: the encoder's first layer as (genes, hidden)
 BUNDLE = ("model.safetensors", "model.json", "history.parquet")
 
 
@@ -89,16 +86,16 @@ class Model:
         return counts.to(next(self.network.parameters()).device)
 
     def latent(self, adata: AnnData) -> np.ndarray:
-        """Posterior means of z, (cells, latent) float32. The encoder sees neither batch nor covariates: any will do."""
-        return posterior.latent(self.network, self._counts(adata, design=False))
+        """Posterior means of z, (cells, latent) float32. Any batch will do, but for ``model.encode_covariates``."""
+        return posterior.latent(self.network, self._counts(adata, self.model.encode_covariates))
 
     def latent_std(self, adata: AnnData) -> np.ndarray:
         """Posterior standard deviations of z, (cells, latent) float32; those of the prior are 1."""
-        return posterior.latent_std(self.network, self._counts(adata, design=False))
+        return posterior.latent_std(self.network, self._counts(adata, self.model.encode_covariates))
 
     def latent_library_size(self, adata: AnnData) -> np.ndarray:
         """Posterior means of the library size, (cells,) float64, in counts; the totals, where the model observes it."""
-        return posterior.latent_library(self.network, self._counts(adata, design=False))
+        return posterior.latent_library(self.network, self._counts(adata, self.model.encode_covariates))
 
     def elbo(self, adata: AnnData, n_samples: int = 10, seed: int = 0) -> np.ndarray:
         """(cells,) float64, nats: reconstruction - KL, KL weight 1, averaged over `n_samples` draws."""
@@ -321,7 +318,7 @@ class Model:
 
 
 def read_card(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
-    """What a bundle's model.json and history.parquet say, by their checksums; those of format 2 have none.
+    """What a bundle's model.json and history.parquet say, by their checksums; those of formats 2 and 3 have none.
 
     Raises
     ------
@@ -331,8 +328,8 @@ def read_card(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
     card, history = folder / "model.json", folder / "history.parquet"
     try:
         about = json.loads(card.read_bytes())
-        if about["format_version"] == 2 and "checksum" not in about:
-            log.warning("%s: of format 2, which had no checksums; save the model anew", folder)
+        if about["format_version"] in (2, 3) and "checksum" not in about:
+            log.warning("%s: of a format that had no checksums; save the model anew", folder)
             return about, pd.read_parquet(history)
     except (ValueError, KeyError, TypeError, RecursionError, OSError):
         pass  # which of these it is, is told below
@@ -362,7 +359,7 @@ def load(path: str | Path, device: str = "cpu") -> Model:
         if about["format_version"] < 2:
             raise UserError(
                 f"{path}/model.json: format {about['format_version']} is older than this scvi-core {__version__} reads "
-                f"(2); train the model again, or use the version in its package_version"
+                f"(2 and later); train the model again, or use the version in its package_version"
             )
         if sha256_file(path / "model.safetensors") != about["weights_sha256"]:
             raise UserError(f"{path}/model.safetensors: not the weights that model.json names; fetch the model again")
@@ -383,7 +380,7 @@ def load(path: str | Path, device: str = "cpu") -> Model:
     history.insert(1, "seconds", np.nan)
     known = {"model", "train", "seed", "gene_ids", "gene_names", "batches", "batch_key", "covariates", "layer"}
     card = {k: v for k, v in about.items() if k not in known}
-    network.eval().to(training.resolve_device(device) if device != "cpu" else "cpu")
+    network.eval().to(resolve_device(device) if device != "cpu" else "cpu")
     return Model(network, schema, model, fitted, about["seed"], history, gene_names, card, about.get("layer"))
 
 
@@ -441,7 +438,7 @@ def fit(
         train or TrainConfig(),
         holdout,
         seed,
-        training.resolve_device(device),
+        resolve_device(device),
         progress,
     )
     fitted.layer = layer
@@ -480,7 +477,7 @@ def fit_counts(
     held = None if held is None else held.astype(np.int64)
     if held is not None and len(held) and (held[0] < 0 or held[-1] >= len(counts)):
         raise UserError(f"holdout: positions must lie in 0..{len(counts) - 1}")
-    identity = fingerprint_of(schema, data, model, train, seed, held)
+    identity = fingerprint(schema, data, model, train, seed, held)
     if held is None:
         held = training.hold_out(train, len(counts), seed)
     train_rows = np.setdiff1d(np.arange(len(counts)), held)
@@ -514,24 +511,6 @@ def fit_counts(
         "software": {"python": python, "torch": torch.__version__, "numpy": np.__version__},
     } | (about or {})
     return Model(network, schema, model, train, seed, history, gene_names, card)
-
-
-def fingerprint_of(
-    schema: Schema, data: Any, model: ModelConfig, train: TrainConfig, seed: int, holdout: np.ndarray | None = None
-) -> str:
-    """The fingerprint of a fit, known before it is made."""
-    if holdout is not None:
-        data = {"data": data, "holdout": holdout.tolist()}
-    return fingerprint(schema, data, ModelConfig(**_only(model)).model_dump(), train.model_dump(), seed, code_version())
-
-
-def code_version() -> str:
-    """Package version and a digest of the files whose code decides the weights."""
-    here = Path(__file__).parent
-    digest = hashlib.sha256()
-    for name in CODE:
-        digest.update((here / name).read_bytes())
-    return f"{__version__}+{digest.hexdigest()[:12]}"
 
 
 def check_arguments(adata: Any, seed: Any = 0, n_samples: Any = 1) -> None:
@@ -571,10 +550,6 @@ def check_design(model: ModelConfig, schema: Schema) -> None:
             raise UserError(f"model.categorical_covariates: '{column}' has one level ({levels[0]!r}); leave it out")
         if column in schema.continuous or column == schema.batch_key:
             raise UserError(f"model.categorical_covariates: '{column}' is also asked for in another role; keep one")
-
-
-def _only(model: ModelConfig) -> dict[str, Any]:
-    return {key: getattr(model, key) for key in ModelConfig.model_fields}
 
 
 def _network(model: ModelConfig, schema: Schema, seed: int) -> SCVI:

@@ -112,12 +112,18 @@ def validate(
     if schemas is not None:
         _write_schemas(schemas)
         return
+    from scvi_core import design
+
     settings = load_config(config)
     samples = load_samples(settings.samples)
     for sample in samples:
         if not sample.plugin and not Path(sample.path).exists():
             raise UserError(f"{settings.samples}: sample '{sample.sample}': no file {sample.path}; mend the path")
     check_columns(settings, samples, config if not config.lstrip().startswith("{") else "--config")
+    table = design.sheet_table(samples, settings)
+    design.check(table, settings)
+    for remark in design.remarks(table, settings):
+        log.warning("design: %s", remark)
     batches = len({s.batch for s in samples})
     log.info("valid: atlas '%s', %d samples in %d batches", settings.atlas, len(samples), batches)
 
@@ -291,8 +297,9 @@ def train(
     Example: scvi-core train --store counts.zarr --config config/config.yaml --out model --checkpoints .checkpoints
     """
     from scvi_core import api, kernels, parallel, steps
+    from scvi_core.device import resolve_device
     from scvi_core.stream import open_counts
-    from scvi_core.train import Interrupted, resolve_device
+    from scvi_core.train import Interrupted
 
     settings = load_config(config)
     plan = steps.plan(store, settings)

@@ -6,6 +6,7 @@ cells of an inverted file), how long Leiden goes on, and what the UMAP starts fr
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +26,10 @@ ITERATIONS = 5  # of Leiden, beyond EXACT_CELLS
 LANDMARKS = 5_000  # cells whose own UMAP gives all cells their places to start from, beyond twice as many
 EPOCHS = 100  # of the UMAP from landmarks: with 200, 2 % more of the neighbours stay near, in twice the time
 TSNE_CELLS = 10_000  # t-SNE by `auto` up to here: about a minute of one core
+STABILITY_CELLS = 10_000  # cells clustered again and again, at most: some seconds
+STABILITY_SEEDS = 4
+STABILITY_RESOLUTIONS = (0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0)
+STABLE = 0.95  # adjusted Rand index between seeds from which their clusters are the same but for some cells
 BLOCK = 20_000  # cells at a time, where intermediate arrays are wider than a row of neighbours
 
 
@@ -71,6 +76,8 @@ def cluster(
         until = "until nothing improves" if iterations < 0 else f"{iterations} iterations"
         text = f"Leiden clusters at resolution {resolution:g}, {config.n_neighbors} neighbours, {until}"
         decisions.add(name, len(set(out[name])), text)
+    if config.stability:
+        _stability(graph, weights, latent_nk, config, seed, threads, decisions)
     del graph, weights
     empty = np.full((n_cells, 2), np.nan, dtype=np.float32)
     umap = empty
@@ -221,6 +228,45 @@ def leiden(graph: Graph, weights: np.ndarray, resolution: float, iterations: int
     rank = np.empty(len(sizes), np.int64)
     rank[np.lexsort((first, -sizes))] = np.arange(len(sizes))
     return rank[member].astype(str).astype(object)
+
+
+def _stability(
+    graph: Graph,
+    weights: np.ndarray,
+    latent_nk: np.ndarray,
+    config: ClusterConfig,
+    seed: int,
+    threads: int,
+    decisions: Decisions,
+) -> None:
+    """Cluster anew by other seeds, at the resolutions asked for and others, and say which stays the same.
+
+    Leiden begins with a random order of cells. What hangs on it is no structure of the data: so the finest resolution
+    at which seeds agree is suggested. It says nothing of whether clusters are cell types.
+    """
+    from sklearn.metrics import adjusted_rand_score
+
+    n_cells, of = len(latent_nk), ""
+    if n_cells > STABILITY_CELLS:
+        rows = np.sort(np.random.default_rng(seed).choice(n_cells, STABILITY_CELLS, replace=False))
+        some = np.ascontiguousarray(latent_nk[rows])
+        near, distance = neighbors(some, min(config.n_neighbors, len(some)) - 1, seed, threads, Decisions("cluster"))
+        graph, weights = _graph(connectivities(near, distance))
+        of = f", of {STABILITY_CELLS:,} random cells"
+    found = {}
+    for resolution in sorted({*STABILITY_RESOLUTIONS, *config.resolutions}):
+        members = [leiden(graph, weights, resolution, ITERATIONS, seed + i) for i in range(STABILITY_SEEDS)]
+        pairs = [adjusted_rand_score(a, b) for a, b in combinations(members, 2)]
+        n_clusters = int(np.median([len(set(of_seed)) for of_seed in members]))
+        found[f"{resolution:g}"] = {"clusters": n_clusters, "agreement": round(float(np.mean(pairs)), 3)}
+    text = f"mean adjusted Rand index between the clusters of {STABILITY_SEEDS} seeds, by resolution{of}"
+    decisions.add("stability", found, text)
+    stable = [r for r, at in found.items() if at["agreement"] >= STABLE]
+    best = stable[-1] if stable else max(found, key=lambda r: found[r]["agreement"])
+    why = f"the finest of these at which seeds agree (adjusted Rand index {STABLE} or more)"
+    if not stable:
+        why = f"seeds agree nowhere (adjusted Rand index {STABLE}), and here the most"
+    decisions.add("suggested resolution", float(best), f"{why}: {found[best]['clusters']} clusters")
 
 
 def layout(

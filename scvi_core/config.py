@@ -36,6 +36,7 @@ from scvi_core.log import redacted
 TRACKING_URI = "SCVI_CORE_TRACKING_URI"  # environment variable, by which a workflow hands an address with secrets on
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # names become folders and shell words: nothing else gets in
 Name = Annotated[str, Field(pattern=NAME)]
+NUMBER = r"[+-]?(?:(?:0|[1-9]\d*)(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?"  # not 007: that is a name
 # of paths: what Snakemake takes for wildcards, commands for options, and terminals for orders stays out
 PLAIN = r"^[^-{}\x00-\x1f\x7f][^{}\x00-\x1f\x7f]*$"
 Plain = Annotated[str, Field(pattern=PLAIN)]
@@ -48,7 +49,7 @@ PLUGINS = {"s3": "s3", "gs": "gcs", "az": "azure", "http": "http", "https": "htt
 # columns of cells.parquet, latent.parquet and of the inside of the store, which a sample sheet may not redefine
 RESERVED = {
     "_index", "cell_id", "barcode", "n_counts", "n_genes", "pct_mito", "pct_ribo", "pct_hb", "pct_top50",
-    "doublet_score", "predicted_doublet", "flags", "keep", "reason", "cluster",
+    "doublet_score", "s_score", "g2m_score", "cycle_phase", "predicted_doublet", "flags", "keep", "reason", "cluster",
     "umap_1", "umap_2", "tsne_1", "tsne_2",
 }  # fmt: skip
 
@@ -174,6 +175,7 @@ class QcConfig(Section):
     max_counts: int | None = Field(None, ge=1, le=2**31 - 1, description="fixed limit: most counts a cell")
     max_pct_mito: float = Field(20.0, ge=0, le=100, description="fixed limit: largest mitochondrial share, per cent")
     max_pct_hb: float | None = Field(None, ge=0, le=100, description="fixed limit: largest haemoglobin share, per cent")
+    cell_cycle: bool = Field(True, description="score the S and G2M phases of kept cells (human, mouse)")
     doublets: bool = Field(True, description="score doublets, sample by sample")
     expected_doublet_rate: float | None = Field(
         None,
@@ -211,7 +213,8 @@ class GenesConfig(Section):
     span: float = Field(0.3, ge=0.01, le=1, description="loess span of the mean-variance fit")
     include: tuple[str, ...] = Field((), description="always selected: ids, names, /regular expressions/ or @groups")
     exclude: tuple[str, ...] = Field(
-        (), description="never selected; groups: @mitochondrial @ribosomal @haemoglobin @immunoglobulin @tcr"
+        (),
+        description="never selected; groups: @mitochondrial @ribosomal @haemoglobin @immunoglobulin @tcr @cell_cycle",
     )
 
     @field_validator("n_top")
@@ -245,6 +248,12 @@ class ModelConfig(Section):
         description="Laplace prior: pull of the linear decoder's loadings to exactly zero, in lengths of Adam's step",
     )
     dropout: float = Field(0.1, ge=0, lt=1, description="of the encoder")
+    encoder_norm: Literal["batch", "layer", "none"] = Field("batch", description="of the encoder's hidden layers")
+    decoder_norm: Literal["batch", "layer", "none"] = Field("batch", description="of the decoder's hidden layers")
+    encode_covariates: bool = Field(False, description="whether the encoder sees batch and covariates, too")
+    covariates_in: Literal["every", "first"] = Field(
+        "every", description="hidden layers that see batch and covariates, of each network that does"
+    )
     categorical_covariates: tuple[str, ...] = Field((), description="cell columns the decoder sees besides the batch")
     continuous_covariates: tuple[str, ...] = Field((), description="the same, for numbers; standardised")
 
@@ -285,7 +294,7 @@ class TrainConfig(Section):
     precision: Literal["auto", "float32", "bf16"] = Field(
         "auto",
         description="of the decoder's matrix products in training, and on a GPU TF32 of the others beside bf16; auto "
-        "is bf16 where the processor multiplies in it",
+        "is bf16 on a GPU that multiplies in it, float32 elsewhere",
     )
     validation_fraction: float = Field(
         0.1, ge=0, lt=1, description="cells set aside to measure the held-out ELBO, 10,000 at most"
@@ -323,6 +332,7 @@ class ClusterConfig(Section):
         min_length=1,
         description="Leiden resolutions; the first gives `cluster`, others cluster_r{resolution}",
     )
+    stability: bool = Field(True, description="cluster anew by other seeds and resolutions, and suggest one that stays")
     umap: bool = Field(True, description="draw a UMAP")
     umap_min_dist: float = Field(0.5, ge=0, le=10, description="how tightly the UMAP packs cells")
     tsne: bool | Literal["auto"] = Field("auto", description="draw a t-SNE; auto: up to 10,000 cells, as it is slow")
@@ -334,8 +344,8 @@ class DeConfig(Section):
 
     groupby: str = Field("cluster", description="cell column whose groups are compared")
     reference: Literal["rest", "pairs"] = Field("rest", description="each group against all others, or all pairs")
-    compare: Literal["cells", "means"] = Field(
-        "cells", description="pairs of cells: do they differ; or the groups' means: has the average changed"
+    compare: Literal["means", "cells"] = Field(
+        "means", description="the groups' means: has the average changed; or pairs of cells: do single cells differ"
     )
     mode: Literal["change", "vanilla"] = Field("change", description="|LFC| > delta, or the sign alone (the paper's)")
     delta: Annotated[float, Field(gt=0, le=100)] | Literal["auto"] = Field(
@@ -345,8 +355,10 @@ class DeConfig(Section):
     n_samples: int = Field(
         2000, ge=100, le=1_000_000, description="posterior samples a group; 2000 give probabilities to 0.01"
     )
-    batches: Literal["all", "within", "own"] = Field(
-        "all", description="decode every cell under every batch; pair cells of one batch only; or neither"
+    batches: Literal["auto", "all", "within", "own"] = Field(
+        "auto",
+        description="all decodes every cell under every batch, within pairs cells of one batch only, own does neither; "
+        "auto is all, but own where no batch holds two groups",
     )
     balance: bool = Field(
         True, description="a batch's weight rises with its cells up to 100 only, so that the largest does not decide"
@@ -677,11 +689,11 @@ def explain(model: type[BaseModel], error: Any) -> str:
 
 
 def level_text(value: object) -> str:
-    """A level as text, however a number is written: 24, 24.0 and '24' are one."""
-    try:
-        number = float(str(value))
-    except ValueError:
-        return str(value)
+    """A level as text, however a number is written: 24, 24.0 and '24' are one; '007' is a name."""
+    text = str(value)
+    if not re.fullmatch(NUMBER, text):
+        return text
+    number = float(text)
     return str(int(number)) if number.is_integer() else repr(number)
 
 

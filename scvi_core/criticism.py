@@ -28,6 +28,7 @@ from scvi_core.files import Decisions, UserError, replacing, write_json, write_p
 from scvi_core.log import log, progress
 from scvi_core.model import SCVI
 from scvi_core.posterior import posterior_predictive
+from scvi_core.tables import natural
 
 FILES = ("checks.json", "genes.parquet", "cells.parquet", "groups.parquet", "de.parquet")
 MIN_SEEN = 10  # a gene is judged if as many cells have it, in the data or in the replicates: fewer say nothing
@@ -372,7 +373,7 @@ def _groups(group_n: np.ndarray, made: Decisions) -> dict[str, np.ndarray]:
     """Positions of each group's cells, by the group's name; groups too small to be compared are left out."""
     labels = pd.Series(np.asarray(group_n, dtype=object))
     sizes = labels.value_counts()
-    names = sorted(sizes.index, key=lambda name: (not name.isdecimal(), len(name) if name.isdecimal() else 0, name))
+    names = sorted(sizes.index, key=natural)
     small = [name for name in names if sizes[name] < MIN_GROUP or len(labels) - sizes[name] < MIN_GROUP]
     if small:
         reason = f"fewer than {MIN_GROUP} cells examined in the group, or in the rest: no check of its markers"

@@ -20,13 +20,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from scvi_core import native
 from scvi_core.config import DeConfig
 from scvi_core.counts import Counts
 from scvi_core.files import Decisions, UserError
+from scvi_core.kernels import native
 from scvi_core.log import progress
 from scvi_core.model import SCVI, Noise
 from scvi_core.posterior import blocks
+from scvi_core.tables import natural
 
 DE_COLUMNS = [
     "group", "reference", "gene_id", "gene_name", "lfc_mean", "lfc_median", "lfc_std", "lfc_ci_low", "lfc_ci_high",
@@ -53,13 +54,15 @@ def differential_expression(
 
     What is compared, ``config.compare``:
 
-    ``cells``
-        Pairs of posterior cells, one of the group and one of the reference: is a cell of the group different from one
-        of the reference? The spread of LFC is that between cells, and does not shrink with their number.
     ``means``
         The groups' mean rho: has the average changed? The model gives the estimate, the counts its standard error, as
         the posterior leaves out how surely the weights are known: that of the groups' mean shares of counts over cells,
-        or that of LFC over batches that hold both sides, whichever is larger. LFC is taken as normal.
+        or that of LFC over batches that hold both sides, whichever is larger. LFC is taken as normal. A change is as
+        probable as the less sure of two says: the model's LFC and the counts' own. For the model smooths a small group
+        towards its neighbours, and the counts know nothing of a batch that lacks one side.
+    ``cells``
+        Pairs of posterior cells, one of the group and one of the reference: is a cell of the group different from one
+        of the reference? The spread of LFC is that between cells, and does not shrink with their number.
 
     In mode ``change``, ``proba_de`` is the larger of P(LFC > delta) and P(LFC < -delta): a posterior that is merely
     wide, with mass on both sides, is not called changed. In mode ``vanilla`` it is the larger of P(rho_a > rho_b) and
@@ -70,6 +73,9 @@ def differential_expression(
     Batches, ``config.batches``: ``all`` decodes every sample under each batch of the model by turns, and a pair shares
     its batch, so that groups from different batches are compared as if they came from the same; ``within`` pairs cells
     of the same batch only, each batch that has both with the same weight; ``own`` leaves every cell in its own.
+    ``auto`` is ``all``, unless no batch holds two groups, as where each condition was a batch: under every batch such
+    groups would lose all that tells them apart, so it is then ``own``, and what differs between batches is in the
+    result.
     With ``config.balance``, a batch's share of a group's samples rises with its cells up to 100 and no further, and the
     rest is made up as it is in the average batch: the largest batch does not decide.
 
@@ -85,8 +91,8 @@ def differential_expression(
         A row a (group, reference, gene), by group, reference and rank; columns as ``de.parquet``. LFCs are log2;
         ``scale_*`` are mean rho; ``raw_mean_*`` counts a cell; ``nonzero_*`` shares of cells. ``rank`` 1 is the
         strongest marker, by lfc_median × sqrt(nonzero_group): a large change, in many of the group's cells. Rank
-        orders, ``is_de`` decides: where the rest holds cells much like the group's (two clusters of one type), pairs of
-        cells often show no change, and a gene can rank high without being called. Of two groups each pair comes once.
+        orders, ``is_de`` decides, and a gene can rank high without being called: where cells are few, or, of pairs of
+        cells, where the rest holds some much like the group's. Of two groups each pair comes once.
 
     Raises
     ------
@@ -97,6 +103,7 @@ def differential_expression(
     rows_k = _groups(groups, config, made)
     batch_n = counts.batch_n.cpu().numpy()
     n_kb = np.array([np.bincount(batch_n[rows], minlength=model.n_batches) for rows in rows_k.values()])
+    config = config.model_copy(update={"batches": _resolved(config, n_kb, made)})
     rng = np.random.default_rng(seed)
     pool = _draw(model, counts, list(rows_k.values()), n_kb, config, rng)
     comparisons = _comparisons(list(rows_k), n_kb, pool, config, rng, made)
@@ -145,7 +152,9 @@ def weakest(pairs: pd.DataFrame) -> pd.DataFrame:
     both["strength"] = both["lfc_median"] * np.sqrt(both["nonzero_group"])
     order = ["group", "gene_id", "lfc_median", "reference"]
     least = both.sort_values(order, kind="stable").drop_duplicates(["group", "gene_id"])
-    least = least.sort_values(["group", "strength", "gene_id"], ascending=[True, False, True], kind="stable")
+    least = least.sort_values(["strength", "gene_id"], ascending=[False, True], kind="stable")
+    place = {name: i for i, name in enumerate(sorted(set(least["group"]), key=natural))}
+    least = least.sort_values("group", key=lambda of: of.map(place), kind="stable")
     least["rank"] = (least.groupby("group").cumcount() + 1).astype(np.int32)
     return least[list(pairs.columns)].reset_index(drop=True)
 
@@ -163,18 +172,35 @@ def _groups(groups: pd.Series, config: DeConfig, made: Decisions) -> dict[str, n
     """Group -> positions of its cells, for the groups that are large enough, by name."""
     labels = groups.astype("string").to_numpy(dtype=object, na_value=None)
     named = labels[[label is not None for label in labels]]
-    sizes = dict(zip(*np.unique(named.astype(str), return_counts=True), strict=True))
-    small = [str(name) for name, n in sizes.items() if n < config.min_cells]
+    found, counts = np.unique(named.astype(str), return_counts=True)
+    sizes = dict(sorted(zip(map(str, found), counts, strict=True), key=lambda item: natural(item[0])))
+    small = [name for name, n in sizes.items() if n < config.min_cells]
     if small:
         n_cells = int(sum(sizes[name] for name in small))
         made.add("groups left out", small, f"fewer than {config.min_cells} cells (de.min_cells)", n_cells=n_cells)
-    names = [str(name) for name in sizes if name not in small]
+    names = [name for name in sizes if name not in small]
     if len(names) < 2:
         raise UserError(
             f"de: {len(names)} groups of '{groups.name}' have {config.min_cells} cells or more; two are needed "
             "(de.groupby, de.min_cells)"
         )
     return {name: np.flatnonzero(labels == name) for name in names}
+
+
+def _resolved(config: DeConfig, n_kb: np.ndarray, made: Decisions) -> str:
+    """What `batches` is, and a word where groups and batches cannot be told apart."""
+    apart = n_kb.shape[1] > 1 and ((n_kb >= config.min_cells).sum(0) < 2).all()
+    if config.batches == "auto" and apart:
+        text = (
+            "no batch holds two groups: decoded under all batches they would lose what tells them apart, so each cell "
+            "is decoded under its own, and what differs between batches is part of every fold change"
+        )
+        made.add("batches", "own", text)
+        return "own"
+    if config.batches == "all" and apart:
+        text = "asked for, though no batch holds two groups: what differs between batches is taken out, biology with it"
+        made.add("batches", "all", text)
+    return "all" if config.batches == "auto" else config.batches
 
 
 @dataclasses.dataclass
@@ -305,6 +331,14 @@ def _comparisons(
         )
     if config.batches == "all":
         absent = {name: int((row == 0).sum()) for name, row in zip(names, n_kb, strict=True) if (row == 0).any()}
+        across = [
+            f"{one.group} against {one.reference}"
+            for one in found
+            if np.minimum(n_kb[one.a], n_kb[one.b].sum(0)).max() < config.min_cells
+        ]
+        if across and n_lanes > 1:
+            text = f"no batch has {config.min_cells} cells of both sides: what differs between theirs is taken out"
+            made.add("comparisons across batches", across, text)
         if absent:
             made.add("groups absent from batches", absent, "number of batches; decoded under these all the same")
     return found
@@ -430,7 +464,11 @@ def _shares_of_counts(counts: Counts, rows_k: list[np.ndarray], n_kb: np.ndarray
 def _of_means(
     one: Comparison, mean_gkb: np.ndarray, shares: Shares, n_kb: np.ndarray, config: DeConfig, c: float, delta: float
 ) -> tuple[np.ndarray, ...]:
-    """The same of the LFC of mean rho, normal, with the standard error of the counts' own means (delta method)."""
+    """The same of the LFC of mean rho, normal, with the standard error of the counts' own means (delta method).
+
+    The model smooths a small group towards its neighbours, the counts know nothing of batches that lack one side: a
+    change is as probable as the less sure of the two says.
+    """
     from scipy.stats import norm
 
     a_gb, b_gb = mean_gkb[:, one.a][:, one.lanes], (mean_gkb * one.share_kb)[:, :, one.lanes].sum(1)
@@ -452,7 +490,16 @@ def _of_means(
         lfc_bg = np.log2(a_bg + c) - np.log2(b_bg + c)
         variance_g = np.maximum(variance_g, lfc_bg.var(0, ddof=1) / both.sum())
     deviation_g = np.sqrt(variance_g) + 1e-12
-    above_g, below_g = norm.sf((delta - lfc_g) / deviation_g), norm.cdf((-delta - lfc_g) / deviation_g)
+    # the counts' own LFC: of batches that hold both sides where any does, with weights that let their effects cancel
+    weight_b = n_ab * n_bb / np.maximum(n_ab + n_bb, 1)
+    if weight_b.any():
+        weight_b = weight_b / weight_b.sum()
+        a_g = weight_b / np.maximum(n_ab, 1) @ shares.sum_kbg[one.a]
+        b_g = weight_b / np.maximum(n_bb, 1) @ shares.sum_kbg[one.b].sum(0)
+    else:
+        a_g, b_g = mean_kg[one.a], share_k @ mean_kg
+    lfc_2g = np.stack([lfc_g, np.log2(a_g + c) - np.log2(b_g + c)])
+    above_g, below_g = norm.sf((delta - lfc_2g) / deviation_g).min(0), norm.cdf((-delta - lfc_2g) / deviation_g).min(0)
     half_g = norm.isf((1 - CREDIBLE) / 2) * deviation_g
     return lfc_g, lfc_g, deviation_g, lfc_g - half_g, lfc_g + half_g, np.maximum(above_g, below_g)
 

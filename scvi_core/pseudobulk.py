@@ -20,10 +20,12 @@ import pandas as pd
 from scvi_core.config import Comparison, ContrastConfig, level_text
 from scvi_core.files import Decisions, UserError, read_parquet
 from scvi_core.preprocess.samples import kept_chunks, open_samples
+from scvi_core.tables import natural
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
+ABSENT = ("NA", "N/A", "na", "NaN", "nan", "null", "None")  # how people write that a covariate is not known
 ALL = "all"  # the cell group where `within` is null
 IS_GROUP = "(group)"  # a column that no sample sheet can have
 MIN_RATIO_GENES = 50  # fewer genes with counts in every pseudobulk: too few for a median of ratios
@@ -116,8 +118,7 @@ def contrast(
     if not config.tests:
         raise UserError("contrast.tests: no contrast is asked for; name column, group and reference of one")
     decisions = Decisions("contrast")
-    replicates = replicate_table(cells, config)
-    designs = [_check(replicates, one, config, decisions) for one in config.tests]
+    replicates = designs(cells, config, decisions)
     bulks = sum_counts(h5ads, qcs, cells, genes, config, decisions)
     small = bulks.units["n_cells"] < config.min_cells
     if small.any():
@@ -125,7 +126,7 @@ def contrast(
         n_cells = int(bulks.units.loc[small, "n_cells"].sum())
         decisions.add("pseudobulks left out", int(small.sum()), text, n_cells=n_cells)
     frames = [pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in COLUMNS.items()})]
-    for one, chosen in zip(config.tests, designs, strict=True):
+    for one, chosen in zip(config.tests, replicates, strict=True):
         tested = list(_compare(bulks, ~small.to_numpy(), chosen, one, config, decisions))
         called = {str(frame["cell_group"].iloc[0]): int(frame["is_de"].sum()) for frame in tested}
         text = f"genes of each tested cell group at a false discovery rate of {config.fdr:g}"
@@ -133,6 +134,22 @@ def contrast(
         frames += tested
     frame = pd.concat(frames[1:] or frames, ignore_index=True)
     return frame.astype(COLUMNS), bulks, decisions
+
+
+def designs(cells: pd.DataFrame, config: ContrastConfig, decisions: Decisions) -> list[pd.DataFrame]:
+    """The replicates of each contrast, with ``IS_GROUP`` (bool) and the columns that it names.
+
+    Parameters
+    ----------
+    cells : a row a cell, or a sample where only the sheet is known yet.
+
+    Raises
+    ------
+    UserError
+        As :func:`contrast`, but for cells of no sample.
+    """
+    replicates = replicate_table(cells, config)
+    return [_check(replicates, one, config, decisions) for one in config.tests]
 
 
 def replicate_table(cells: pd.DataFrame, config: ContrastConfig) -> pd.DataFrame:
@@ -154,12 +171,13 @@ def replicate_table(cells: pd.DataFrame, config: ContrastConfig) -> pd.DataFrame
             f"contrast.replicate: {int(names.isna().sum())} cells have no '{config.replicate}'; fill the column, or "
             "take sample"
         )
-    table = cells[list(dict.fromkeys(used))].groupby(_texts(names).to_numpy(), sort=True)
+    table = pd.DataFrame({column: _levels(cells[column]) for column in dict.fromkeys(used)})
+    table = table.groupby(_levels(names).to_numpy(), sort=True)
     n_values = table.nunique(dropna=False)
     for column in n_values:
         several = n_values.index[n_values[column] > 1]
         if len(several):
-            inside = cells.loc[(_texts(names) == several[0]).to_numpy(), column]
+            inside = cells.loc[(_levels(names) == several[0]).to_numpy(), column]
             values = ", ".join(map(str, list(pd.unique(inside))[:4]))
             raise UserError(
                 f"contrast: column '{column}' has several values ({values}) in {config.replicate} '{several[0]}'; "
@@ -168,16 +186,15 @@ def replicate_table(cells: pd.DataFrame, config: ContrastConfig) -> pd.DataFrame
     return table.first()
 
 
-def _texts(values: pd.Series) -> pd.Series:
+def _levels(values: pd.Series) -> pd.Series:
     """Levels as texts; missing stays missing."""
-    return values.map(level_text if pd.api.types.is_numeric_dtype(values) else str, na_action="ignore").astype(object)
+    return values.astype("category").map(level_text, na_action="ignore").astype(object)
 
 
 def _check(replicates: pd.DataFrame, one: Comparison, config: ContrastConfig, decisions: Decisions) -> pd.DataFrame:
     """The replicates of a contrast, with ``IS_GROUP`` (bool): enough of them, and a design that can be fitted."""
-    levels = _texts(replicates[one.column])
-    numeric = pd.api.types.is_numeric_dtype(replicates[one.column])
-    group, reference = (level_text(x) if numeric else x for x in (one.group, one.reference))
+    levels = _levels(replicates[one.column])
+    group, reference = level_text(one.group), level_text(one.reference)
     for key, level in (("group", group), ("reference", reference)):
         n = int((levels == level).sum())
         if not n:
@@ -192,18 +209,20 @@ def _check(replicates: pd.DataFrame, one: Comparison, config: ContrastConfig, de
             )
     chosen = replicates[levels.isin([group, reference]).to_numpy()].copy()
     for column in (*one.categorical_covariates, *one.continuous_covariates):
-        missing = chosen.index[chosen[column].isna()]
+        missing = chosen.index[chosen[column].isna() | chosen[column].isin(ABSENT)]
         if len(missing):
             raise UserError(
                 f"contrast {one.label}: {config.replicate} '{missing[0]}' has no '{column}'; fill it in the sample "
                 "sheet, or leave the covariate out"
             )
     for column in one.continuous_covariates:
-        if not pd.api.types.is_numeric_dtype(chosen[column]):
+        numbers = pd.to_numeric(chosen[column], errors="coerce")
+        if not np.isfinite(numbers).all():
             raise UserError(
-                f"contrast {one.label}: continuous_covariates: '{column}' is not all numbers; name it in "
-                "categorical_covariates"
+                f"contrast {one.label}: continuous_covariates: '{column}' is not all numbers (such as "
+                f"'{chosen.loc[~np.isfinite(numbers), column].iloc[0]}'); mend it, or name it in categorical_covariates"
             )
+        chosen[column] = numbers
     chosen.insert(0, IS_GROUP, (levels[chosen.index] == group).to_numpy())
     design = design_matrix(chosen, one)
     if np.linalg.matrix_rank(design) < design.shape[1]:
@@ -236,7 +255,7 @@ def design_matrix(chosen: pd.DataFrame, one: Comparison) -> pd.DataFrame:
     """
     columns = {"intercept": np.ones(len(chosen)), "contrast": chosen[IS_GROUP].to_numpy(np.float64)}
     for name in one.categorical_covariates:
-        values = _texts(chosen[name])
+        values = _levels(chosen[name])
         for level in sorted(set(values))[1:]:
             columns[f"{name}[{level}]"] = (values == level).to_numpy(np.float64)
     for name in one.continuous_covariates:
@@ -284,15 +303,15 @@ def sum_counts(
     from scipy.sparse import csr_matrix, vstack
 
     samples = open_samples(h5ads, qcs)
-    replicate = _texts(cells[config.replicate])
-    group = _texts(cells[config.within]) if config.within else pd.Series(ALL, index=cells.index)
+    replicate = _levels(cells[config.replicate])
+    group = _levels(cells[config.within]) if config.within else pd.Series(ALL, index=cells.index)
     unlabelled = int(group.isna().sum())
     if unlabelled:
         text = f"of {len(cells)}: no value in column '{config.within}' (contrast.within)"
         decisions.add("cells left out", unlabelled, text, n_cells=unlabelled)
     place = pd.MultiIndex.from_arrays([group, replicate])
     units = pd.DataFrame(
-        sorted(set(place[group.notna()]), key=lambda unit: (_natural(unit[0]), unit[1])),
+        sorted(set(place[group.notna()]), key=lambda unit: (natural(unit[0]), unit[1])),
         columns=["cell_group", "replicate"],
     )
     unit_n = pd.MultiIndex.from_frame(units).get_indexer(place)
@@ -335,11 +354,6 @@ def sum_counts(
     return Pseudobulks(units[columns], counts_ug, genes[["gene_id", "gene_name"]].reset_index(drop=True), measured_rg)
 
 
-def _natural(name: str) -> tuple[bool, float, str]:
-    """Clusters in order of their numbers, then all else by name."""
-    return (not name.isdecimal(), int(name) if name.isdecimal() else 0, name)
-
-
 def _compare(
     bulks: Pseudobulks,
     large_u: np.ndarray,
@@ -358,33 +372,27 @@ def _compare(
     n_tested: dict[str, int] = {}
     for cell_group in dict.fromkeys(bulks.units["cell_group"]):
         mine = (bulks.units["cell_group"] == cell_group) & bulks.units["replicate"].isin(replicates.index) & large_u
-        units = bulks.units[mine]
+        found, kept_u, gene, why = None, *_testable(bulks, np.flatnonzero(mine), replicates, one, config)
+        units = bulks.units.iloc[kept_u]
         chosen = replicates.loc[units["replicate"]]
-        design = design_matrix(chosen, one)
-        is_group = chosen[IS_GROUP].to_numpy(bool)
-        n_group, n_reference = int(is_group.sum()), int((~is_group).sum())
-        why = ""
-        if min(n_group, n_reference) < config.min_replicates:
-            why = (
-                f"{n_group} {config.replicate}s of '{one.group}' and {n_reference} of '{one.reference}' have enough "
-                f"cells; contrast.min_replicates is {config.min_replicates}"
-            )
-        elif np.linalg.matrix_rank(design) < design.shape[1] or len(design) <= design.shape[1]:
-            why = f"the {len(design)} {config.replicate}s that have it cannot carry the covariates"
         if not why:
-            counts_rg = bulks.counts_ug[np.flatnonzero(mine)].toarray()
-            enough = (counts_rg >= config.min_counts).sum(axis=0) >= min(n_group, n_reference)
-            everywhere = bulks.measured_rg.loc[units["replicate"]].to_numpy().all(axis=0)
-            gene = np.flatnonzero(enough & everywhere)
-            if not len(gene):
-                why = f"no gene reaches {config.min_counts} counts in enough {config.replicate}s (contrast.min_counts)"
-        if why:
-            n_cells = int(units["n_cells"].sum())
+            empty = sorted(set(bulks.units.loc[mine, "replicate"]) - set(units["replicate"]))
+            if empty:
+                text = f"{config.within or 'cells'} {cell_group}: no count of any gene that can be tested"
+                decisions.add(f"{one.label}: replicates left out", empty, text)
+            counts_rg = bulks.counts_ug[kept_u][:, gene].toarray()
+            try:
+                found = deseq2(counts_rg, design_matrix(chosen, one), config.fdr)
+            except (ArithmeticError, LookupError, ValueError) as error:  # of a fit on counts that nobody foresaw
+                why = f"PyDESeq2 cannot fit it ({' '.join(str(error).split())[:200]})"
+        if found is None:
+            n_cells = int(bulks.units.loc[mine, "n_cells"].sum())
             decisions.add(f"{one.label}: cell group not tested", cell_group, why, n_cells=n_cells)
             continue
-        found = deseq2(counts_rg[:, gene], design, config.fdr)
         for what, (value, text) in found.attrs["notes"].items():
             decisions.add(f"{one.label}: {what}", value, f"{config.within or 'cells'} {cell_group}: {text}")
+        is_group = chosen[IS_GROUP].to_numpy(bool)
+        n_group, n_reference = int(is_group.sum()), int((~is_group).sum())
         n_tested[cell_group] = len(gene)
         size = units["n_cells"].to_numpy()
         order = np.lexsort((np.arange(len(found)), -found["stat"].abs().to_numpy(), found["p_value"].isna()))
@@ -415,6 +423,44 @@ def _compare(
     if partly.any():
         text += f"; {int(partly.sum())} genes are not measured in all samples, and a gap is no zero"
     decisions.add(f"{one.label}: genes tested", n_tested, text)
+
+
+def _testable(
+    bulks: Pseudobulks, kept_u: np.ndarray, replicates: pd.DataFrame, one: Comparison, config: ContrastConfig
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """What of a cell group can be tested: its pseudobulks, its genes, and why not where nothing can.
+
+    A replicate without a count of any gene that can be tested has no size factor: it is left out, which leaves fewer
+    replicates to ask of a gene, so genes are chosen again.
+
+    Parameters
+    ----------
+    kept_u : positions of the cell group's pseudobulks of enough cells, of the contrast's replicates.
+    """
+    none = np.zeros(0, np.int64)
+    while True:
+        units = bulks.units.iloc[kept_u]
+        chosen = replicates.loc[units["replicate"]]
+        n_group = int(chosen[IS_GROUP].sum())
+        n_reference = len(chosen) - n_group
+        if min(n_group, n_reference) < config.min_replicates:
+            have = f"{n_group} {config.replicate}s of '{one.group}' and {n_reference} of '{one.reference}'"
+            text = f"{have} have enough cells and counts; contrast.min_replicates is {config.min_replicates}"
+            return kept_u, none, text
+        design = design_matrix(chosen, one)
+        if np.linalg.matrix_rank(design) < design.shape[1] or len(design) <= design.shape[1]:
+            return kept_u, none, f"the {len(design)} {config.replicate}s that have it cannot carry the covariates"
+        counts_rg = bulks.counts_ug[kept_u].toarray()
+        enough = (counts_rg >= config.min_counts).sum(axis=0) >= min(n_group, n_reference)
+        everywhere = bulks.measured_rg.loc[units["replicate"]].to_numpy().all(axis=0)
+        gene = np.flatnonzero(enough & everywhere)
+        if not len(gene):
+            text = f"no gene reaches {config.min_counts} counts in enough {config.replicate}s (contrast.min_counts)"
+            return kept_u, none, text
+        counted = counts_rg[:, gene].any(axis=1)
+        if counted.all():
+            return kept_u, gene, ""
+        kept_u = kept_u[counted]
 
 
 def deseq2(counts_rg: np.ndarray, design: pd.DataFrame, fdr: float) -> pd.DataFrame:

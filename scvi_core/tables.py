@@ -1,11 +1,18 @@
-"""Tables that several steps write or read: cells, latent space, its uncertainty. Imports neither torch nor anndata."""
+"""Tables that several steps write or read, and the order of names in them. Imports neither torch nor anndata."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
+
+
+def natural(text: str) -> list[tuple[int, int, str]]:
+    """Key that sorts names as people count: "2" before "10", "s2" before "s10", numbers before words, case ignored."""
+    parts = re.findall(r"[0-9]{1,18}|[^0-9]+|[0-9]+", text)
+    return [*((0, int(p), "") if p.isdecimal() and len(p) <= 18 else (1, 0, p.casefold()) for p in parts), (2, 0, text)]
 
 
 def latent_table(cell_ids: Iterable[str], z_nk: np.ndarray) -> pd.DataFrame:

@@ -16,6 +16,7 @@ import numpy as np
 from scvi_core.config import QcConfig, name_matcher
 from scvi_core.files import Decisions, UserError
 from scvi_core.io.identity import GENOME
+from scvi_core.preprocess.cellcycle import CYCLE_OBS, G2M_PHASE, S_PHASE, cell_cycle, unscored
 from scvi_core.preprocess.samples import read_chunks, read_tables
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ MITOCHONDRIAL_NAMES = {
     "ATP6", "ATP8", "NDUO-1", "NDUO-2", "NDUO-3", "NDUO-4", "NDUO-5", "NDUO-6", "NDFL-4", "CTC-1", "CTC-2", "CTC-3",
     "CTB-1", "ATP-6",
 }  # fmt: skip
+GENE_GROUPS["cell_cycle"] = rf"^(?:{'|'.join(S_PHASE + G2M_PHASE)})$"
 ENOUGH_NAMES = 5  # of these, as one alone may be called so by chance
 
 
@@ -150,8 +152,13 @@ def qc(h5ad: Path, config: QcConfig, seed: int) -> tuple[pd.DataFrame, Decisions
     counts = {flag: int(flags[flag].sum()) for flag in dropping if flags[flag].any()}
     why = ", ".join(f"{flag} {count}" for flag, count in counts.items()) or "no cell has a flag that drops"
     decisions.add("cells_kept", left, f"of {n}; dropped by flag (a cell may have several): {why}", n_cells=n - left)
+    names = np.array([GENOME.sub("", name, count=1).upper() for name in var["gene_name"]], dtype=object)
+    phases = np.isin(names, S_PHASE), np.isin(names, G2M_PHASE)
+    found = cell_cycle(h5ad, frame, *phases, decisions) if config.cell_cycle else unscored(n)
+    for column, values in zip(CYCLE_OBS, found, strict=True):
+        frame[column] = values
     order = ["cell_id", "barcode", "sample", "batch", "n_counts", "n_genes", "pct_mito", "pct_ribo", "pct_hb"]
-    order += ["pct_top50", "doublet_score", "predicted_doublet", "flags", "keep", "reason"]
+    order += ["pct_top50", "doublet_score", "predicted_doublet", "flags", "keep", "reason", *CYCLE_OBS]
     return frame[order], decisions
 
 

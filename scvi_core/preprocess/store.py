@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scvi_core.config import level_text
+from scvi_core.config import NUMBER, level_text
 from scvi_core.files import (
     LITTER,
     Decisions,
@@ -26,6 +26,7 @@ from scvi_core.files import (
     sha256_file,
     sha256_text,
 )
+from scvi_core.preprocess.cellcycle import CYCLE_OBS
 from scvi_core.preprocess.samples import SampleFile, kept_chunks, open_samples
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 ZARR_CHUNK = 1 << 20  # values a file of the store
 FIXED_OBS = ("sample", "batch", "n_counts", "n_genes", "pct_mito", "doublet_score")
-NUMBER = re.compile(r"[+-]?(?:(?:0|[1-9]\d*)(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?")  # not 007: that is a name
 
 
 def write_store(
@@ -248,10 +248,10 @@ def _cell_table(
 
     tables, further = [], {}
     for sample, table, keep in zip(samples, qcs, keeps, strict=True):
-        judged = read_parquet(table, "qc", ["cell_id", *FIXED_OBS])[keep]
+        judged = read_parquet(table, "qc", ["cell_id", *FIXED_OBS, *CYCLE_OBS])[keep]
         with h5py.File(sample.path, locking=False) as file:
             own = read_elem(file["obs"])[keep]
-        own = own.drop(columns=[c for c in (*FIXED_OBS, "barcode") if c in own])
+        own = own.drop(columns=[c for c in (*FIXED_OBS, *CYCLE_OBS, "barcode") if c in own])
         further.update(dict.fromkeys(own.columns))
         own.index = judged.index
         tables.append(pd.concat([judged, own.astype({c: object for c in own if own[c].dtype == "category"})], axis=1))
@@ -270,12 +270,12 @@ def _cell_table(
     for column in ("sample", "batch"):  # categories in order of appearance
         obs[column] = pd.Categorical(obs[column].astype(str), categories=obs[column].astype(str).unique())
     for column in further:
-        obs[column] = _typed(column, obs[column], column in metadata, decisions)
-    return obs[[*FIXED_OBS, *further]]
+        obs[column] = typed(column, obs[column], column in metadata, decisions)
+    return obs[[*FIXED_OBS, *further, *CYCLE_OBS]]
 
 
-def _typed(column: str, values: pd.Series, own: bool, decisions: Decisions) -> pd.Series:
-    """Numbers as they are; texts of the sample sheet as numbers where all are; else categories, sorted."""
+def typed(column: str, values: pd.Series, own: bool, decisions: Decisions) -> pd.Series:
+    """Give a column its type: numbers stay; texts of the sheet are numbers where all are; else sorted categories."""
     import pandas as pd
 
     if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
@@ -284,7 +284,7 @@ def _typed(column: str, values: pd.Series, own: bool, decisions: Decisions) -> p
     texts = values.astype(str).where(~empty)
     if own and len(filled := texts[~empty].unique()):
         # one input has a level as the number 1, another as 1.0, a third as text: these are one
-        as_one = {text: level_text(text) if NUMBER.fullmatch(text) else text for text in filled}
+        as_one = {text: level_text(text) for text in filled}
         if len(set(as_one.values())) < len(as_one) or values[~empty].map(type).nunique() > 1:
             merged = sorted(text for text, level in as_one.items() if text != level)
             decisions.add(
@@ -292,7 +292,7 @@ def _typed(column: str, values: pd.Series, own: bool, decisions: Decisions) -> p
             )
             texts = texts.map(as_one)
     filled = texts[~empty].unique()
-    if not own and len(filled) and all(NUMBER.fullmatch(text) for text in filled):
+    if not own and len(filled) and all(re.fullmatch(NUMBER, text) for text in filled):
         numbers = pd.to_numeric(texts)
         decisions.add(f"column {column}", str(numbers.dtype), "every value in the sample sheet is a number")
         return numbers

@@ -227,6 +227,7 @@ def _metrics(data: dict[str, Any], config: Config) -> dict[str, Any]:
     batches, codes = levels(cells["batch"])
     table = np.zeros((len(clusters), len(batches)), dtype=np.int64)
     np.add.at(table, (rows, codes), 1)
+    told = {d["what"]: d["value"] for d in data["decisions"] if d["step"] == "cluster"}
     significant = de[de["is_de"] & (de["lfc_mean"] > 0)].groupby("group").size()
     return {
         "cells": {
@@ -248,13 +249,21 @@ def _metrics(data: dict[str, Any], config: Config) -> dict[str, Any]:
             "n": len(clusters),
             "sizes": {name: int(n) for name, n in zip(clusters, sizes, strict=True)},
             "one_batch": [c for c, row in zip(clusters, table, strict=True) if row.max() >= 0.9 * row.sum()],
+            "stability": told.get("stability", {}),
+            "suggested": told.get("suggested resolution"),
             "by_column": {c: int(cells[c].nunique()) for c in cells if re.fullmatch(r"cluster(_r[\d.]+)?", c)},
         },
-        "labels": {c: agreement(cells["cluster"], cells[c]) for c in config.report.labels if not continuous(cells[c])},
+        "labels": {
+            c: agreement(cells["cluster"], cells[c])
+            | {"of_samples": bool((cells.groupby("sample", observed=True)[c].nunique() <= 1).all())}
+            for c in config.report.labels
+            if not continuous(cells[c])
+        },
         "de": {
             "groupby": config.de.groupby,
             "upregulated": {g: int(significant.get(g, 0)) for g in levels(de["group"])[0]},
         },
+        "contrasts": {one.label: _tested(data["contrasts"], one.label, cells, config) for one in config.contrast.tests},
         "criticism": {
             c["check"]: {"value": c["value"], "verdict": c["verdict"]}
             for c in (data["criticism"]["checks"] if data["criticism"] else [])
@@ -321,6 +330,13 @@ def contrasts(frame: pd.DataFrame) -> list[dict[str, Any]]:
         first = part.iloc[0][["n_replicates_group", "n_replicates_reference"]].to_dict()
         rows.append({"contrast": name, "cell_group": group, "n_genes": len(part), **first, **counts, **genes})
     return rows
+
+
+def _tested(rows: list[dict[str, Any]], label: str, cells: pd.DataFrame, config: Config) -> dict[str, int]:
+    """How many cell groups there are, how many of them a contrast could be tested in, and genes called."""
+    mine, within = [row for row in rows if row["contrast"] == label], config.contrast.within
+    called = sum(row["n_up"] + row["n_down"] for row in mine)
+    return {"groups": int(cells[within].nunique()) if within else 1, "tested": len(mine), "called": called}
 
 
 def draw(folder: Path, data: dict[str, Any], config: Config) -> dict[str, dict[str, str]]:
@@ -433,7 +449,8 @@ def render(
         limits=limits,
         losses=[d for d in decisions if (d["n_cells"] or d["n_genes"]) and d["what"] not in TOLD],
         kept_epoch=kept_epoch(data["model"]),
-        tables={c: label_table(cells, c) for c in numbers["labels"]},
+        tables={c: label_table(cells, c) for c in [*numbers["labels"], *_phases(cells)]},
+        stability=sorted(numbers["clusters"]["stability"].items(), key=lambda item: float(item[0])),
         factors=data["factors"], contrasts=data["contrasts"],
         markers=[row for frame in top.values() for row in frame.to_dict("records")],
         unmarked=[g for g, frame in top.items() if not frame["is_de"].any()],
@@ -441,6 +458,11 @@ def render(
         software=software_versions(), package_version=__version__,
         settings=yaml.safe_dump(public_config(config), sort_keys=False, allow_unicode=True),
     )  # fmt: skip
+
+
+def _phases(cells: pd.DataFrame) -> list[str]:
+    """The column of cell cycle phases, where cells were scored."""
+    return ["cycle_phase"] if "cycle_phase" in cells and cells["cycle_phase"].astype(str).str.len().any() else []
 
 
 def _text(value: Any) -> str:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pandas as pd
 
 from scvi_core.config import Config
+from scvi_core.design import remarks
 from scvi_core.files import Decisions
+from scvi_core.report.viewer import CELL_COLUMNS
+
+AGREES, FOLLOWS = 0.5, 0.2  # adjusted Rand index: all is well from there with cell types, up to there with samples
+FALL = 0.01  # of the best held-out ELBO: in fits that are as they should be it ends within half of that
+DRAWN = r"(umap|tsne)_\d|cluster(_r[\d.]+)?|cycle_phase"  # columns that are made of the cells
 
 
 def verdicts(numbers: dict[str, Any], data: dict[str, Any], config: Config) -> list[tuple[str, str]]:
-    """Say in plain sentences what came out: ``("good" or "look", sentence)``; "look" asks for the reader's eye."""
-    cells, model, clusters, out = numbers["cells"], numbers["model"], numbers["clusters"], []
+    """Say in plain sentences what came out: ``("good" or "look", sentence)``; "look" asks for the reader's eye.
+
+    Those that ask come first.
+    """
+    cells, model, clusters = numbers["cells"], numbers["model"], numbers["clusters"]
+    out = _design(numbers["contrasts"], data["cells"], config)
     lost = cells["before"] - cells["after"]
     share = lost / max(cells["before"], 1)
     tally = pd.DataFrame([s["reasons"] for s in numbers["samples"].values()]).sum()
@@ -29,30 +40,68 @@ def verdicts(numbers: dict[str, Any], data: dict[str, Any], config: Config) -> l
         gap = (model["train_elbo"] - elbo) / max(abs(elbo), 1e-9)
         more = " The gap is wide: few cells for so large a model, or cells unlike the rest." if gap > 0.1 else ""
         out.append(("look" if more else "good", text + more))
+    held_out = data["history"]["validation_elbo"].dropna()
+    if len(held_out) and not config.train.early_stopping:
+        fall = float(held_out.max() - held_out.iloc[-1])
+        if fall > FALL * abs(held_out.max()):
+            epoch = int(data["history"]["epoch"][held_out.idxmax()])
+            text = (
+                f"The ELBO on held-out cells was highest at epoch {epoch} and has fallen by {fall:,.1f} nats a cell "
+                "since: the model learns these cells by heart. train.early_stopping: true keeps the best weights; the "
+                "default goes on, as batches mix later: compare both where batches matter."
+            )
+            out.append(("look", text))
     if config.train.early_stopping and best is not None and best == epochs:
         out.append(("look", "The last epoch was the best one: more epochs (train.max_epochs) may fit better."))
     sizes = clusters["sizes"]
     text = f"{clusters['n']} clusters, of {min(sizes.values()):,} to {max(sizes.values()):,} cells."
     out.append(("good" if clusters["n"] > 1 else "look", text))
+    used = f"{config.cluster.resolutions[0]:g}"
+    if used in clusters["stability"]:
+        agreement, best = clusters["stability"][used]["agreement"], clusters["suggested"]
+        text = f"By another seed, clusters at resolution {used} agree by an adjusted Rand index of {agreement:.2f}"
+        finest = f"{best:g} is suggested (cluster.resolutions), as the finest at which seeds agree"
+        kind = "good" if float(used) <= best else "look"
+        out.append((kind, f"{text}{'.' if float(used) == best else f'; {finest}.'}"))
     if numbers["batches"] > 1:
         names = ", ".join(clusters["one_batch"][:12])
         one = f"At least 90% of cells are of one batch in cluster {names}: biology of that batch, or a batch effect."
         good = "No cluster has 90% or more of its cells from one batch."
         out.append(("look", one) if names else ("good", good))
     for column, a in numbers["labels"].items():
-        if a["ari"] is not None:
-            text = f"Clusters and the labels {column} agree with an adjusted Rand index of {a['ari']:.2f}"
-            out.append(("good", f"{text} (1: identical, 0: as by chance)."))
+        if a["ari"] is None:
+            continue
+        text = f"adjusted Rand index of {a['ari']:.2f} (1: identical, 0: as by chance)."
+        if a["of_samples"]:  # such as sex: of samples, so that clusters are not meant to find it
+            if a["ari"] > FOLLOWS:
+                out.append(("look", f"Clusters follow {column}, which is one value a sample: {text}"))
+            continue
+        out.append(("good" if a["ari"] >= AGREES else "look", f"Clusters and the labels {column} agree with an {text}"))
     out += _criticism(data["criticism"])
     counts = numbers["de"]["upregulated"]
     few = [g for g, n in counts.items() if n < 3]
     text = f"{sum(counts.values()):,} significant markers over {len(counts)} groups of {config.de.groupby}."
     out.append(("good", text))
     if few:
-        out.append(
-            ("look", f"Fewer than three markers for group {', '.join(few[:12])}: perhaps not a group of its own.")
-        )
-    return out
+        text = f"Fewer than three significant markers for group {', '.join(few[:12])}: "
+        if config.de.compare == "cells":
+            text += "single cells of it often look like some of the rest. Its average may differ: de.compare: means."
+        else:
+            text += "few averages differ for sure, as where a group is small, shallow or much like the rest."
+        out.append(("look", text))
+    return sorted(out, key=lambda verdict: verdict[0] != "look")
+
+
+def _design(contrasts: dict[str, Any], cells: pd.DataFrame, config: Config) -> list[tuple[str, str]]:
+    """How far each contrast could be tested, and what the design makes hard to tell."""
+    out = []
+    for label, n in contrasts.items():
+        what = f"of {n['groups']} groups of {config.contrast.within}" if config.contrast.within else "of 1 group"
+        text = f"Contrast {label}: {n['tested']} {what} could be tested, with {n['called']:,} genes called."
+        whole = n["tested"] == n["groups"]
+        out.append(("good" if whole else "look", text + ("" if whole else " Decisions says why not the others.")))
+    own = [c for c in cells if c not in (*CELL_COLUMNS, "cell_id", "barcode") and not re.fullmatch(DRAWN, c)]
+    return out + [("look", text) for text in remarks(cells[own].drop_duplicates(), config)]
 
 
 def _criticism(criticism: dict[str, Any] | None) -> list[tuple[str, str]]:

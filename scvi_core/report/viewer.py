@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import re
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from scvi_core.files import Decisions
+from scvi_core.tables import natural
 
 # 36 colours: six of Okabe and Ito, then each the farthest (CIELAB) from all before it under normal, deuteranopic,
 # protanopic and tritanopic sight, with lightness 38-76 so that they show on white and on near-black.
@@ -21,7 +21,7 @@ PALETTE = (  # noqa: SIM905
 MISSING = "(none)"  # cells without a value
 SHOWN_CELLS = 50_000  # points in the page's viewer; more are thinned at random, with a fixed seed
 NAMED_CELLS = 20_000  # up to here the viewer knows the cells' names
-CELL_COLUMNS = ("n_counts", "n_genes", "pct_mito", "doublet_score")
+CELL_COLUMNS = ("n_counts", "n_genes", "pct_mito", "doublet_score", "s_score", "g2m_score")
 
 
 def levels(values: pd.Series) -> tuple[list[str], np.ndarray]:
@@ -33,14 +33,9 @@ def levels(values: pd.Series) -> tuple[list[str], np.ndarray]:
     """
     codes, found = pd.factorize(values)  # -1 where there is no value
     texts = [str(v) if str(v).strip() else MISSING for v in found] + [MISSING] * bool((codes < 0).any())
-    names = sorted(set(texts), key=lambda v: (v == MISSING, _natural(v)))
+    names = sorted(set(texts), key=lambda v: (v == MISSING, natural(v)))
     position = {name: i for i, name in enumerate(names)}
     return names, np.array([position[text] for text in texts], dtype=np.int64)[codes]
-
-
-def _natural(text: str) -> list[tuple[int, int, str]]:
-    parts = re.findall(r"[0-9]{1,18}|[^0-9]+|[0-9]+", text)
-    return [*((0, int(p), "") if p.isdecimal() and len(p) <= 18 else (1, 0, p.casefold()) for p in parts), (2, 0, text)]
 
 
 def continuous(values: pd.Series) -> bool:

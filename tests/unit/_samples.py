@@ -46,6 +46,9 @@ def judged(adata, keep=None):
             "pct_mito": np.zeros(n, np.float32),
             "doublet_score": np.full(n, np.nan, np.float32),
             "keep": keep,
+            "s_score": np.full(n, np.nan, np.float32),
+            "g2m_score": np.full(n, np.nan, np.float32),
+            "cycle_phase": "",
         }
     )
 

@@ -160,3 +160,26 @@ def test_fewer_cells_than_neighbors():
     with pytest.raises(UserError, match=r"cluster\.n_neighbors: 15 neighbours of 15 cells"):
         cluster(latent(15)[0], ClusterConfig(), 0, 1, Decisions("cluster"))
     assert len(cluster(latent(16)[0], ClusterConfig(), 0, 1, Decisions("cluster"))) == 16
+
+
+def test_a_resolution_that_seeds_agree_on_is_suggested(monkeypatch):
+    """Groups far apart are found by every seed; beyond them a split is chance."""
+    z = 1.5 * latent(800, n_groups=4)[0]
+    told = Decisions("cluster")
+    found = cluster(z, ClusterConfig(resolutions=[0.5], umap=False, tsne=False), 0, 1, told)
+    at = made(told)["stability"].value
+    assert list(at) == ["0.2", "0.3", "0.5", "0.7", "1", "1.4", "2"]
+    assert at["0.2"]["agreement"] > 0.99 and at["2"]["agreement"] < 0.95 and at["2"]["clusters"] > at["0.2"]["clusters"]
+    best = made(told)["suggested resolution"]
+    assert best.value == max(float(r) for r in at if at[r]["agreement"] >= 0.95) and "finest" in best.reason
+    monkeypatch.setattr(module, "STABILITY_CELLS", 300)
+    again = Decisions("cluster")
+    few = cluster(z, ClusterConfig(resolutions=[0.5], umap=False, tsne=False), 0, 1, again)
+    assert few.equals(found) and "of 300 random cells" in made(again)["stability"].reason
+    monkeypatch.setattr(module, "STABLE", 1.1)
+    none = Decisions("cluster")
+    cluster(z, ClusterConfig(umap=False, tsne=False), 0, 1, none)
+    assert "seeds agree nowhere" in made(none)["suggested resolution"].reason
+    off = Decisions("cluster")
+    cluster(z, ClusterConfig(umap=False, tsne=False, stability=False), 0, 1, off)
+    assert "stability" not in made(off)

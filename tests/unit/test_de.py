@@ -77,7 +77,7 @@ def known(effect=1.0, spread=-9.0, batch_effect=0.0):
 
 
 def table(model, counts, adata, seed=0, **more):
-    config = DeConfig(**{"n_samples": 2000, **more})
+    config = DeConfig(**{"n_samples": 2000, "compare": "cells", **more})  # the counts are not those of this decoder
     names = [f"Name{i}" for i in range(N_GENES)]
     return differential_expression(model, counts, adata.obs["kind"], list(adata.var_names), names, config, seed)
 
@@ -328,9 +328,18 @@ def test_means_against_a_bootstrap():
     np.testing.assert_allclose(one["lfc_mean"], np.log2(rho.loc["high"] + c) - np.log2(rho.loc["none"] + c), atol=0.1)
     inside = np.arange(N_GENES) > 0  # gene 0 tells the groups: none has no spread there
     np.testing.assert_allclose(one["lfc_std"][inside], expected[inside], rtol=0.1)
-    above = norm.sf((0.25 - one["lfc_mean"]) / one["lfc_std"])
-    below = norm.cdf((-0.25 - one["lfc_mean"]) / one["lfc_std"])
-    np.testing.assert_allclose(one["proba_de"], np.maximum(above, below), rtol=1e-6)
+    # the counts' own: both sides' means of the batches, each batch with the same weight in both
+    weight, a, b = 0.0, 0.0, 0.0
+    for name in ("p", "q"):
+        mine, theirs = ((kinds == kind) & (batch == name) for kind in ("high", "none"))
+        w = 1 / (1 / mine.sum() + 1 / theirs.sum())
+        weight, a, b = weight + w, a + w * share[mine].mean(0), b + w * share[theirs].mean(0)
+    counted = np.log2(a / weight + c) - np.log2(b / weight + c)
+    above, below = (
+        np.minimum(*(norm.sf((0.25 - sign * lfc) / one["lfc_std"]) for lfc in (one["lfc_mean"], counted)))
+        for sign in (1, -1)
+    )
+    np.testing.assert_allclose(one["proba_de"], np.maximum(above, below), rtol=1e-4, atol=1e-12)
     np.testing.assert_allclose(one["lfc_ci_high"] - one["lfc_ci_low"], 2 * 1.959964 * one["lfc_std"], rtol=1e-5)
 
 
@@ -342,7 +351,71 @@ def test_a_gene_never_seen_is_not_surely_changed():
     found = table(model, counts, adata, compare="means").set_index(["group", "gene_id"])
     for group in ("high", "low", "none"):
         assert found.loc[(group, "G1"), "lfc_std"] > 1 and found.loc[(group, "G1"), "proba_de"] < 0.7
-    assert found.loc[("high", "G2"), "lfc_std"] < 0.3 and found.loc[("high", "G2"), "proba_de"] > 0.95
+    assert found.loc[("high", "G2"), "lfc_std"] < 0.3
+
+
+def drawn(effect=1.0, n_cells=900, batches=("p", "q")):
+    """Counts of `known`'s decoder, three groups in two batches or, group by group, in one each."""
+    model, _, _, rho = known(effect)
+    rng = np.random.default_rng(1)
+    kind = rng.choice(["none", "low", "high"], n_cells)
+    x = rng.poisson(200 * rho.loc[kind].to_numpy())
+    x[:, 0] = pd.Series(kind).map({"none": 0, "low": 1, "high": 7})
+    batch = np.where(kind == "high", batches[0], batches[1]) if batches[0] == "h" else rng.choice(batches, n_cells)
+    obs = pd.DataFrame({"kind": kind, "batch": batch}, index=[f"c{i}" for i in range(n_cells)])
+    adata = ad.AnnData(x.astype(np.float32), obs, pd.DataFrame(index=[f"G{i}" for i in range(N_GENES)]))
+    return model, pack(adata, Schema.of(adata, "batch")), adata
+
+
+def test_means_find_what_is_there_and_nothing_else():
+    """By default: groups whose cells come from the decoder, and halves of a group, which differ by nothing."""
+    model, counts, adata = drawn()
+    found = table(model, counts, adata, compare=DeConfig().compare).set_index(["group", "gene_id"])
+    moved = [f"G{i}" for i in (*UP, *DOWN)]
+    assert found.loc["high"].loc[moved, "is_de"].all() and (found.loc["high"].loc[moved[:5], "rank"] <= 5).all()
+    half = np.where(np.random.default_rng(2).random(adata.n_obs) < 0.5, "x", "y")
+    adata.obs["kind"] = pd.Series(half, adata.obs_names).where(adata.obs["kind"] == "low")
+    assert not table(model, counts, adata, compare="means")["is_de"].any()
+
+
+def test_means_need_both_model_and_counts():
+    """A model that sees a change where the counts have none, or none where they have one, calls none."""
+    model, counts, adata = drawn()
+    with torch.no_grad():
+        model.rho.weight[1, 0], model.rho.weight[20, 0] = 0, 1  # G1 smoothed away, G20 made up
+    found = table(model, counts, adata, compare="means").set_index(["group", "gene_id"])
+    assert not found.loc[("high", "G1"), "is_de"] and not found.loc[("high", "G20"), "is_de"]
+    assert found.loc[("high", "G2"), "is_de"] and abs(found.loc[("high", "G20"), "lfc_mean"]) > 1
+
+
+@pytest.mark.parametrize("compare", ["means", "cells"])
+def test_groups_that_share_no_batch_keep_what_tells_them_apart(compare):
+    """Where each group was a batch, its effect is the batch's: decoded under all, it would vanish."""
+    model, counts, adata = drawn(effect=0.0, batches=("h", "o"))
+    adata.X[counts.batch_n.numpy() == 1, 30:] *= 3
+    counts = pack(adata, Schema.of(adata, "batch"))
+    with torch.no_grad():
+        model.rho.weight[30:, 1] = np.log(3)  # the decoder knows: batch o has them threefold
+    adata.obs["kind"] = adata.obs["batch"]
+    late, made = [f"G{i}" for i in range(30, 40)], Decisions("de")
+    ids = list(adata.var_names)
+    config = DeConfig(compare=compare, n_samples=400)
+    found = differential_expression(model, counts, adata.obs["kind"], ids, ids, config, 0, made)
+    (told,) = [d for d in made if d.what == "batches"]
+    assert told.value == "own" and "no batch holds two groups" in told.reason
+    o = found[found["group"] == "o"].set_index("gene_id")
+    assert o.loc[late, "is_de"].all() and (o.loc[late, "lfc_mean"] > 0.5).all()
+    made = Decisions("de")
+    config = config.model_copy(update={"batches": "all"})
+    forced = differential_expression(model, counts, adata.obs["kind"], ids, ids, config, 0, made)
+    assert not forced["is_de"].any() and any(d.what == "batches" and "taken out" in d.reason for d in made)
+    assert any(d.what == "comparisons across batches" and len(d.value) == 2 for d in made)
+
+
+def test_auto_decodes_under_all_batches_where_they_are_shared():
+    model, counts, adata = drawn()
+    found = [table(model, counts, adata, batches=batches, n_samples=400) for batches in ("auto", "all")]
+    assert found[0].equals(found[1])
 
 
 def test_the_largest_batch_does_not_decide():
@@ -370,7 +443,9 @@ def test_delta_by_estimate():
     model, counts, adata, _ = known()
     made = Decisions("de")
     ids = list(adata.var_names)
-    found = differential_expression(model, counts, adata.obs["kind"], ids, ids, DeConfig(delta="auto"), 0, made)
+    found = differential_expression(
+        model, counts, adata.obs["kind"], ids, ids, DeConfig(compare="cells", delta="auto"), 0, made
+    )
     told = next(d for d in made if d.what == "delta").value
     assert set(told) == {"high against rest", "low against rest", "none against rest"} and min(told.values()) >= 0.1
     high = found[found["group"] == "high"].set_index("gene_id")

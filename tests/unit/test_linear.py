@@ -19,7 +19,8 @@ from scvi_core import cli
 from scvi_core.config import ModelConfig, load_config
 from scvi_core.files import UserError
 from scvi_core.model import Noise, build
-from scvi_core.train import Interrupted, soft_threshold, train
+from scvi_core.train import Interrupted, train
+from scvi_core.train.step import soft_threshold
 
 LINEAR = ModelConfig(n_hidden=8, n_latent=2, decoder="linear")
 CPU = torch.device("cpu")

@@ -263,6 +263,58 @@ def test_nothing_can_be_tested(tmp_path):
     assert pd.read_parquet(tmp_path / "empty.parquet")["lfc"].dtype == np.float64
 
 
+@pytest.mark.parametrize(
+    "covariates", [{"categorical_covariates": ["sex"]}, {"continuous_covariates": ["age"]}, {}], ids=str
+)
+def test_a_group_without_an_eligible_sample_takes_no_other_along(tmp_path, covariates):
+    counts = simulate(2, np.zeros(20), 30)
+    clusters = [["0"] * 26 + ["rare"] * 4 for _ in counts]
+    frame, _, made = contrast(*project(tmp_path, counts, clusters=clusters), settings({**TEST, **covariates}))
+    assert list(frame["cell_group"].unique()) == ["0"]
+    (left,) = decided(made, "cell group not tested")
+    assert (left.value, left.n_cells) == ("rare", 0) and "0 samples of 'treated' and 0 of 'control'" in left.reason
+
+
+def test_a_replicate_without_counts_is_left_out(tmp_path):
+    """In group `rare` gene 19 alone is counted, and not in every sample: those without it have no size factor."""
+    rng = np.random.default_rng(0)
+    counts = simulate(2, np.zeros(20), 50)
+    for X in counts:
+        X[30:] = 0
+        X[30:, 19] = rng.poisson(6, 20)
+    clusters = [["0"] * 30 + ["rare"] * 20 for _ in counts]
+    counts[0][30:] = 0
+    frame, _, made = contrast(*project(tmp_path / "five", counts, clusters=clusters), settings())
+    assert set(frame["cell_group"]) == {"0", "rare"}
+    rare = frame[frame["cell_group"] == "rare"]
+    assert list(rare["gene_id"]) == ["G19"] and (rare["n_replicates_reference"] == 2).all()
+    (left,) = decided(made, "replicates left out")
+    assert left.value == ["s0"] and "cluster rare: no count of any gene" in left.reason
+    counts[1][30:] = 0
+    frame, _, made = contrast(*project(tmp_path / "four", counts, clusters=clusters), settings())
+    assert set(frame["cell_group"]) == {"0"}
+    (left,) = decided(made, "cell group not tested")
+    assert left.value == "rare" and "3 samples of 'treated' and 1 of 'control' have enough cells and" in left.reason
+
+
+def test_a_fit_that_fails_takes_no_other_along(tmp_path, monkeypatch):
+    counts = simulate(2, np.zeros(20), 40)
+    clusters = [["0"] * 20 + ["1"] * 20 for _ in counts]
+    deaf = iter([ValueError("Input y contains\nNaN"), None])
+
+    def fit(*given):
+        error = next(deaf)
+        if error:
+            raise error
+        return deseq2(*given)
+
+    monkeypatch.setattr("scvi_core.pseudobulk.deseq2", fit)
+    frame, _, made = contrast(*project(tmp_path, counts, clusters=clusters), settings())
+    assert list(frame["cell_group"].unique()) == ["1"]
+    (left,) = decided(made, "cell group not tested")
+    assert (left.value, left.n_cells) == ("0", 120) and "cannot fit it (Input y contains NaN)" in left.reason
+
+
 def test_all_cells_as_one_group(tmp_path):
     counts = simulate(2, np.zeros(20), 20)
     clusters = [["0"] * 10 + ["1"] * 10 for _ in counts]
@@ -303,7 +355,7 @@ def test_levels_that_are_numbers(tmp_path):
         ({"categorical_covariates": ["sex", "sex2"]}, {}, "'condition', 'sex', 'sex2' determine one another"),
         ({"categorical_covariates": ["donor6"]}, {}, "'donor6' decides 'condition'"),
         ({"categorical_covariates": ["pair", "sex"], "continuous_covariates": ["age"]}, {}, "6 .* cannot carry"),
-        ({"continuous_covariates": ["sex"]}, {}, "'sex' is not all numbers; name it in categorical"),
+        ({"continuous_covariates": ["sex"]}, {}, "'sex' is not all numbers .*name it in categorical"),
         ({"categorical_covariates": ["gap"]}, {}, "sample 's2' has no 'gap'"),
     ],
     ids=str,

@@ -18,7 +18,7 @@ from scvi_core.preprocess.qc import FLAGS, PCT_MITO_FLOOR, in_group
 
 COLUMNS = [
     "cell_id", "barcode", "sample", "batch", "n_counts", "n_genes", "pct_mito", "pct_ribo", "pct_hb", "pct_top50",
-    "doublet_score", "predicted_doublet", "flags", "keep", "reason",
+    "doublet_score", "predicted_doublet", "flags", "keep", "reason", "s_score", "g2m_score", "cycle_phase",
 ]  # fmt: skip
 QUIET = QcConfig(doublets=False)
 

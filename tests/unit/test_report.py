@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from scvi_core import report
 from scvi_core.config import load_config
 from scvi_core.files import Decisions, UserError, write_json, write_parquet
-from scvi_core.report import figures, style, viewer
+from scvi_core.report import figures, sentences, style, viewer
 from scvi_core.report.viewer import MISSING, PALETTE, levels
 
 HOSTILE = [
@@ -319,6 +319,103 @@ def test_factors_of_a_linear_decoder(atlas, tmp_path):
     (folder / "loadings.parquet").unlink()
     with pytest.raises(UserError, match=r"loadings\.parquet: no such file; run `scvi-core loadings`"):
         report.build_report(folder, load_config(settings))
+
+
+def told(folder, config):
+    """The summary's sentences, nothing drawn."""
+    data = report.read_atlas(folder, config)
+    return sentences.verdicts(report.metrics(folder, config), data, config)
+
+
+def test_what_a_contrast_could_test_stands_first(tmp_path):
+    folder = tmp_path / "test"
+    config = write_atlas(folder).model_dump(mode="json")
+    cells = pd.read_parquet(folder / "cells.parquet")
+    cells["condition"] = np.where(cells["cell_id"].str[-1].isin(list("02468")), "stim", "ctrl")
+    cells["batch"], cells["sample_of"] = cells["sample"], cells["sample"] + cells["condition"]
+    write_parquet(folder / "cells.parquet", cells)
+    contrast = {"tests": [{"column": "condition", "group": "stim", "reference": "ctrl"}], "replicate": "sample_of"}
+    genes = pd.DataFrame({"gene_name": ["a", "b"], "lfc": [2.0, -1.0], "is_de": True, "rank": [1, 2]})
+    genes = genes.assign(contrast="condition_stim_vs_ctrl", n_replicates_group=3, n_replicates_reference=3)
+    write_parquet(folder / "contrast.parquet", genes.assign(cell_group="3"))
+    first = told(folder, load_config(config | {"contrast": contrast}))[:2]
+    assert [kind for kind, _ in first] == ["look", "look"]
+    assert "1 of 5 groups of cluster could be tested, with 2 genes called. Decisions says why" in first[0][1]
+    assert "hold 'stim' and 'ctrl' of condition" in first[1][1] and "give each sample its own batch" in first[1][1]
+    whole = pd.concat([genes.assign(cell_group=str(k)) for k in range(5)])
+    write_parquet(folder / "contrast.parquet", whole)
+    kinds = dict((text, kind) for kind, text in told(folder, load_config(config | {"contrast": contrast})))
+    (text,) = [text for text in kinds if "5 of 5 groups" in text]
+    assert kinds[text] == "good" and "10 genes" in text
+
+
+def test_a_label_of_samples_is_no_cell_type(tmp_path):
+    folder = tmp_path / "test"
+    config = write_atlas(folder).model_dump(mode="json") | {"report": {"labels": ["cell type", "sex", "noise"]}}
+    cells = pd.read_parquet(folder / "cells.parquet")
+    cells["sex"] = cells["sample"].map({"donor1": "f", "donor.2": "m", "d3-x": "f"})
+    cells["noise"] = np.random.default_rng(0).choice(["a", "b"], len(cells))
+    write_parquet(folder / "cells.parquet", cells)
+    said = told(folder, load_config(config))
+    assert not any("sex" in text for _, text in said)
+    assert [kind for kind, text in said if "labels cell type agree" in text] == ["good"]
+    assert [kind for kind, text in said if "labels noise agree" in text] == ["look"]
+    cells["cluster"] = cells["sex"]
+    write_parquet(folder / "cells.parquet", cells)
+    assert [kind for kind, text in told(folder, load_config(config)) if "Clusters follow sex" in text] == ["look"]
+
+
+@pytest.mark.parametrize(("used", "kind"), [(0.5, "good"), (1.0, "look")])
+def test_the_resolution_is_held_against_others(tmp_path, used, kind):
+    folder = tmp_path / "test"
+    config = write_atlas(folder).model_dump(mode="json") | {"cluster": {"resolutions": [used]}}
+    made = Decisions("cluster")
+    made.add("stability", {r: {"clusters": 5, "agreement": a} for r, a in (("1", 0.8), ("0.5", 0.97), ("2", 0.7))}, "x")
+    made.add("suggested resolution", 0.5, "x")
+    made.write(folder / "decisions/cluster.jsonl")
+    config = load_config(config)
+    (said,) = [(of, text) for of, text in told(folder, config) if "By another seed" in text]
+    assert said[0] == kind and ("0.5 is suggested" in said[1]) == (used == 1.0)
+    data = report.read_atlas(folder, config)
+    numbers = report.metrics(folder, config)
+    pictures = {name: {"light": "", "dark": ""} for name in report.draw(folder, data, config)}
+    text = report.render(data, config, numbers, None, pictures)
+    rows = re.findall(r'<th scope="row" class="r">([^<]*)</th>', text[text.index("Which resolution?") :])
+    assert [row.split(" ")[0] for row in rows[:3]] == ["0.5", "1", "2"] and "(suggested)" in rows[0]
+
+
+@pytest.mark.parametrize(("lost", "said"), [(4.0, 0), (40.0, 1)])
+def test_a_curve_that_falls_says_what_to_do(tmp_path, lost, said):
+    folder = tmp_path / "test"
+    config = write_atlas(folder)
+    history = pd.read_parquet(folder / "model/history.parquet")
+    history["validation_elbo"] = -912 - lost * np.abs(history["epoch"] - 12) / 18
+    write_parquet(folder / "model/history.parquet", history)
+    found = [text for kind, text in told(folder, config) if kind == "look" and "by heart" in text]
+    assert len(found) == said
+    assert all(
+        "highest at epoch 12 and has fallen by 40.0 nats" in t and "train.early_stopping: true" in t for t in found
+    )
+
+
+def test_phases_of_the_cell_cycle_by_cluster(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "png", lambda figure: b"picture")
+    folder = tmp_path / "test"
+    config = write_atlas(folder)
+    cells = pd.read_parquet(folder / "cells.parquet")
+    cells["s_score"] = cells["g2m_score"] = np.linspace(-1, 1, len(cells), dtype="float32")
+    for phases, shown in ((np.resize(["G1", "S", "G2M"], len(cells)), True), ("", False)):
+        cells["cycle_phase"] = phases
+        write_parquet(folder / "cells.parquet", cells)
+        report.build_report(folder, config)
+        text = (folder / "report.html").read_text()
+        assert (" cycle_phase</h3>" in text) == ("Tirosh et al. 2016" in text) == shown
+
+
+def test_few_markers_are_no_proof_of_anything(atlas):
+    folder, config = atlas
+    (few,) = [text for kind, text in told(folder, config) if "Fewer than three" in text]
+    assert "for group 4:" in few and "group of its own" not in few
 
 
 def test_bad_input_is_one_line(atlas, tmp_path):

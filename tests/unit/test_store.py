@@ -62,7 +62,10 @@ def test_store_holds_kept_cells_and_selected_genes(tmp_path, two):
     assert made.X.has_sorted_indices
     totals = np.concatenate([np.asarray(a.X.astype(int).sum(axis=1)).ravel() for a in kept])
     assert (made.obs["n_counts"] == totals).all() and made.obs["n_counts"].dtype == np.int64
-    assert list(made.obs.columns) == [*store.FIXED_OBS, "age", "dose", "site", "score", "label"]
+    assert list(made.obs.columns) == [
+        *(*store.FIXED_OBS, "age", "dose", "site", "score", "label"),
+        *store.CYCLE_OBS,
+    ]
     assert list(made.obs["batch"].cat.categories) == ["x", "y"] and list(made.obs["sample"].cat.categories) == [
         "s2",
         "s1",

@@ -756,3 +756,14 @@ def test_a_locale_of_another_encoding(project, tmp_path):
     command = [BIN / "scvi-core", "validate", "--config", json.dumps({"samples": str(tmp_path / "s.tsv")})]
     done = subprocess.run(command, cwd=project, env=outside, capture_output=True, encoding="utf-8")
     refused(done, "no file data/none-β.h5ad")
+
+
+def test_one_file_decides_an_atlas(project):
+    """`--configfile` takes the place of config/config.yaml: no key of that leaks into the second atlas."""
+    (project / "second.yaml").write_text("atlas: second\n")
+    done = snakemake(project, "-n", "-p", "--configfile", "second.yaml")
+    (project / "second.yaml").unlink()
+    assert done.returncode == 0, done.stderr
+    assert "results/second/report.html" in done.stdout and "results/small" not in done.stdout
+    assert '"max_epochs": "auto"' in done.stdout and '"n_latent": 10' in done.stdout
+    assert "Small & <odd>" not in done.stdout and '"labels": ["donor"]' not in done.stdout

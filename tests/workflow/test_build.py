@@ -31,7 +31,10 @@ from _project import (
 
 from scvi_core.files import Claim, sha256_file
 
-CELLS = "cell_id sample batch n_counts n_genes pct_mito doublet_score cluster umap_1 umap_2 donor age tsne_1 tsne_2"
+CELLS = (
+    "cell_id sample batch n_counts n_genes pct_mito doublet_score cluster umap_1 umap_2 donor age s_score g2m_score "
+    "cycle_phase tsne_1 tsne_2"
+)
 DE = (
     "group reference gene_id gene_name lfc_mean lfc_median lfc_std lfc_ci_low lfc_ci_high proba_de proba_not_de "
     "bayes_factor scale_group scale_reference raw_mean_group raw_mean_reference nonzero_group nonzero_reference "
@@ -43,7 +46,7 @@ GENE_TABLE = (
 )
 QC = (
     "cell_id barcode sample batch n_counts n_genes pct_mito pct_ribo pct_hb pct_top50 doublet_score "
-    "predicted_doublet flags keep reason"
+    "predicted_doublet flags keep reason s_score g2m_score cycle_phase"
 )
 
 

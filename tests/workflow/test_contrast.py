@@ -40,6 +40,8 @@ def test_the_rule_runs_where_a_contrast_is_named(project):
         ({"tests": [{**TEST, "group": "Treated"}]}, "contrast.tests.0.group: no sample has condition 'Treated'"),
         ({"tests": [{**TEST, "column": "donor", "group": "d1", "reference": "d2"}]}, "has 1 sample of donor 'd1'"),
         ({"tests": [{**TEST, "categorical_covariates": ["sex"]}]}, "no cell column 'sex'"),
+        ({"tests": [{**TEST, "categorical_covariates": ["donor"]}]}, "'donor' decides 'condition'"),
+        ({"tests": [TEST], "replicate": "batch"}, "'condition' has several values"),
         ({"tests": [TEST], "within": "cell_type"}, "contrast.within: no cell column 'cell_type'"),
         ({"tests": [TEST], "replicate": "doner"}, "contrast.replicate: no cell column 'doner'; did you mean 'donor'"),
     ],
@@ -50,6 +52,14 @@ def test_refused_at_once(project, contrast, words):
     done = here(project, "validate")
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode == 1 and len(errors) == 1 and words in errors[0], done.stderr
+
+
+def test_what_a_design_cannot_tell_is_said_at_once(project):
+    write_config(project, changed(CONFIG, contrast__tests=[TEST]))
+    done = here(project, "validate")
+    assert done.returncode == 0 and "valid: atlas" in done.stderr
+    assert "WARNING design: Contrast condition_treated_vs_control: batch one, two hold" in done.stderr
+    assert "give each sample its own batch" in done.stderr and "2 samples of the smaller level" in done.stderr
 
 
 def test_batches_and_numbers_are_columns_too(project):

@@ -27,8 +27,8 @@ def python(code):
 @pytest.mark.parametrize(
     "command",
     [
-        "snakemake --lint",
-        "snakemake --lint -s workflow/Snakefile",
+        "snakemake --lint --configfile config/demo/config.yaml",
+        "snakemake --lint -s workflow/Snakefile --configfile config/demo/config.yaml",
         "snakefmt --check Snakefile workflow",
         "ruff check .",
         "ruff format --check .",

@@ -18,7 +18,9 @@ rule contrast:
         mem_mb=megabytes(2400, (4, ANY)),
         runtime=minutes(30 + 30 * len(CONFIG.contrast.tests), 0.2),
     params:
-        samples=f"{ATLAS}/samples",
+        samples=lambda wildcards, input: os.path.dirname(
+            os.path.dirname(input.counts[0])
+        ),
         config=part("samples", "contrast"),
     shell:
         "scvi-core contrast {params.samples:q} --cells {input.cells:q} --genes {input.genes:q} --config {params.config:q}"

@@ -14,7 +14,9 @@ rule genes:
         mem_mb=megabytes(310, (0.11, ANY)),
         runtime=minutes(15, 0.05),
     params:
-        samples=f"{ATLAS}/samples",  # not each of them: a command's line has an end
+        samples=lambda wildcards, input: os.path.dirname(
+            os.path.dirname(input.counts[0])
+        ),  # not each of them: a command's line has an end
         config=part("samples", "input.genes", "genes"),
     shell:
         "scvi-core genes {params.samples:q} --config {params.config:q} --out {output.genes:q}"
@@ -39,7 +41,9 @@ rule store:
         runtime=minutes(10, 0.05),
     params:
         store=subpath(output.store, parent=True),
-        samples=f"{ATLAS}/samples",
+        samples=lambda wildcards, input: os.path.dirname(
+            os.path.dirname(input.counts[0])
+        ),
         config=json.dumps(
             {
                 "samples": CONFIG.samples,
