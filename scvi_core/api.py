@@ -32,8 +32,7 @@ from scvi_core.model import SCVI, build
 if TYPE_CHECKING:
     from anndata import AnnData
 
-# 2: the encoder's first layer as (genes, hidden); 3: norms, what the encoder sees, checksums of card and history
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4  # 4: checksums; 3: norms, and what the encoder sees; 2: the encoder's first layer as (genes, hidden)
 BUNDLE = ("model.safetensors", "model.json", "history.parquet")
 
 
@@ -319,7 +318,7 @@ class Model:
 
 
 def read_card(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
-    """What a bundle's model.json and history.parquet say, by their checksums; those of format 2 have none.
+    """What a bundle's model.json and history.parquet say, by their checksums; those of formats 2 and 3 have none.
 
     Raises
     ------
@@ -329,8 +328,8 @@ def read_card(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
     card, history = folder / "model.json", folder / "history.parquet"
     try:
         about = json.loads(card.read_bytes())
-        if about["format_version"] == 2 and "checksum" not in about:
-            log.warning("%s: of format 2, which had no checksums; save the model anew", folder)
+        if about["format_version"] in (2, 3) and "checksum" not in about:
+            log.warning("%s: of a format that had no checksums; save the model anew", folder)
             return about, pd.read_parquet(history)
     except (ValueError, KeyError, TypeError, RecursionError, OSError):
         pass  # which of these it is, is told below

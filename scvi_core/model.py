@@ -50,7 +50,7 @@ class Noise:
     def __init__(
         self, seed: int, device: torch.device | str = "cpu", n_cells: int | None = None, mine: slice = slice(None)
     ):
-        self.generator = torch.Generator(device).manual_seed(int(seed))  # numpy has integers of its own
+        self.generator = torch.Generator(device).manual_seed(int(seed))
         self.n_cells, self.mine = n_cells, mine
 
     def normal(self, like: torch.Tensor) -> torch.Tensor:
