@@ -50,7 +50,7 @@ bundle: .venv/installed
 	PYTHON="$(PYTHON)" bash containers/bundle.sh $(VARIANT)
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests
+	$(BIN)/python -m pytest -q -n 2 tests
 
 # kill -9, full disks, lost servers; and Slurm, where there is one
 faults: .venv/installed
