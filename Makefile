@@ -50,7 +50,7 @@ bundle: .venv/installed
 	PYTHON="$(PYTHON)" bash containers/bundle.sh $(VARIANT)
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests
+	$(BIN)/python -m pytest -q -n 2 tests
 
 # kill -9, full disks, lost servers; and Slurm, where there is one
 faults: .venv/installed
@@ -83,7 +83,7 @@ lint: .venv/installed
 schemas: .venv/installed
 	scvi-core validate --schemas workflow/schemas
 
-.venv/installed: envs/cpu.lock envs/cuda.lock envs/install.sh pyproject.toml scvi_core/kernels.c
+.venv/installed: envs/cpu.lock envs/cuda.lock envs/install.sh pyproject.toml scvi_core/kernels/kernels.c
 	bash envs/install.sh "$(PYTHON)" .venv
 	@touch $@
 

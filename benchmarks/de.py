@@ -254,12 +254,11 @@ JUDGES = {"null": null_judge, "truth": truth_judge, "replicate": truth_judge, "a
 
 
 def _cached(task: dict[str, Any], method: str, seed: int, options: argparse.Namespace, name: str) -> dict | None:
-    from scvi_core import api
     from scvi_core.config import ModelConfig, TrainConfig
-    from scvi_core.files import canonical_json, replacing, sha256_file, sha256_text
+    from scvi_core.files import canonical_json, code_sha256, replacing, sha256_file, sha256_text
 
     here = Path(__file__).parents[1] / "scvi_core"
-    code = [api.code_version(), TrainConfig().model_dump(), ModelConfig().model_dump()]
+    code = [code_sha256(), TrainConfig().model_dump(), ModelConfig().model_dump()]
     of = [sha256_file(task["counts"]), task["pairs"], method, seed]
     of += [[sha256_file(here / "de.py"), *code] if method == "ours" else None]
     path = options.out / f"{task['counts'].stem}.{method}.{sha256_text(canonical_json(of))[:12]}.parquet"

@@ -45,12 +45,17 @@ import scipy.sparse as sp
 import torch
 
 import scvi_core as sv
-from scvi_core import de, engine, gpu, graph, kernels, posterior
-from scvi_core import train as training
+from scvi_core import de, kernels, posterior
 from scvi_core.api import fit_counts
 from scvi_core.counts import Counts, OnHost, Schema, small_types, tensor_of, unsigned
+from scvi_core.device import resolve_precision
 from scvi_core.files import write_json
-from scvi_core.model import SCVI, build
+from scvi_core.kernels import gpu
+from scvi_core.model import SCVI, Noise, build
+from scvi_core.train import Schedule, hold_out, recorded
+from scvi_core.train.state import State
+from scvi_core.train.step import Rates, gradients
+from scvi_core.train.step import step as one_step
 
 GROUPS = 20  # of cells
 REPEATS = 20  # of a measurement, of which the median counts
@@ -205,14 +210,10 @@ def correct(device: torch.device, options: argparse.Namespace) -> dict[str, Any]
             model = build(sv.ModelConfig(likelihood=likelihood), genes, len(schema.batches), 0, 0).to(where, kind)
             model.half = half and not exact
             model.train()
-            for p in model.parameters():
-                p.grad = torch.zeros_like(p)
             cells = counts.to(where).gather(torch.arange(n, device=where))
             if exact:
                 cells.library_n, cells.covariates_nc = cells.library_n.double(), cells.covariates_nc.double()
-            by_hand = not exact and engine.serves(model)
-            with gpu.tf32(model.half):  # as graph.Step has it
-                elbo_n = (engine.gradients if by_hand else training.autograd_gradients)(model, cells, Given(), 0.5)
+            elbo_n = gradients(model, cells, Given(), 0.5)
             answers.append((elbo_n.double().cpu(), {k: p.grad.double().cpu() for k, p in model.named_parameters()}))
         (elbo_n, exact_of), (got_n, got_of) = answers
         # the bias before a batch norm has no gradient but rounding's
@@ -242,11 +243,11 @@ def correct(device: torch.device, options: argparse.Namespace) -> dict[str, Any]
 def step_parts(genes: int, device: torch.device, options: argparse.Namespace, found: dict[str, Any]) -> dict[str, Any]:
     """Milliseconds of what a step is made of, on as many cells as a step of the whole fit has."""
     config = sv.TrainConfig()
-    n_train = options.cells - len(training.hold_out(config, options.cells, 0))
-    size = -(-n_train // training.n_steps(config, n_train))
+    n_train = options.cells - len(hold_out(config, options.cells, 0))
+    size = Schedule.of(config, n_train).size
     counts, schema, _ = simulated(4 * size, genes, device)
     counts = counts.to(device)
-    half = training.resolve_precision("auto", device)
+    half = resolve_precision("auto", device)
     kind, wide = (torch.bfloat16, 2) if half else (torch.float32, 4)
     copy, matrix = found["ceilings"]["copy_gb_s"] * 1e6, found["ceilings"]["bf16_tflop_s"] * 1e9  # per millisecond
     rows_n = torch.randperm(len(counts), device=device)[:size]
@@ -254,7 +255,6 @@ def step_parts(genes: int, device: torch.device, options: argparse.Namespace, fo
     logits = [torch.randn(size, genes, device=device).to(kind) for _ in range(2)]
     biases = [torch.zeros(genes, device=device) for _ in range(2)]
     theta_1g, library_n = torch.zeros(1, genes, device=device), cells.library_n.log()
-    sums, sum_theta_g = [torch.empty(genes, device=device) for _ in range(2)], torch.empty(1, genes, device=device)
     repeats, calls = (2, 1) if options.tiny else (REPEATS, 10)
     time_of = lambda run: milliseconds(run, device, repeats, calls)  # noqa: E731
 
@@ -268,10 +268,10 @@ def step_parts(genes: int, device: torch.device, options: argparse.Namespace, fo
     if kernels.kind(theta_1g)[0] == "triton":
         ends = counts.indptr_n[rows_n], counts.indptr_n[rows_n + 1]
         rows = gpu.Rows(*ends, counts.genes_m, counts.values_m, genes)
-        given = logits, biases, library_n, theta_1g, -1 / size, sums, sum_theta_g
+        given = logits, biases, library_n, theta_1g, None, True
         # logits read and gradients written once, those by theta among them
         parts["likelihood and gradients, Triton"] = (
-            lambda: gpu.log_likelihood_gradients(rows, *given), tile * 5 * wide / copy,
+            lambda: gpu.tile(rows, *given), tile * 5 * wide / copy,
         )  # fmt: skip
         parts["encoder's input"] = rows.log1p, tile * 4 / copy
     with mock.patch.object(gpu, "serves", lambda tensor: False):
@@ -302,27 +302,26 @@ def _stepper(
     """What does one step of a fit after the other; None where it cannot be done that way."""
     model = build(sv.ModelConfig(), counts.n_genes, len(schema.batches), 0, 0).to(device)
     model.half = half
-    weights, gradient = training._flatten(model)
-    state = training.State(model, torch.zeros_like(weights), torch.zeros_like(weights))
-    model.train()
-    config, number = sv.TrainConfig(), itertools.count(1)
+    state = State.of(model)
+    state.ready()
+    config, number = sv.TrainConfig(batch_size=size, max_epochs=10), itertools.count(1)
+    steps = len(counts) // size
+    schedule = Schedule.of(config, steps * size)
     if way == "autograd, plain PyTorch":
         rows_n = torch.arange(size, device=device)
 
         def run() -> None:
             with mock.patch.object(gpu, "serves", lambda tensor: False):
-                noise = training.Noise(0, device)
-                training.autograd_gradients(model, counts.gather(rows_n), noise, 1.0)
-                kernels.adam(weights, gradient, state.mean, state.square, next(number), 1e-3, 1e-4, 1e-6)
+                rates = Rates.of(schedule, next(number) % (10 * steps))
+                one_step(state, counts.gather(rows_n), Noise(0, device), rates, config)
 
         return run
-    if kernels.kind(weights)[0] != "triton":
+    if kernels.kind(state.weights[0])[0] != "triton":
         return None
-    steps = len(counts) // size
-    step = graph.Step(state, weights, gradient, counts, config, 0, steps, 10)
+    step = recorded.Recorded(state, counts, config, schedule, 0)
     step.begin(np.array_split(np.random.default_rng(0).permutation(steps * size), steps), 0)
     if way == "kernel by kernel":
-        step.recorded[size] = training.Noise(0, device), None
+        step.recorded[size] = Noise(0, device), None
     return lambda: step(next(number) % steps)
 
 
@@ -372,7 +371,7 @@ def streamed(counts: Counts, schema: Schema, device: torch.device) -> dict[str, 
 
 def _kept_on_host() -> Any:
     on_host = lambda counts, needed, size, device: OnHost(**vars(counts), device=device)  # noqa: E731
-    return mock.patch.object(graph, "place", on_host)
+    return mock.patch.object(recorded, "place", on_host)
 
 
 def asked(

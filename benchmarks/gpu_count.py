@@ -31,10 +31,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import scvi_core as sv
-from scvi_core import gpu, graph, triton_kernels
-from scvi_core import train as training
 from scvi_core.counts import Counts
-from scvi_core.model import build
+from scvi_core.kernels import gpu, triton_kernels
+from scvi_core.model import Noise, build
+from scvi_core.train import Schedule
+from scvi_core.train.recorded import Recorded
+from scvi_core.train.state import State
 
 META = torch.device("meta")
 SECTOR = 32  # bytes that a GPU's memory moves at least
@@ -154,11 +156,10 @@ def traffic(n: int, genes: int, density: float) -> tuple[collections.Counter[str
         mock.patch.object(gpu, "_triton", lambda: (kernels, "")),
         mock.patch.object(gpu, "serves", lambda t: t.is_meta),
     ):
-        weights, gradient = training._flatten(model)
-        state = training.State(model, torch.zeros_like(weights), torch.zeros_like(weights))
-        step = graph.Step(state, weights, gradient, counts, sv.TrainConfig(), 0, 1, 10)
+        config = sv.TrainConfig(batch_size=n, max_epochs=10)
+        step = Recorded(State.of(model), counts, config, Schedule.of(config, n), 0)
         step.begin([np.arange(n)], 0)
-        noise = graph.Noise(0)
+        noise = Noise(0)
         noise.generator = None  # there is none for such a device
         with watch:
             step._run(n, noise)

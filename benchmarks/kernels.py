@@ -28,12 +28,13 @@ import numpy as np
 import torch
 
 import scvi_core as sv
-from scvi_core import engine, kernels, likelihood, native
-from scvi_core import train as training
+from scvi_core import kernels
 from scvi_core.counts import Minibatch
 from scvi_core.files import write_json
-from scvi_core.kernels import Nonzeros
+from scvi_core.kernels import Nonzeros, likelihood, native
 from scvi_core.model import Noise, build
+from scvi_core.train.state import State
+from scvi_core.train.step import Rates, step
 
 LIKELIHOODS = ("zinb", "nb", "poisson")
 BUDGET = 0.5  # seconds that the repeats of one measurement may take together, or `--repeats` of them
@@ -62,7 +63,7 @@ def main() -> None:
     )
     print(f"Log-likelihood, forward and gradients ({about}):\n\n{_likelihood_table(likelihoods)}\n")
     print(f"Rates measured in the same run:\n\n{_machine_table(machines)}\n")
-    print(f"A whole step (engine.gradients, Adam), zinb:\n\n{_step_table(steps)}")
+    print(f"A whole step, zinb:\n\n{_step_table(steps)}")
     if options.json:
         write_json(options.json, {"about": about, "likelihood": likelihoods, "machine": machines, "step": steps})
 
@@ -135,19 +136,20 @@ def _without_compiled(run: Callable[[], float]) -> float:
 
 
 def _in_step(x: Nonzeros, inputs: list[torch.Tensor | None]) -> Callable[[], Any] | None:
-    """The call that engine.py makes: gradients come scaled and summed, and nothing passes through autograd."""
+    """The call that a step makes: gradients take the place of the logits, and nothing passes through autograd."""
     logit_rho_ng, log_library_n, log_theta_1g, logit_pi_ng = inputs
     logits = [t for t in (logit_rho_ng, logit_pi_ng) if t is not None]
-    biases = [torch.zeros(x.n_genes) for _ in logits]
-    sums = [torch.zeros(x.n_genes) for _ in logits]
-    theta_sum_g = None if log_theta_1g is None else torch.zeros(x.n_genes)
-    call = lambda: native.log_likelihood_gradients(  # noqa: E731
-        x, logits, biases, log_library_n, log_theta_1g, 1.0, sums, theta_sum_g
-    )
+    room = [torch.empty_like(t) for t in logits]
+
+    def call() -> None:
+        for to, t in zip(room, logits, strict=True):
+            to.copy_(t)  # what a product would leave there
+        native.tile(x, room, None, log_library_n, log_theta_1g, None, True)
+
     try:
         call()
     except (TypeError, AttributeError) as error:  # an inner function, which may change without notice
-        print(f"native.log_likelihood_gradients is not what it was ({error}); left out", file=sys.stderr)
+        print(f"native.tile is not what it was ({error}); left out", file=sys.stderr)
         return None
     return call
 
@@ -197,7 +199,7 @@ def _step(options: argparse.Namespace, threads: int, genes: int) -> list[dict[st
     """A training step in float32 and, where training would take it, in bfloat16; its products timed at their shapes."""
     rows = []
     for half in (False, True):
-        if half and not training.resolve_precision("auto", torch.device("cpu")):
+        if half and not any(torch.cpu.get_capabilities().get(f"{of}_bf16") for of in ("avx512", "amx")):
             continue
         model, run = _stepper(options, genes, half)
         hidden = model.config.n_hidden
@@ -219,22 +221,19 @@ def _step(options: argparse.Namespace, threads: int, genes: int) -> list[dict[st
 def _stepper(options: argparse.Namespace, genes: int, half: bool) -> tuple[Any, Callable[[], None]]:
     """A model of the default sizes, and what does one step of its training."""
     x, (_, log_library_n, *_) = _inputs(options, genes, "zinb")
-    config = sv.TrainConfig()
     model = build(sv.ModelConfig(), genes, 1, 0, 0)
     model.half = half
     model.train()
-    weights = training._flatten(model)
-    optimiser = torch.optim.Adam(
-        [weights], config.learning_rate, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True
-    )
+    config = sv.TrainConfig()
+    state = State.of(model)
+    rates = Rates(1.0, 1e-3, kernels.corrected(1e-3, 1000))
     nothing = torch.zeros(options.cells, dtype=torch.int64), torch.zeros(options.cells, 0)
     cells = Minibatch(x, log_library_n.exp(), *nothing)
-    gradients = engine.gradients if engine.serves(model) else training.autograd_gradients
     seed = itertools.count()
 
     def run() -> None:
-        gradients(model, cells, Noise(next(seed)), 1.0)
-        optimiser.step()
+        with contextlib.nullcontext() if half else native.our_threads():  # as the loop has it
+            step(state, cells, Noise(next(seed)), rates, config)
 
     return model, run
 

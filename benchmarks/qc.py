@@ -31,6 +31,8 @@ import pandas as pd
 import scipy.sparse as sp
 from sklearn.metrics import average_precision_score
 
+from scvi_core.files import seal
+
 MEASURED = """
 import resource, sys
 from scvi_core.cli import main
@@ -184,6 +186,7 @@ def write(path: Path, n_genes: int, blocks) -> None:
         cells = [f"c{i}" for i in range(n)]
         same = {column: pd.Categorical.from_codes(np.zeros(n, np.int8), ["s"]) for column in ("sample", "batch")}
         ad.io.write_elem(file, "obs", pd.DataFrame({"barcode": cells, **same}, index=cells))
+    seal(path, append=True)
 
 
 def cost(counts: sp.csr_matrix, types: np.ndarray, n: int, seed: int, rate: float = 0.06) -> dict:

@@ -23,8 +23,7 @@ from quality import _scib
 from train import N_DRAWS, prepare, split
 
 import scvi_core as sv
-from scvi_core.api import code_version
-from scvi_core.files import canonical_json, replacing, sha256_file, sha256_text, write_json
+from scvi_core.files import canonical_json, code_sha256, replacing, sha256_file, sha256_text, write_json
 
 # name -> model, training; the rows of benchmarks/README.md
 SLOW = {"kl_weight": 1.5, "kl_warmup": 0.5}
@@ -69,7 +68,7 @@ def _row(data: Path, dataset: str, name: str, seed: int, options: argparse.Names
     import anndata as ad
 
     model, train = RECIPES[name]
-    of = canonical_json([sha256_file(data), model, train, seed, options.threads, code_version()])
+    of = canonical_json([sha256_file(data), model, train, seed, options.threads, code_sha256()])
     kept = data.parent / f"recipe.{sha256_text(of)[:16]}.json"
     if kept.exists():
         return json.loads(kept.read_text())

@@ -30,14 +30,14 @@ from scvi_core.files import UserError, canonical_json, replacing, sha256_file, s
 HERE = Path(__file__).parent
 RULES = """
 import json, sys
-from scvi_core.api import code_version
 from scvi_core.config import TrainConfig
-from scvi_core.train import hold_out, n_epochs
+from scvi_core.files import code_sha256
+from scvi_core.train import Schedule, hold_out
 config = TrainConfig()
 train = {n: n - len(hold_out(config, n, 0)) for n in map(int, sys.argv[1:])}
 print(json.dumps({
-    "code": code_version(), "config": config.model_dump(), "n_train": train,
-    "epochs": {n: n_epochs(config, m) for n, m in train.items()},
+    "code": code_sha256(), "config": config.model_dump(), "n_train": train,
+    "epochs": {n: Schedule.of(config, m).epochs for n, m in train.items()},
 }))
 """
 STREAMED = 0.1  # share of the packed counts that may be in memory, where streaming is timed

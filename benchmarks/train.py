@@ -207,10 +207,10 @@ def _identity(kind: str, versions: dict[str, str]) -> list[Any]:
     """What else decides a fit than data, seed and threads: the code."""
     if kind == "peer":
         return [versions["scvi-tools"], versions["peer torch"]]
-    from scvi_core import api
     from scvi_core.config import ModelConfig, TrainConfig
+    from scvi_core.files import code_sha256
 
-    return [api.code_version(), ModelConfig().model_dump(), TrainConfig().model_dump(), versions["torch"]]
+    return [code_sha256(), ModelConfig().model_dump(), TrainConfig().model_dump(), versions["torch"]]
 
 
 def _versions(options: argparse.Namespace) -> dict[str, str]:

@@ -13,7 +13,7 @@ for name in ("snakemake", "pip"):
     assert importlib.util.find_spec(name) is None, f"{name} is in the image, where nothing needs it"
 
 import scvi_core  # noqa: E402
-from scvi_core import native  # noqa: E402
+from scvi_core.kernels import native  # noqa: E402
 
 assert native.library is not None, f"the compiled kernels: {native.reason}"
 for name in ("NUMBA_CACHE_DIR", "MPLCONFIGDIR", "XDG_CACHE_HOME", "TORCH_HOME"):

@@ -18,6 +18,6 @@ for file in scvi-core.sif scvi-core.sbom.json; do
 done
 "$python" -m venv "$folder/.venv"
 "$folder/.venv/bin/python" -m pip --isolated install --quiet --no-index --no-deps "$here"/wheels/*.whl
-cp "$folder"/.venv/lib/python3.*/site-packages/scvi_core/_kernels* "$folder/scvi_core" # for what runs from the sources
+cp "$folder"/.venv/lib/python3.*/site-packages/scvi_core/kernels/_kernels* "$folder/scvi_core/kernels" # for what runs from the sources
 touch "$folder/.venv/installed" # so that make takes it as it is
 echo "installed in $folder; next: cd $folder && make demo"

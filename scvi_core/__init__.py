@@ -7,11 +7,11 @@ import os
 
 from scvi_core._version import __version__
 
-# A thread that waits spins for some microseconds, then sleeps. A step has dozens of short parallel parts: to sleep at
-# once makes it a half slower on an idle machine; to spin for long has made it several times slower where cores were
-# shared. Read by OpenMP when torch loads it.
+# A thread of PyTorch's that waits for others spins for some microseconds, then sleeps: on cores that others use too, to
+# spin for long takes many times longer than what there is to do. Read by OpenMP when torch loads it. Training has
+# threads of its own (scvi_core/kernels/kernels.c), which wait for nobody that has not come.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _HOME = {
     "fit": "scvi_core.api",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import platform
@@ -23,19 +22,17 @@ from scvi_core import de, kernels, posterior
 from scvi_core import train as training
 from scvi_core._version import __version__
 from scvi_core.config import DeConfig, ModelConfig, TrainConfig
-from scvi_core.counts import Counts, Schema, content_digest, fingerprint, pack
-from scvi_core.files import UserError, replacing, sha256_file, write_json, write_parquet
+from scvi_core.counts import Counts, Schema, content_digest, pack
+from scvi_core.device import resolve_device
+from scvi_core.files import UserError, read_json, read_parquet, replacing, sha256_file, write_json, write_parquet
+from scvi_core.fingerprint import fingerprint
 from scvi_core.log import log
 from scvi_core.model import SCVI, build
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-FORMAT_VERSION = 2  # 2: the encoder's first layer as (genes, hidden)
-CODE = [  # the files that decide the weights
-    *("counts.py", "engine.py", "gpu.py", "graph.py", "kernels.c", "kernels.py", "likelihood.py", "model.py"),
-    *("native.py", "parallel.py", "stream.py", "train.py", "triton_kernels.py"),
-]
+FORMAT_VERSION = 4  # 4: checksums; 3: norms, and what the encoder sees; 2: the encoder's first layer as (genes, hidden)
 BUNDLE = ("model.safetensors", "model.json", "history.parquet")
 
 
@@ -79,7 +76,9 @@ class Model:
         """SHA-256 of everything that decided the weights."""
         return self.card["fingerprint"]
 
-    def _counts(self, adata: AnnData, design: bool = True) -> Counts:
+    def _counts(self, adata: AnnData, design: bool = True, seed: Any = 0, n_samples: Any = 1) -> Counts:
+        """The cells packed; before anything long begins, a question's other arguments are looked at."""
+        check_arguments(adata, seed, n_samples)
         layer = self.layer if self.layer in adata.layers else None
         if layer != self.layer:
             log.warning("adata has no layer '%s', where the model's counts were; taking X", self.layer)
@@ -87,24 +86,26 @@ class Model:
         return counts.to(next(self.network.parameters()).device)
 
     def latent(self, adata: AnnData) -> np.ndarray:
-        """Posterior means of z, (cells, latent) float32. The encoder sees neither batch nor covariates: any will do."""
-        return posterior.latent(self.network, self._counts(adata, design=False))
+        """Posterior means of z, (cells, latent) float32. Any batch will do, but for ``model.encode_covariates``."""
+        return posterior.latent(self.network, self._counts(adata, self.model.encode_covariates))
 
     def latent_std(self, adata: AnnData) -> np.ndarray:
         """Posterior standard deviations of z, (cells, latent) float32; those of the prior are 1."""
-        return posterior.latent_std(self.network, self._counts(adata, design=False))
+        return posterior.latent_std(self.network, self._counts(adata, self.model.encode_covariates))
 
     def latent_library_size(self, adata: AnnData) -> np.ndarray:
         """Posterior means of the library size, (cells,) float64, in counts; the totals, where the model observes it."""
-        return posterior.latent_library(self.network, self._counts(adata, design=False))
+        return posterior.latent_library(self.network, self._counts(adata, self.model.encode_covariates))
 
     def elbo(self, adata: AnnData, n_samples: int = 10, seed: int = 0) -> np.ndarray:
         """(cells,) float64, nats: reconstruction - KL, KL weight 1, averaged over `n_samples` draws."""
-        return posterior.elbo(self.network, self._counts(adata), n_samples, seed)
+        return posterior.elbo(self.network, self._counts(adata, True, seed, n_samples), n_samples, seed)
 
     def marginal_log_likelihood(self, adata: AnnData, n_samples: int = 1000, seed: int = 0) -> np.ndarray:
         """(cells,) float64, nats: log p(x) by importance sampling with the posterior as proposal."""
-        return posterior.marginal_log_likelihood(self.network, self._counts(adata), n_samples, seed)
+        return posterior.marginal_log_likelihood(
+            self.network, self._counts(adata, True, seed, n_samples), n_samples, seed
+        )
 
     def normalized_expression(
         self,
@@ -135,7 +136,7 @@ class Model:
         wanted = self.gene_ids if genes is None else [genes] if isinstance(genes, str) else list(genes)
         places, batches = self.places(wanted), self.batch_codes(transform_batch)
         values = posterior.normalized_expression(
-            self.network, self._counts(adata), places, library_size, batches, n_samples, seed
+            self.network, self._counts(adata, True, seed, n_samples), places, library_size, batches, n_samples, seed
         )
         return pd.DataFrame(values, index=adata.obs_names, columns=wanted)
 
@@ -151,7 +152,7 @@ class Model:
         """The samples whose mean is :meth:`normalized_expression`, (samples, cells, genes) float32."""
         places, batches = self.places(genes), self.batch_codes(transform_batch)
         return posterior.expression_samples(
-            self.network, self._counts(adata), places, library_size, batches, n_samples, seed
+            self.network, self._counts(adata, True, seed, n_samples), places, library_size, batches, n_samples, seed
         )
 
     def gene_correlation(
@@ -173,7 +174,9 @@ class Model:
         if adata.n_obs < 2:
             raise UserError(f"adata: {adata.n_obs} cells; a correlation needs two or more")
         places, batches = self.places(genes), self.batch_codes(transform_batch)
-        values = posterior.gene_correlation(self.network, self._counts(adata), places, batches, n_samples, seed)
+        values = posterior.gene_correlation(
+            self.network, self._counts(adata, True, seed, n_samples), places, batches, n_samples, seed
+        )
         names = [genes] if isinstance(genes, str) else list(genes)
         return pd.DataFrame(values, index=names, columns=names)
 
@@ -217,7 +220,7 @@ class Model:
 
         For each cell z and l from its posterior, then counts from the likelihood.
         """
-        return posterior.posterior_predictive(self.network, self._counts(adata), seed)
+        return posterior.posterior_predictive(self.network, self._counts(adata, True, seed), seed)
 
     def differential_expression(
         self,
@@ -258,7 +261,7 @@ class Model:
             config = (config or DeConfig()).model_copy(update={"reference": "pairs"})
             groups = pd.Series(_two_groups(adata, cells, reference), adata.obs_names, name="cells and reference")
         return de.differential_expression(
-            self.network, self._counts(adata), groups, self.gene_ids, self.gene_names, config, seed
+            self.network, self._counts(adata, True, seed), groups, self.gene_ids, self.gene_names, config, seed
         )
 
     def loadings(self) -> pd.DataFrame:
@@ -311,7 +314,26 @@ class Model:
                 "layer": self.layer,
                 "weights_sha256": sha256_file(folder / "model.safetensors"),
             }
-            write_json(folder / "model.json", self.card | about)
+            write_json(folder / "model.json", self.card | about, checksum=True)
+
+
+def read_card(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
+    """What a bundle's model.json and history.parquet say, by their checksums; those of formats 2 and 3 have none.
+
+    Raises
+    ------
+    UserError
+        When one of the two is missing or damaged.
+    """
+    card, history = folder / "model.json", folder / "history.parquet"
+    try:
+        about = json.loads(card.read_bytes())
+        if about["format_version"] in (2, 3) and "checksum" not in about:
+            log.warning("%s: of a format that had no checksums; save the model anew", folder)
+            return about, pd.read_parquet(history)
+    except (ValueError, KeyError, TypeError, RecursionError, OSError):
+        pass  # which of these it is, is told below
+    return read_json(card, "train"), read_parquet(history, "train")
 
 
 def load(path: str | Path, device: str = "cpu") -> Model:
@@ -327,32 +349,38 @@ def load(path: str | Path, device: str = "cpu") -> Model:
     for name in BUNDLE:
         if not (path / name).is_file():
             raise UserError(f"{path}: no {name}; a model is a folder with {', '.join(BUNDLE)}")
+    about, history = read_card(path)
     try:
-        about = json.loads((path / "model.json").read_text("utf-8"))
         if about["format_version"] > FORMAT_VERSION:
             raise UserError(
                 f"{path}/model.json: format {about['format_version']} is newer than this scvi-core {__version__} "
                 f"reads ({FORMAT_VERSION}); upgrade scvi-core"
             )
-        if about["format_version"] < FORMAT_VERSION:
+        if about["format_version"] < 2:
             raise UserError(
                 f"{path}/model.json: format {about['format_version']} is older than this scvi-core {__version__} reads "
-                f"({FORMAT_VERSION}); train the model again, or use the version in its package_version"
+                f"(2 and later); train the model again, or use the version in its package_version"
             )
         if sha256_file(path / "model.safetensors") != about["weights_sha256"]:
             raise UserError(f"{path}/model.safetensors: not the weights that model.json names; fetch the model again")
         schema = Schema.from_dict({k: about[k] for k in ("gene_ids", "batch_key", "batches")} | about["covariates"])
         model, fitted = ModelConfig(**about["model"]), TrainConfig(**about["train"])
         network = _network(model, schema, about["seed"])
-        network.load_state_dict(load_file(path / "model.safetensors"))
-        history, gene_names = pd.read_parquet(path / "history.parquet"), list(about["gene_names"])
+        weights = load_file(path / "model.safetensors")
+        odd = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+        if odd:
+            raise UserError(
+                f"{path}/model.safetensors: {odd[0]} is not finite (NaN or infinite); train the model again"
+            )
+        network.load_state_dict(weights)
+        gene_names = list(about["gene_names"])
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a whole model ({reason}); fetch or train it again") from error
     history.insert(1, "seconds", np.nan)
     known = {"model", "train", "seed", "gene_ids", "gene_names", "batches", "batch_key", "covariates", "layer"}
     card = {k: v for k, v in about.items() if k not in known}
-    network.eval().to(training.resolve_device(device) if device != "cpu" else "cpu")
+    network.eval().to(resolve_device(device) if device != "cpu" else "cpu")
     return Model(network, schema, model, fitted, about["seed"], history, gene_names, card, about.get("layer"))
 
 
@@ -387,6 +415,13 @@ def fit(
     >>> model = sv.fit(adata, batch_key="donor")
     >>> adata.obsm["X_scvi"] = model.latent(adata)
     """
+    check_arguments(adata, seed)
+    seed = int(seed)
+    if batch_key is not None and not isinstance(batch_key, str):
+        raise UserError(f"batch_key: {batch_key!r}; give the name of one cell column")
+    for name, given, kind in (("model", model, ModelConfig), ("train", train, TrainConfig)):
+        if not isinstance(given, kind | None):
+            raise UserError(f"{name}: a {type(given).__name__}; give a {kind.__name__}, such as {kind.__name__}()")
     model = model or ModelConfig()
     given = {"categorical_covariates": categorical_covariates, "continuous_covariates": continuous_covariates}
     update = {key: (names,) if isinstance(names, str) else tuple(names) for key, names in given.items() if names}
@@ -403,7 +438,7 @@ def fit(
         train or TrainConfig(),
         holdout,
         seed,
-        training.resolve_device(device),
+        resolve_device(device),
         progress,
     )
     fitted.layer = layer
@@ -436,13 +471,13 @@ def fit_counts(
     check_design(model, schema)
     if not 0 <= seed < 2**31:
         raise UserError(f"seed: {seed} is not within 0..{2**31 - 1}")
-    held = None if holdout is None else np.unique(np.asarray(holdout))
+    held = None if holdout is None else np.unique(np.atleast_1d(holdout))
     if held is not None and len(held) and held.dtype.kind not in "iu":
         raise UserError(f"holdout: {held.dtype} values; give positions of cells, such as np.flatnonzero(mask)")
     held = None if held is None else held.astype(np.int64)
     if held is not None and len(held) and (held[0] < 0 or held[-1] >= len(counts)):
         raise UserError(f"holdout: positions must lie in 0..{len(counts) - 1}")
-    identity = fingerprint_of(schema, data, model, train, seed, held)
+    identity = fingerprint(schema, data, model, train, seed, held)
     if held is None:
         held = training.hold_out(train, len(counts), seed)
     train_rows = np.setdiff1d(np.arange(len(counts)), held)
@@ -478,22 +513,21 @@ def fit_counts(
     return Model(network, schema, model, train, seed, history, gene_names, card)
 
 
-def fingerprint_of(
-    schema: Schema, data: Any, model: ModelConfig, train: TrainConfig, seed: int, holdout: np.ndarray | None = None
-) -> str:
-    """The fingerprint of a fit, known before it is made."""
-    if holdout is not None:
-        data = {"data": data, "holdout": holdout.tolist()}
-    return fingerprint(schema, data, ModelConfig(**_only(model)).model_dump(), train.model_dump(), seed, code_version())
+def check_arguments(adata: Any, seed: Any = 0, n_samples: Any = 1) -> None:
+    """Refuse what is no AnnData, no seed and no number of samples; numpy's integers are as good as Python's.
 
+    Raises
+    ------
+    UserError
+        Naming the argument and its value.
+    """
+    from anndata import AnnData
 
-def code_version() -> str:
-    """Package version and a digest of the files whose code decides the weights."""
-    here = Path(__file__).parent
-    digest = hashlib.sha256()
-    for name in CODE:
-        digest.update((here / name).read_bytes())
-    return f"{__version__}+{digest.hexdigest()[:12]}"
+    if not isinstance(adata, AnnData):
+        raise UserError(f"adata: a {type(adata).__name__}; give an anndata.AnnData, such as AnnData(frame)")
+    for name, value, least in (("seed", seed, 0), ("n_samples", n_samples, 1)):
+        if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer) or not least <= value < 2**31:
+            raise UserError(f"{name}: {value!r}; give a whole number from {least} up")
 
 
 def check_design(model: ModelConfig, schema: Schema) -> None:
@@ -516,10 +550,6 @@ def check_design(model: ModelConfig, schema: Schema) -> None:
             raise UserError(f"model.categorical_covariates: '{column}' has one level ({levels[0]!r}); leave it out")
         if column in schema.continuous or column == schema.batch_key:
             raise UserError(f"model.categorical_covariates: '{column}' is also asked for in another role; keep one")
-
-
-def _only(model: ModelConfig) -> dict[str, Any]:
-    return {key: getattr(model, key) for key in ModelConfig.model_fields}
 
 
 def _network(model: ModelConfig, schema: Schema, seed: int) -> SCVI:

@@ -6,8 +6,11 @@ import errno
 import json
 import os
 import signal
+import stat
 import sys
+import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -15,7 +18,7 @@ import typer
 import typer.core
 
 from scvi_core._version import __version__
-from scvi_core.config import Config, Sample, check_columns, explain, load_config, load_samples
+from scvi_core.config import Config, Sample, check_columns, explain, load_config, load_samples, parse_json
 from scvi_core.files import (
     FILES,
     FOLDERS,
@@ -24,12 +27,14 @@ from scvi_core.files import (
     alone,
     check_output,
     code_sha256,
+    read_json,
+    read_parquet,
     replacing,
     speak_utf8,
     write_json,
     write_parquet,
 )
-from scvi_core.log import log
+from scvi_core.log import log, one_line, redacted
 
 
 class Step(typer.core.TyperCommand):
@@ -41,6 +46,8 @@ class Step(typer.core.TyperCommand):
         for option in self.params:
             value = ctx.params.get(option.name)
             paths = [path for path in (value if isinstance(value, list) else [value]) if isinstance(path, Path)]
+            if any("\0" in str(path) for path in paths):
+                raise UserError(f"{option.opts[0]}: {value!r} has a NUL in it; name a path")
             if option.metavar in {*FILES, *FOLDERS}:
                 outputs += [(option, path) for path in paths]
             else:  # of several samples' counts.h5ad, what stands beside each is read too
@@ -141,7 +148,7 @@ def ingest(
     from scvi_core.io import ingest as read
 
     try:
-        row = Sample(sample=sample, path=source or str(path), batch=batch, metadata=json.loads(metadata))
+        row = Sample(sample=sample, path=source or str(path), batch=batch, metadata=parse_json(metadata))
     except ValidationError as error:
         raise UserError("; ".join(f"--{explain(Sample, e)}" for e in error.errors())) from None
     except ValueError as error:
@@ -212,13 +219,11 @@ def store(
 
     Example: scvi-core store samples/*/counts.h5ad --genes genes.parquet --out counts.zarr
     """
-    import pandas as pd
-
     from scvi_core.preprocess.store import write_store
 
     settings = load_config(config)
     files = _counts(counts, settings.samples)
-    made = write_store(out, files, _beside(files), pd.read_parquet(genes), settings.input.metadata)
+    made = write_store(out, files, _beside(files), read_parquet(genes, "genes"), settings.input.metadata)
     _write_decisions(made, decisions)
 
 
@@ -261,7 +266,8 @@ def lookup(
         if found is not None:
             registry.fetch(settings.tracking_uri, found, folder / "model")
         about = {"name": found.name, "version": str(found.version), "run_id": found.run_id} if found else None
-        write_json(folder / "lookup.json", {"fingerprint": wanted, "found": about, "reuse": settings.model.reuse})
+        told = {"fingerprint": wanted, "found": about, "reuse": settings.model.reuse}
+        write_json(folder / "lookup.json", told, checksum=True)
     _write_decisions(made, decisions)
 
 
@@ -277,7 +283,10 @@ def train(
         Path | None, typer.Option(help="folder that keeps the state of an unfinished fit; the same command goes on")
     ] = None,
     devices: Annotated[
-        int, typer.Option(min=1, help="processes that share each minibatch: on a GPU each, or on `threads` CPU threads")
+        int,
+        typer.Option(
+            min=1, max=1024, help="processes that share each minibatch: on a GPU each, or on `threads` CPU threads"
+        ),
     ] = 1,
     decisions: DecisionsOption = None,
 ) -> None:
@@ -288,13 +297,14 @@ def train(
     Example: scvi-core train --store counts.zarr --config config/config.yaml --out model --checkpoints .checkpoints
     """
     from scvi_core import api, kernels, parallel, steps
+    from scvi_core.device import resolve_device
     from scvi_core.stream import open_counts
-    from scvi_core.train import Interrupted, resolve_device
+    from scvi_core.train import Interrupted
 
     settings = load_config(config)
     plan = steps.plan(store, settings)
     checkpoint = None if checkpoints is None else checkpoints / f"{plan.fingerprint}.safetensors"
-    looked = {"found": None} if found is None else json.loads((found / "lookup.json").read_text("utf-8"))
+    looked = {"found": None} if found is None else read_json(found / "lookup.json", "lookup")
     if checkpoint is not None and not parallel.started():
         waited = context.with_resource(alone(checkpoint.with_suffix(".lock")))
         written = [out / name for name in api.BUNDLE] + [path for path in (run, decisions) if path is not None]
@@ -416,7 +426,7 @@ def expression(
         typer.Option(help="as if measured in this batch; given several times: the mean over these; default: its own"),
     ] = None,
     library_size: Annotated[str, typer.Option(help="counts to scale each cell to, or 'own'")] = "10000",
-    samples: Annotated[int, typer.Option(min=1, help="posterior samples a cell, of which the mean is taken")] = 10,
+    samples: Annotated[int, typer.Option(min=1, max=1_000_000, help="posterior samples a cell, to be averaged")] = 10,
     config: ConfigOption = "{}",
 ) -> None:
     """Write denoised expression: posterior means of rho x library size. A row a cell, a float32 column a gene (its id).
@@ -432,8 +442,8 @@ def expression(
     fitted = api.load(model, settings.device)
     wanted = fitted.gene_ids
     if genes is not None:
-        text = Path(genes[1:]).read_text("utf-8") if genes.startswith("@") else genes.replace(",", "\n")
-        wanted = [gene.strip() for gene in text.splitlines() if gene.strip()]
+        text = _list_of(Path(genes[1:])) if genes.startswith("@") else genes.replace(",", "\n")
+        wanted = [gene.strip() for gene in text.split("\n") if gene.strip()]
     if not wanted:
         raise UserError(f"--genes {genes!r}: names no gene; leave it out for all")
     try:
@@ -476,14 +486,12 @@ def cluster(
 
     Example: scvi-core cluster --store counts.zarr --latent latent.parquet --out cells.parquet
     """
-    import pandas as pd
-
     from scvi_core import tables
     from scvi_core.cluster import cluster as group
     from scvi_core.preprocess.store import read_store
 
     settings = load_config(config)
-    obs, z = read_store(store, counts=False).obs, pd.read_parquet(latent)
+    obs, z = read_store(store, counts=False).obs, read_parquet(latent, "embed")
     if list(z["cell_id"]) != list(obs.index):
         raise UserError(f"{latent}: its cells are not those of {store}; run `scvi-core embed` again")
     made = Decisions("cluster")
@@ -508,14 +516,12 @@ def de(
 
     Example: scvi-core de --store counts.zarr --model model --cells cells.parquet --out de.parquet
     """
-    import pandas as pd
-
     from scvi_core import api, steps
     from scvi_core.de import differential_expression
 
     settings = load_config(config)
     _use_threads(settings.threads)
-    table = pd.read_parquet(cells)
+    table = read_parquet(cells, "cluster")
     groupby = settings.de.groupby
     if groupby not in table:
         raise UserError(f"de.groupby: no column '{groupby}' in {cells} (columns: {', '.join(table.columns)})")
@@ -552,12 +558,10 @@ def contrast(
     Example: scvi-core contrast samples/*/counts.h5ad --cells cells.parquet --genes genes.parquet --config
     config/config.yaml --out contrast.parquet --pseudobulk pseudobulk.parquet
     """
-    import pandas as pd
-
     from scvi_core import pseudobulk as sums
 
     settings = load_config(config)
-    table, of_genes = pd.read_parquet(cells), pd.read_parquet(genes)
+    table, of_genes = read_parquet(cells, "cluster"), read_parquet(genes, "genes")
     files = _counts(counts, settings.samples)
     frame, bulks, made = sums.contrast(files, _beside(files), table, of_genes, settings.contrast)
     write_parquet(out, frame)
@@ -581,8 +585,6 @@ def criticism(
 
     Example: scvi-core criticism --store counts.zarr --model model --cells cells.parquet --out criticism
     """
-    import pandas as pd
-
     from scvi_core import api
     from scvi_core.criticism import choose_cells, criticise
     from scvi_core.preprocess.store import read_store
@@ -592,7 +594,7 @@ def criticism(
     settings = load_config(config)
     _use_threads(settings.threads)
     fitted = api.load(model, settings.device)
-    adata, table = read_store(store, counts=False), pd.read_parquet(cells)
+    adata, table = read_store(store, counts=False), read_parquet(cells, "cluster")
     if list(adata.var_names) != fitted.gene_ids:
         raise UserError(f"{model}: its genes are not those of {store}; give the store that it was trained on")
     groupby = settings.de.groupby
@@ -633,21 +635,17 @@ def register(
 
     Example: scvi-core register results/pancreas --config config/config.yaml
     """
-    import tempfile
-
-    import pandas as pd
-
     from scvi_core import registry
     from scvi_core.report import figures
 
     settings = load_config(config)
-    card = json.loads((folder / "model" / "model.json").read_text("utf-8"))
-    run = json.loads((folder / "logs" / "train_run.json").read_text("utf-8"))
+    card = read_json(folder / "model" / "model.json", "train")
+    run = read_json(folder / "logs" / "train_run.json", "train")
     with tempfile.TemporaryDirectory() as scratch:
         pictures = []
         if settings.registry.figures:
-            cells = pd.read_parquet(folder / "cells.parquet")
-            history = pd.read_parquet(folder / "model" / "history.parquet")
+            cells = read_parquet(folder / "cells.parquet", "cluster")
+            history = read_parquet(folder / "model" / "history.parquet", "train")
             drawn = {"training": figures.training_figure(history, card["metrics"]["kept_epoch"])}
             if cells["umap_1"].notna().any():
                 drawn |= {f"umap_{c}": figures.umap_figure(cells, c) for c in ("cluster", "batch")}
@@ -661,7 +659,9 @@ def register(
             train_run=run,
             dataset={"name": settings.atlas, "digest": card["data_sha256"], "source": str(folder / "counts.zarr")},
             # what made the model
-            config=settings.model_dump(mode="json", exclude={"cluster", "contrast", "criticism", "de", "report"}),
+            config=json.loads(
+                redacted(settings.model_dump_json(exclude={"cluster", "contrast", "criticism", "de", "report"}))
+            ),
             experiment=settings.registry.experiment or f"scvi-core/{settings.atlas}",
             atlas=settings.atlas,
             organism=settings.registry.organism or card["organism"],
@@ -709,8 +709,6 @@ def map_(
 
     Example: scvi-core map new.h5ad --model models:/pancreas@champion --out query/latent.parquet
     """
-    import tempfile
-
     from scvi_core import api, registry
     from scvi_core.io import read_counts
     from scvi_core.mapping import embed
@@ -764,6 +762,16 @@ def models_promote(
 
     promote(tracking_uri, name, version, alias)
     log.info("models:/%s@%s is version %s", name, alias, version)
+
+
+def _list_of(path: Path) -> str:
+    """The text of a file of names."""
+    if not path.is_file() or path.stat().st_size > 2**24:
+        raise UserError(f"--genes @{path}: not a file of 16 MiB at most; name one with a gene a line")
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--genes @{path}: not UTF-8 text ({error.reason}); name a file with a gene a line") from None
 
 
 def _library_reason(library: str) -> str:
@@ -826,17 +834,32 @@ def _write_schemas(folder: Path) -> None:
             )
 
 
-def _give_up(message: str) -> NoReturn:
+def _give_up(message: str, code: int = 1) -> NoReturn:
     """Say why, in one line, and end: on standard output where a log on a full disk does not take it."""
+    line = f"error: {one_line(message)}"
     try:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
     except OSError:
-        print(f"error: {message}", flush=True)
-    sys.exit(1)
+        print(line, flush=True)
+    sys.exit(code)
+
+
+def _our_fault(error: Exception) -> NoReturn:
+    """Of what nobody foresaw, say that it is our fault; the whole goes into the log, or a file of its own."""
+    told = redacted("".join(traceback.format_exception(error)))
+    where = "what stands above"
+    if stat.S_ISREG(os.fstat(2).st_mode):  # the rule's log
+        print(told, file=sys.stderr)
+    else:
+        with tempfile.NamedTemporaryFile("w", prefix="scvi-core-", suffix=".log", delete=False) as file:
+            file.write(told)
+            where = file.name
+    fault = one_line(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__, 300)
+    _give_up(f"a fault of scvi-core's own, not yours ({fault}); please report it as CONTRIBUTING.md says, with {where}")
 
 
 def main() -> None:
-    """Entry point: a :class:`UserError` becomes one line and exit code 1; what is unexpected keeps its traceback."""
+    """Entry point: whatever is raised becomes one line and an exit code; what was not foreseen is a fault of ours."""
     speak_utf8()
     image = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
     wanted = os.environ.get("SCVI_CORE_CODE")  # of the workflow's own
@@ -848,17 +871,28 @@ def main() -> None:
         _give_up(str(error))
     except MemoryError:
         _give_up("out of memory; give the step more (resources: mem_mb) or choose fewer genes (genes.n_top)")
+    except KeyboardInterrupt:
+        _give_up("interrupted", 130)
+    except FileNotFoundError as error:
+        if error.filename is None:
+            _our_fault(error)
+        _give_up(f"{error.filename}: no such file; run the step before, or mend the path")
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # whoever read has heard enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.exit(0)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            _give_up(f"{error.filename or os.getcwd()}: no space left on the device; free some, then run again")
+        if error.filename is None or error.strerror is None:
+            _our_fault(error)
+        _give_up(f"{error.filename}: {error.strerror}; mend the path or its permissions")
     except RuntimeError as error:
         if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which is not imported here
             line = str(error).split(". ")[0]
             _give_up(f"the GPU ran out of memory ({line}); free it, lower genes.n_top or use device: cpu")
-        raise
-    except FileNotFoundError as error:
-        _give_up(f"{error.filename}: no such file; run the step before, or mend the path")
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            _give_up(f"{error.filename or os.getcwd()}: no space left on the device; free some, then run again")
-        raise
+        _our_fault(error)
+    except Exception as error:
+        _our_fault(error)
 
 
 if __name__ == "__main__":

@@ -27,9 +27,13 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
-from scvi_core.files import UserError
+from scvi_core.files import SMALL, UserError
+from scvi_core.log import redacted
 
+TRACKING_URI = "SCVI_CORE_TRACKING_URI"  # environment variable, by which a workflow hands an address with secrets on
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # names become folders and shell words: nothing else gets in
 Name = Annotated[str, Field(pattern=NAME)]
 NUMBER = r"[+-]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-][0-9]+)?"  # 007 and 1E1 are names
@@ -54,6 +58,15 @@ class Section(BaseModel):
     """A part of the configuration: immutable, no unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, values: Any) -> Any:
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field is not None and "bool" not in str(field.annotation):
+                raise ValueError(f"{name} is {str(value).lower()}, where a number or a text goes")
+        return values
 
 
 def name_matcher(entries: tuple[str, ...]) -> Callable[[str], bool]:
@@ -85,7 +98,7 @@ def _of_file(value: Any) -> Any:
     try:
         if not os.path.isfile(value) or os.path.getsize(value) > 2**24:
             raise ValueError(f"no list of genes in a file {value!r}; give a list [A, B], a /pattern/ or such a file")
-        lines = Path(value).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(value).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"file {value!r} cannot be read ({error})") from None
     return tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
@@ -152,11 +165,14 @@ class QcConfig(Section):
     """Which cells are flagged, and which flags drop a cell."""
 
     n_mads: float = Field(
-        5.0, gt=0, description="flag counts, genes, mitochondrial and top-50 shares beyond median +- n_mads x MAD"
+        5.0,
+        gt=0,
+        le=1e06,
+        description="flag counts, genes, mitochondrial and top-50 shares beyond median +- n_mads x MAD",
     )
-    min_counts: int = Field(200, ge=0, description="fixed limit: fewest counts a cell")
-    min_genes: int = Field(100, ge=0, description="fixed limit: fewest detected genes a cell")
-    max_counts: int | None = Field(None, ge=1, description="fixed limit: most counts a cell")
+    min_counts: int = Field(200, ge=0, le=2**31 - 1, description="fixed limit: fewest counts a cell")
+    min_genes: int = Field(100, ge=0, le=2**31 - 1, description="fixed limit: fewest detected genes a cell")
+    max_counts: int | None = Field(None, ge=1, le=2**31 - 1, description="fixed limit: most counts a cell")
     max_pct_mito: float = Field(20.0, ge=0, le=100, description="fixed limit: largest mitochondrial share, per cent")
     max_pct_hb: float | None = Field(None, ge=0, le=100, description="fixed limit: largest haemoglobin share, per cent")
     cell_cycle: bool = Field(True, description="score the S and G2M phases of kept cells (human, mouse)")
@@ -192,9 +208,9 @@ class GenesConfig(Section):
         "auto",
         description="highly variable genes to select; auto is 2000 or, with fewer genes, all that pass min_cells",
     )
-    min_cells: int = Field(3, ge=1, description="genes detected in fewer kept cells are left out")
+    min_cells: int = Field(3, ge=1, le=2**31 - 1, description="genes detected in fewer kept cells are left out")
     per_batch: bool = Field(True, description="rank within each batch, then combine, as scanpy's batch_key does")
-    span: float = Field(0.3, gt=0, le=1, description="loess span of the mean-variance fit")
+    span: float = Field(0.3, ge=0.01, le=1, description="loess span of the mean-variance fit")
     include: tuple[str, ...] = Field((), description="always selected: ids, names, /regular expressions/ or @groups")
     exclude: tuple[str, ...] = Field(
         (),
@@ -204,8 +220,8 @@ class GenesConfig(Section):
     @field_validator("n_top")
     @classmethod
     def _positive(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 1:
-            raise ValueError("must be at least 1")
+        if isinstance(value, int) and not 1 <= value <= 1_000_000:
+            raise ValueError("must be at least 1, and 1,000,000 at most")
         return value
 
 
@@ -217,18 +233,27 @@ class ModelConfig(Section):
     library: Literal["observed", "latent"] = Field(
         "observed", description="l_n: the cell's count total, or a latent variable with the batch's log-normal prior"
     )
-    n_latent: int = Field(10, ge=1, description="dimensions of z")
-    n_hidden: int = Field(128, ge=1, description="width of hidden layers")
-    n_layers: int = Field(1, ge=1, description="hidden layers of the encoder, and of the decoder where it is a network")
+    n_latent: int = Field(10, ge=1, le=512, description="dimensions of z")
+    n_hidden: int = Field(128, ge=1, le=4096, description="width of hidden layers")
+    n_layers: int = Field(
+        1, ge=1, le=10, description="hidden layers of the encoder, and of the decoder where it is a network"
+    )
     decoder: Literal["network", "linear"] = Field(
         "network", description="from z to genes; linear is one matrix, whose columns are factors (`loadings.parquet`)"
     )
     loadings_l1: float = Field(
         0.0,
         ge=0,
+        le=1e06,
         description="Laplace prior: pull of the linear decoder's loadings to exactly zero, in lengths of Adam's step",
     )
     dropout: float = Field(0.1, ge=0, lt=1, description="of the encoder")
+    encoder_norm: Literal["batch", "layer", "none"] = Field("batch", description="of the encoder's hidden layers")
+    decoder_norm: Literal["batch", "layer", "none"] = Field("batch", description="of the decoder's hidden layers")
+    encode_covariates: bool = Field(False, description="whether the encoder sees batch and covariates, too")
+    covariates_in: Literal["every", "first"] = Field(
+        "every", description="hidden layers that see batch and covariates, of each network that does"
+    )
     categorical_covariates: tuple[str, ...] = Field((), description="cell columns the decoder sees besides the batch")
     continuous_covariates: tuple[str, ...] = Field((), description="the same, for numbers; standardised")
 
@@ -247,19 +272,21 @@ class TrainConfig(Section):
     max_epochs: int | Literal["auto"] = Field(
         "auto", description="auto: 60 up to 2,000 cells, then falling with the root of their number, 10 at least"
     )
-    batch_size: Annotated[int, Field(ge=2)] | Literal["auto"] = Field(
+    batch_size: Annotated[int, Field(ge=2, le=1_000_000)] | Literal["auto"] = Field(
         "auto", description="cells a step; auto: 128 up to 20,000 cells, then rising with the root of their number"
     )
     learning_rate: float = Field(
-        1e-2, gt=0, description="of Adam, at its highest; a linear decoder fits better with 0.03"
+        1e-2, gt=0, le=10, description="of Adam, at its highest; a linear decoder fits better with 0.03"
     )
     schedule: Literal["constant", "cosine"] = Field(
         "cosine", description="of the learning rate; cosine rises over a tenth of all steps and then falls to zero"
     )
-    weight_decay: float = Field(1e-6, ge=0, description="of Adam")
-    adam_eps: float = Field(1e-4, gt=0, description="of Adam; far above 1e-8, so that rarely seen genes move slowly")
+    weight_decay: float = Field(1e-6, ge=0, le=10, description="of Adam")
+    adam_eps: float = Field(
+        1e-4, gt=0, le=10, description="of Adam; far above 1e-8, so that rarely seen genes move slowly"
+    )
     kl_weight: float = Field(
-        2.0, gt=0, description="final weight of the KL term in the loss; above 1 it mixes batches better"
+        2.0, gt=0, le=10000, description="final weight of the KL term in the loss; above 1 it mixes batches better"
     )
     kl_warmup: float = Field(
         0.17, ge=0, le=1, description="share of all steps over which the KL weight rises from 0; always completes"
@@ -267,7 +294,7 @@ class TrainConfig(Section):
     precision: Literal["auto", "float32", "bf16"] = Field(
         "auto",
         description="of the decoder's matrix products in training, and on a GPU TF32 of the others beside bf16; auto "
-        "is bf16 where the processor multiplies in it",
+        "is bf16 on a GPU that multiplies in it, float32 elsewhere",
     )
     validation_fraction: float = Field(
         0.1, ge=0, lt=1, description="cells set aside to measure the held-out ELBO, 10,000 at most"
@@ -277,36 +304,39 @@ class TrainConfig(Section):
         description="stop when the validation ELBO no longer rises, and keep the best weights; off, as the schedule is "
         "sized to the data and the embedding mixes batches later than the ELBO peaks",
     )
-    patience: int = Field(45, ge=1, description="epochs without a better validation ELBO before stopping")
+    patience: int = Field(45, ge=1, le=1_000_000, description="epochs without a better validation ELBO before stopping")
     memory_gb: float = Field(
         8.0,
         gt=0,
+        le=1e06,
         description="10^9 bytes that packed counts may take, 3 to 8 a non-zero; larger stores stream in blocks",
     )
-    gradient_clip: float = Field(0.0, ge=0, description="largest gradient norm; 0 leaves gradients as they are")
+    gradient_clip: float = Field(
+        0.0, ge=0, le=1e09, description="largest gradient norm; 0 leaves gradients as they are"
+    )
 
     @field_validator("max_epochs")
     @classmethod
     def _positive(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 1:
-            raise ValueError("must be at least 1")
+        if isinstance(value, int) and not 1 <= value <= 1_000_000:
+            raise ValueError("must be at least 1, and 1,000,000 at most")
         return value
 
 
 class ClusterConfig(Section):
     """The neighbour graph on the latent space, Leiden clusters and two-dimensional pictures."""
 
-    n_neighbors: int = Field(15, ge=2, description="of each cell in the graph")
-    resolutions: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+    n_neighbors: int = Field(15, ge=2, le=1000, description="of each cell in the graph")
+    resolutions: tuple[Annotated[float, Field(gt=0, le=1000)], ...] = Field(
         (0.5, 1.0),
         min_length=1,
         description="Leiden resolutions; the first gives `cluster`, others cluster_r{resolution}",
     )
     stability: bool = Field(True, description="cluster anew by other seeds and resolutions, and suggest one that stays")
     umap: bool = Field(True, description="draw a UMAP")
-    umap_min_dist: float = Field(0.5, ge=0, description="how tightly the UMAP packs cells")
+    umap_min_dist: float = Field(0.5, ge=0, le=10, description="how tightly the UMAP packs cells")
     tsne: bool | Literal["auto"] = Field("auto", description="draw a t-SNE; auto: up to 10,000 cells, as it is slow")
-    tsne_perplexity: float = Field(30.0, ge=1, description="of the t-SNE; lowered where cells are too few")
+    tsne_perplexity: float = Field(30.0, ge=1, le=1000, description="of the t-SNE; lowered where cells are too few")
 
 
 class DeConfig(Section):
@@ -318,11 +348,13 @@ class DeConfig(Section):
         "means", description="the groups' means: has the average changed; or pairs of cells: do single cells differ"
     )
     mode: Literal["change", "vanilla"] = Field("change", description="|LFC| > delta, or the sign alone (the paper's)")
-    delta: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+    delta: Annotated[float, Field(gt=0, le=100)] | Literal["auto"] = Field(
         0.25, description="smallest log2 fold change that counts; auto estimates it for each comparison"
     )
     fdr: float = Field(0.05, gt=0, lt=1, description="expected share of false calls allowed in `is_de`")
-    n_samples: int = Field(2000, ge=100, description="posterior samples a group; 2000 give probabilities to 0.01")
+    n_samples: int = Field(
+        2000, ge=100, le=1_000_000, description="posterior samples a group; 2000 give probabilities to 0.01"
+    )
     batches: Literal["auto", "all", "within", "own"] = Field(
         "auto",
         description="all decodes every cell under every batch, within pairs cells of one batch only, own does neither; "
@@ -331,15 +363,17 @@ class DeConfig(Section):
     balance: bool = Field(
         True, description="a batch's weight rises with its cells up to 100 only, so that the largest does not decide"
     )
-    min_cells: int = Field(5, ge=1, description="smaller groups are left out, and said so")
+    min_cells: int = Field(5, ge=1, le=2**31 - 1, description="smaller groups are left out, and said so")
 
 
 class CriticismConfig(Section):
     """Predictive checks: counts that the model makes, held against those measured."""
 
     enabled: bool = Field(True, description="make them, and show them in the report")
-    n_replicates: int = Field(20, ge=19, description="data sets that the model makes; with fewer, 90% has no meaning")
-    n_cells: int = Field(10_000, ge=100, description="cells examined at most, drawn at random")
+    n_replicates: int = Field(
+        20, ge=19, le=1000, description="data sets that the model makes; with fewer, 90% has no meaning"
+    )
+    n_cells: int = Field(10_000, ge=100, le=100_000_000, description="cells examined at most, drawn at random")
 
 
 class Comparison(Section):
@@ -376,11 +410,16 @@ class ContrastConfig(Section):
     within: str | None = Field(
         "cluster", description="cell column; each of its groups is tested by itself; null: all cells as one group"
     )
-    min_cells: int = Field(10, ge=1, description="pseudobulks of fewer cells are left out")
+    min_cells: int = Field(10, ge=1, le=2**31 - 1, description="pseudobulks of fewer cells are left out")
     min_counts: int = Field(
-        10, ge=1, description="a gene is tested where as many replicates as the smaller level has reach this count"
+        10,
+        ge=1,
+        le=2**31 - 1,
+        description="a gene is tested where as many replicates as the smaller level has reach this count",
     )
-    min_replicates: int = Field(2, ge=2, description="of each level; cell groups with fewer are not tested")
+    min_replicates: int = Field(
+        2, ge=2, le=1_000_000, description="of each level; cell groups with fewer are not tested"
+    )
     fdr: float = Field(0.05, gt=0, lt=1, description="false discovery rate of `is_de`, by cell group and contrast")
 
     @model_validator(mode="after")
@@ -418,13 +457,19 @@ class Config(Section):
     results: Plain = Field("results", description="folder that holds {atlas}/")
     seed: int = Field(0, ge=0, lt=2**31, description="of everything random")
     threads: int = Field(
-        2, ge=1, description="CPU threads of train and what follows; here, as it decides the last bits of results"
+        2,
+        ge=1,
+        le=1024,
+        description="CPU threads of train and what follows; here, as it decides the last bits of results",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto takes a GPU where there is one, and says so"
     )
     devices: int = Field(
-        1, ge=1, description="processes that share each minibatch of training: a GPU each, or `threads` among them"
+        1,
+        ge=1,
+        le=1024,
+        description="processes that share each minibatch of training: a GPU each, or `threads` among them",
     )
     input: InputConfig = InputConfig()
     qc: QcConfig = QcConfig()
@@ -458,7 +503,13 @@ class Config(Section):
     @property
     def tracking_uri(self) -> str:
         """Where MLflow writes: as configured, else one SQLite file for all atlases under `results`."""
-        return self.registry.tracking_uri or f"sqlite:///{self.results}/mlflow.db"
+        uri = self.registry.tracking_uri or f"sqlite:///{self.results}/mlflow.db"
+        whole = os.environ.get(TRACKING_URI, "")  # where a command line or a file has it without its secrets
+        if uri == redacted(whole):
+            return whole
+        if "://***@" in uri or "=***" in uri:
+            raise UserError(f"registry.tracking_uri: {uri} is without its password; set {TRACKING_URI} to the whole")
+        return uri
 
     @property
     def registered_name(self) -> str:
@@ -517,6 +568,78 @@ def _checked_name(value: str) -> str:
     return value
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without keys given twice, of which the last would win, and without aliases, which stand for any amount."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            alias = self.peek_event()
+            raise ComposerError(None, None, f"an alias (*{alias.anchor}); write it out", alias.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a configuration file of 1 MiB at most.
+
+    Raises
+    ------
+    UserError
+        Naming the file and line that is no configuration.
+    """
+    if not os.path.exists(path):
+        raise UserError(f"{path}: no such configuration file; see config/README.md")
+    if not os.path.isfile(path) or os.path.getsize(path) > SMALL:
+        raise UserError(f"{path}: not a file of 1 MiB at most; name a configuration file")
+    try:
+        raw = yaml.load(Path(path).read_text("utf-8"), _Loader)  # a SafeLoader
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply; a configuration has four levels at most") from None
+    except Exception as error:  # YAML's own, and whatever there is for dates, numbers and tags that cannot be
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        at = f" line {line + 1}" if line is not None else ""
+        raise UserError(f"{path}{at}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected keys and values, found {type(raw).__name__}")
+    return raw
+
+
+def parse_json(text: str) -> Any:
+    """Read JSON, whose keys may not repeat: the last would win.
+
+    Raises
+    ------
+    ValueError
+        For what is no such JSON.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen = dict(pairs)
+        if len(seen) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} is given twice")
+        return seen
+
+    try:
+        value = json.loads(text, object_pairs_hook=once)
+        json.dumps(value, ensure_ascii=False).encode()  # half a character, as \\ud800 alone, can be written nowhere
+        return value
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{error.object[error.start : error.end]!r} is no character") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def load_config(source: str | Path | dict[str, Any]) -> Config:
     """Read and check a configuration.
 
@@ -534,23 +657,11 @@ def load_config(source: str | Path | dict[str, Any]) -> Config:
     elif str(source).lstrip().startswith("{"):
         where = "--config"
         try:
-            raw = json.loads(str(source))
+            raw = parse_json(str(source))
         except ValueError as error:
             raise UserError(f"{where}: starts with '{{' but is not JSON ({error}); give JSON text or a file") from None
     else:
-        where = str(source)
-        try:
-            raw = yaml.safe_load(Path(source).read_text("utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"{where}: no such configuration file; see config/README.md") from None
-        except OSError as error:
-            raise UserError(f"{where}: cannot be read ({error.strerror})") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            line = getattr(getattr(error, "problem_mark", None), "line", None)
-            at = f" line {line + 1}" if line is not None else ""
-            raise UserError(f"{where}{at}: not valid YAML ({getattr(error, 'problem', error)})") from None
-        if not isinstance(raw, dict):
-            raise UserError(f"{where}: expected keys and values, found {type(raw).__name__}")
+        where, raw = str(source), read_yaml(source)
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
@@ -569,7 +680,10 @@ def explain(model: type[BaseModel], error: Any) -> str:
         hint = f"did you mean '{'.'.join([*path[:-1], near[0]])}'?" if near else f"valid keys: {', '.join(valid)}"
         return f"unknown key '{'.'.join(path)}'; {hint}"
     field = ".".join(p for p in path if not p.startswith(("literal", "function", "int", "constrained")))
-    value = "" if isinstance(error["input"], dict) else f" (got {error['input']!r})"
+    try:
+        value = "" if isinstance(error["input"], dict) else f" (got {error['input']!r})"
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        value = " (got a number of thousands of digits)"
     told = REMEDY.get(error.get("ctx", {}).get("pattern"), error["msg"].removeprefix("Value error, "))
     return f"{field + ': ' if field else ''}{told}{value}"
 

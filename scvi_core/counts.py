@@ -15,10 +15,9 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from scvi_core import gpu, native
-from scvi_core.files import UserError, canonical_json, sha256_text
-from scvi_core.gpu import Rows
-from scvi_core.kernels import Nonzeros
+from scvi_core.files import UserError, sha256_text
+from scvi_core.kernels import Nonzeros, gpu, native
+from scvi_core.kernels.gpu import Rows
 from scvi_core.log import log
 
 if TYPE_CHECKING:
@@ -254,7 +253,11 @@ def pack(adata: AnnData, schema: Schema, layer: str | None = None, design: bool 
         raise UserError(f"adata: no layer '{layer}' (layers: {', '.join(adata.layers) or 'none'})")
     if adata.isbacked:
         adata = adata.to_memory()
-    x = sp.csr_matrix(adata.layers[layer] if layer is not None else adata.X)
+    x = adata.layers[layer] if layer is not None else adata.X
+    if getattr(x, "dtype", np.dtype(object)).kind not in "uibf":
+        what = "nothing" if x is None else f"{getattr(x, 'dtype', type(x).__name__)} values"
+        raise UserError(f"adata: {what} in {f'layer {layer!r}' if layer is not None else 'X'}; give raw counts")
+    x = sp.csr_matrix(x.astype(np.float32) if x.dtype == np.float16 else x)  # scipy has no sparse matrix of float16
     if tuple(map(str, adata.var_names)) != schema.gene_ids:
         x = x[:, [have[gene] for gene in schema.gene_ids]]
     values = check_counts(x.data, "adata")
@@ -345,36 +348,6 @@ def content_digest(adata: AnnData, counts: Counts) -> str:
         for part in tensor.split(1 << 22):  # as numbers of 64 bits, whatever they are packed in
             digest.update((unsigned(part).long() if tensor.dtype != torch.float32 else part).numpy())
     return digest.hexdigest()
-
-
-def fingerprint(schema: Schema, data: Any, model: dict, train: dict, seed: int, code: str) -> str:
-    """SHA-256 of the canonical JSON of everything that decides the weights.
-
-    Parameters
-    ----------
-    schema : genes in order, batches and covariates.
-    data : digests of the counts and of the kept barcodes (JSON-able).
-    model, train : the configuration sections as mappings.
-    seed : of initialisation, sampler and noise.
-    code : version of the code that trains.
-
-    Notes
-    -----
-    Device and library versions are left out: they decide the last bits of the weights, not the model, and one who
-    looks a model up on a laptop should find what a GPU has trained. They are on record in ``model.json``.
-    """
-    return sha256_text(
-        canonical_json(
-            {
-                "schema": dataclasses.asdict(schema),
-                "data": data,
-                "model": model,
-                "train": train,
-                "seed": seed,
-                "code": code,
-            }
-        )
-    )
 
 
 def _column(adata: AnnData, column: str) -> Any:

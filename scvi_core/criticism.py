@@ -148,7 +148,7 @@ class Criticism:
             folder.mkdir()
             for name in ("genes", "cells", "groups", "de"):
                 write_parquet(folder / f"{name}.parquet", getattr(self, name))
-            write_json(folder / "checks.json", self.summary)
+            write_json(folder / "checks.json", self.summary, checksum=True)
 
 
 def choose_cells(n_cells: int, held: np.ndarray, config: CriticismConfig, seed: int, made: Decisions) -> np.ndarray:

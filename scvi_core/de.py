@@ -20,10 +20,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from scvi_core import native
 from scvi_core.config import DeConfig
 from scvi_core.counts import Counts
 from scvi_core.files import Decisions, UserError
+from scvi_core.kernels import native
 from scvi_core.log import progress
 from scvi_core.model import SCVI, Noise
 from scvi_core.posterior import blocks

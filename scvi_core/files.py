@@ -20,9 +20,12 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class UserError(Exception):
@@ -36,7 +39,7 @@ FILES = {
     "H5AD": (b"\x89HDF\r\n\x1a\n",),
     "PNG": (b"\x89PNG\r\n\x1a\n",),
     "JSON": _JSON,
-    "JSONL": (b'{"n_cells":',),
+    "JSONL": (b'{"n_cells":', b'{"checksum":'),
     "HTML": (b"<!doctype html>",),
     "YAML": (b"# Written by `scvi-core",),
 }
@@ -50,7 +53,7 @@ FOLDERS = {
     # any AnnData in zarr has such files, but ours has their digest
     "STORE": {r"\.zattrs": b"content_sha256", r"\.zgroup": b"", r".+/(\.z(array|attrs|group)|\d+(\.\d+)*)": b""},
 }
-_LITTER = (".snakemake_timestamp", ".DS_Store")  # what others leave in folders by themselves
+LITTER = (".snakemake_timestamp", ".DS_Store")  # what others leave in folders by themselves
 
 
 def check_output(path: str | Path, kind: str) -> None:
@@ -98,7 +101,7 @@ def _other(folder: Path, holds: dict[str, bytes]) -> str | None:
             relative = path.relative_to(folder).as_posix()
             mark = next((mark for pattern, mark in holds.items() if re.fullmatch(pattern, relative)), None)
             head = _head(path) if mark is not None and path.is_file() and not path.is_symlink() else None
-            if name not in _LITTER and (head is None or (head and mark not in head)):
+            if name not in LITTER and (head is None or (head and mark not in head)):
                 return relative
     return None
 
@@ -125,7 +128,7 @@ def _others_parquet(path: Path) -> bool:
     except (pa.ArrowException, OSError):
         return False
     theirs = {b"pandas", b"ARROW:schema"} & {*(about.metadata or {})}
-    return bool(theirs) or not about.created_by.startswith("parquet-cpp-arrow")
+    return bool(theirs) or not str(about.created_by).startswith("parquet-cpp-arrow")
 
 
 def _others_h5ad(path: Path) -> bool:
@@ -179,9 +182,10 @@ def replacing(path: str | Path, kind: str | None = None) -> Iterator[Path]:
             file.chmod(0o666 & ~_umask())  # some libraries keep what they write from others
             _fsync(file)
         check_output(path, _kind(temporary) if kind is None and temporary.is_file() else kind or "")
-        if path.is_dir():
-            os.rename(path, holder / "earlier")
-        os.rename(temporary, path)
+        if not (path.is_dir() and _exchange(temporary, path)):
+            if path.is_dir():
+                os.rename(path, holder / "earlier")
+            os.rename(temporary, path)
         _fsync(path.parent)
     except UserError:
         raise
@@ -218,6 +222,36 @@ def _clear(left: Path, path: Path) -> None:
     os.close(handle)
 
 
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change places at one stroke; False where the system or the file system has none."""
+    import ctypes
+
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), swap) == 0
+
+
+def sweep(folder: str | Path) -> list[Path]:
+    """Remove what killed processes have left beside their outputs below a folder; say what it was.
+
+    What another process of this machine is at stays, and so does what another machine has touched within a day: its
+    locks are not seen from here.
+    """
+    swept, here = [], f".{platform.node()}."
+    for left in sorted(Path(folder).rglob(".*.tmp")):
+        found = re.fullmatch(r"\.(.+?)\.[^/]*\.[a-z0-9_]{8}\.tmp", left.name)
+        if found is None or left.is_symlink() or not left.is_dir():
+            continue
+        name, ours, _ = left.name[1:].partition(here)
+        if ours:
+            _clear(left, left.with_name(name))
+        elif _age(left) > 86_400:
+            shutil.rmtree(left, ignore_errors=True)
+        if not left.exists():
+            swept.append(left)
+    return swept
+
+
 def _umask() -> int:
     umask = os.umask(0)
     os.umask(umask)
@@ -243,6 +277,55 @@ def _hold(folder: Path) -> int | None:
     if handle is not None:
         os.close(handle)
     return None
+
+
+class Claim:
+    """A folder of results that one build holds, from the first to the last of its steps.
+
+    The lock is the file ``.lock`` in it, which says who holds it; it ends with the process.
+
+    Raises
+    ------
+    UserError
+        When another build holds the folder.
+    """
+
+    def __init__(self, folder: str | Path):
+        import fcntl
+        import getpass
+
+        from scvi_core.log import log
+
+        self.path = Path(folder, ".lock")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            try:
+                fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.read(self.handle, 500).decode("utf-8", "replace").strip() or "it does not say who"
+                os.close(self.handle)
+                raise UserError(
+                    f"{folder}: another build is writing into it ({holder}); wait for it, or name another folder by "
+                    "`results:`"
+                ) from None
+            except OSError as error:
+                log.warning("%s: cannot be locked (%s); let one build at a time write there", folder, error.strerror)
+                break
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self.handle), self.path.stat()):
+                    break
+            os.close(self.handle)  # the one that held it has removed it
+        with contextlib.suppress(KeyError, OSError):  # a user without a name
+            user = getpass.getuser()
+            text = f"{user} on {platform.node()}, process {os.getpid()} in {os.getcwd()}, since {time.ctime()}"
+            os.ftruncate(self.handle, 0)
+            os.pwrite(self.handle, text.encode("utf-8", "surrogateescape"), 0)
+
+    def release(self) -> None:
+        """Let others build."""
+        self.path.unlink(missing_ok=True)
+        os.close(self.handle)
 
 
 @contextlib.contextmanager
@@ -295,27 +378,68 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON with sorted keys (so that equal values give equal bytes)."""
+def write_json(path: str | Path, value: Any, checksum: bool = False) -> None:
+    """Write `value` as indented JSON with sorted keys (so that equal values give equal bytes).
+
+    Parameters
+    ----------
+    checksum : of a mapping that another step reads by :func:`read_json`: add its last key, ``checksum``.
+    """
+    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
     with replacing(path, "JSON") as temporary:
-        temporary.write_text(
-            json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n", "utf-8"
-        )
+        if checksum:
+            text = f'{text.removesuffix("}").rstrip()}{"," if value else ""}\n  "checksum": "{BLANK}"\n}}'
+        temporary.write_text(text + "\n", encoding="utf-8")
+        if checksum:
+            seal(temporary)
 
 
-def write_parquet(path: str | Path, frame: Any) -> None:
-    """Write a pandas frame as Parquet: zstd, columns in the frame's order, no index, no pandas metadata."""
+def read_json(path: str | Path, by: str) -> dict[str, Any]:
+    """Read what :func:`write_json` wrote with its checksum, which is compared; `by` and errors as of :func:`verify`."""
+    verify(path, by)
+    value = json.loads(Path(path).read_bytes())
+    del value["checksum"]
+    return value
+
+
+def write_parquet(path: str | Path, frame: pd.DataFrame) -> None:
+    """Write a pandas frame as Parquet: zstd, columns in the frame's order, no index, no metadata but its checksum."""
     import pyarrow as pa
+
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    with parquet_writer(path, table.schema) as writer:
+        writer.write_table(table)
+
+
+def read_parquet(path: str | Path, by: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """Read a table that :func:`write_parquet` wrote, or others: cells of the user's own.
+
+    Parameters
+    ----------
+    by, and errors raised : as of :func:`verify`.
+    columns : to read; None: all.
+
+    Raises
+    ------
+    UserError
+        Also for a table of others that is no table, or lacks a column.
+    """
+    import pandas as pd
     import pyarrow.parquet as pq
 
-    table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
-    with replacing(path, "PARQUET") as temporary:
-        pq.write_table(table, temporary, compression="zstd", store_schema=False)
+    verify(path, by)
+    try:
+        absent = [name for name in columns or () if name not in pq.read_schema(path).names]
+        if not absent:
+            return pd.read_parquet(path, columns=columns if columns is None else list(columns))
+    except (OSError, ValueError) as error:  # pyarrow's own are ValueErrors
+        raise UserError(f"{path}: not a Parquet table ({error}); name one that `scvi-core {by}` wrote") from error
+    raise UserError(f"{path}: no column {absent[0]!r}; name a table that `scvi-core {by}` wrote")
 
 
 @contextlib.contextmanager
 def parquet_writer(path: str | Path, schema: Any) -> Iterator[Any]:
-    """A pyarrow ``ParquetWriter`` by the same settings, for a table too large to hold: a row group a call.
+    """A pyarrow ``ParquetWriter``, for a table too large to hold: a row group a call.
 
     Parameters
     ----------
@@ -323,17 +447,123 @@ def parquet_writer(path: str | Path, schema: Any) -> Iterator[Any]:
     """
     import pyarrow.parquet as pq
 
-    with (
-        replacing(path, "PARQUET") as temporary,
-        pq.ParquetWriter(temporary, schema, compression="zstd", store_schema=False) as writer,
-    ):
-        yield writer
+    with replacing(path, "PARQUET") as temporary:
+        with pq.ParquetWriter(temporary, schema, compression="zstd", store_schema=False) as writer:
+            yield writer
+            writer.add_key_value_metadata({"checksum": BLANK})
+        seal(temporary)
+
+
+# The checksum of a file stands in the file itself, near its end, whatever its format: the SHA-256 of all its bytes,
+# with zeros in the checksum's own place.
+BLANK = "sha256:" + 64 * "0"
+_TAIL = 1 << 20  # bytes at the end in which it is looked for: a Parquet footer has some more of each column after it
+
+
+def seal(path: str | Path, append: bool = False) -> None:
+    """Put a file's checksum where it last has :data:`BLANK`; `append`: which is to be added at its end."""
+    if append:
+        with open(path, "ab") as handle:
+            handle.write(BLANK.encode())
+    at, _, true = _checksum(path)
+    with open(path, "r+b") as handle:
+        handle.seek(at)
+        handle.write(true)
+
+
+def verify(path: str | Path, by: str) -> None:
+    """Refuse a file that is not, to the bit, what was written. A Parquet table of others has no checksum, and passes.
+
+    Parameters
+    ----------
+    by : the subcommand that writes it, which is the name of the rule too.
+
+    Raises
+    ------
+    UserError
+        When the file is missing, is none, cannot be read, or does not have its checksum.
+    """
+    from scvi_core.log import log
+
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file; run `scvi-core {by}`")
+    if not path.is_file():  # what waits for others to write is never opened
+        raise UserError(f"{path}: not a file; name one that `scvi-core {by}` wrote")
+    try:
+        at, told, true = _checksum(path)
+        others = at < 0 and _head(path).startswith(FILES["PARQUET"]) and _others_parquet(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); mend that, then run again") from error
+    if others:
+        log.warning("%s: not a table of scvi-core's, so that nothing tells whether it is as it was written", path)
+    elif told != true or not told:
+        raise damaged(path, by)
+
+
+def damaged(path: str | Path, by: str) -> UserError:
+    """What is said of a file or folder that does not have its checksum."""
+    what = "damaged, or written by an earlier version of scvi-core: it does not have its checksum"
+    return UserError(f"{path}: {what}; remove it and run again: `scvi-core {by}` makes it anew")
+
+
+def _checksum(path: str | Path) -> tuple[int, bytes, bytes]:
+    """Where a file has its checksum (-1: nowhere), what it says there, and what it should."""
+    with open(path, "rb") as handle:
+        start = max(0, handle.seek(0, os.SEEK_END) - _TAIL)
+        handle.seek(start)
+        tail = handle.read()
+        found = [*re.finditer(rb"sha256:[0-9a-f]{64}", tail)]
+        if not found:
+            return -1, b"", b""
+        at, end = found[-1].span()
+        digest = hashlib.sha256()
+        handle.seek(0)
+        for size in [_TAIL] * (start // _TAIL) + [start % _TAIL]:
+            digest.update(handle.read(size))
+        digest.update(tail[:at] + BLANK.encode() + tail[end:])
+    return start + at, tail[at:end], b"sha256:" + digest.hexdigest().encode()
 
 
 def sha256_file(path: str | Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+SMALL = 1 << 20  # bytes of a whole input that is known by its content
+_PIECES, _PIECE = 16, 1 << 16
+
+
+def stamp(path: str | Path) -> str:
+    """What tells whether an input, a file or a folder, is still the one it was, also where its time got older.
+
+    SHA-256 of its files' names and sizes, and of all their bytes where these are 1 MiB or less; else of their times of
+    change (in nanoseconds) and of 16 pieces of 64 KiB, evenly spaced over them all. "" where there is no file.
+    """
+    path, files = Path(path), []
+    folders = [(path.parent, [], [path.name])] if path.is_file() else os.walk(path)
+    for at, _, names in folders:
+        for name in names:
+            file = Path(at, name)
+            if name not in LITTER and file.is_file():  # nothing else is ever opened
+                files.append((file.relative_to(path).as_posix(), file, file.stat()))
+    files.sort()
+    size = sum(about.st_size for *_, about in files)
+    ends = [size * (k + 1) // _PIECES for k in range(_PIECES)]  # of the pieces: compressed files end with a checksum
+    digest, start = hashlib.sha256(), 0
+    for name, file, about in files:
+        changed = about.st_mtime_ns if size > SMALL else ""
+        digest.update(f"{len(name)} {name} {about.st_size} {changed}\n".encode("utf-8", "surrogateescape"))
+        parts = [(max(0, end - start - _PIECE), end - start) for end in ends if start < end <= start + about.st_size]
+        if size <= SMALL:
+            parts = [(0, about.st_size)]
+        with contextlib.suppress(OSError), open(file, "rb", buffering=0) as handle:  # ingest says what cannot be read
+            for first, last in parts:
+                handle.seek(first)
+                digest.update(handle.read(last - first))
+        start += about.st_size
+    return digest.hexdigest() if files else ""
 
 
 def code_sha256() -> str:
@@ -408,11 +638,16 @@ class Decisions(list[Decision]):
         (log.warning if warn else log.info)("%s%s = %s: %s", f"{sample}: " if sample else "", what, value, reason)
 
     def write(self, path: str | Path) -> None:
-        """Write the decisions, one JSON object a line."""
+        """Write the decisions, one JSON object a line; the last has the checksum, alone where there is no decision."""
+        text = "\n".join(canonical_json(dataclasses.asdict(d)) for d in self)
         with replacing(path, "JSONL") as temporary:
-            temporary.write_text("".join(canonical_json(dataclasses.asdict(d)) + "\n" for d in self), "utf-8")
+            temporary.write_text(f'{f"{text[:-1]}," if text else "{"}"checksum":"{BLANK}"}}\n', encoding="utf-8")
+            seal(temporary)
 
 
-def read_decisions(path: str | Path) -> list[dict[str, Any]]:
-    """Read a file that :meth:`Decisions.write` wrote."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+def read_decisions(path: str | Path, by: str) -> list[dict[str, Any]]:
+    """Read a file that :meth:`Decisions.write` wrote; `by` and errors as of :func:`verify`."""
+    verify(path, by)
+    made = [json.loads(line) for line in Path(path).read_bytes().split(b"\n") if line]  # other ends of lines are text
+    del made[-1]["checksum"]
+    return [decision for decision in made if decision]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -24,9 +25,29 @@ class _Stderr(logging.StreamHandler):
         super().emit(record)
 
 
+def redacted(text: str) -> str:
+    """A text without the user names, passwords and tokens of the addresses in it, for messages and files."""
+    user, odd = r"[^/\s'\"<>]*", r"[^/\s:@]+:(?!\d+/)[^\s'\"<>]*"  # a password may have a slash that should be %2F
+    text = re.sub(rf"([a-zA-Z][a-zA-Z0-9+.-]*://)(?:{user}|{odd})@", r"\1***@", text)
+    secret = "token|passw|pwd|secret|key|sig|auth|credential"
+    return re.sub(rf"([?&;][^=&;\s]*(?:{secret})[^=&;\s]*=)[^&;\s'\"]*", r"\1***", text, flags=re.IGNORECASE)
+
+
+def one_line(text: str, most: int = 1000) -> str:
+    """A text for a terminal: redacted, without line ends and orders to the terminal, of `most` characters at most."""
+    if len(text) > most:
+        text = f"{text[: 2 * most // 3]} ... {text[-most // 3 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in redacted(text))
+
+
+class _OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return one_line(super().format(record))
+
+
 if not log.handlers:
     log.addHandler(_Stderr())
-    log.handlers[0].setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    log.handlers[0].setFormatter(_OneLine("%(levelname)s %(message)s"))
 
 
 def progress(items: Iterable[T], what: str, total: int, size: Callable[[T], int] = lambda _: 1) -> Iterator[T]:

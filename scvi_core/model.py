@@ -30,6 +30,12 @@ from scvi_core.counts import Minibatch
 from scvi_core.kernels import Nonzeros
 from scvi_core.parallel import BatchNorm
 
+NORMS = {
+    "batch": lambda n: BatchNorm(n, momentum=0.01, eps=1e-3),
+    "layer": lambda n: nn.LayerNorm(n, elementwise_affine=False),
+    "none": lambda n: nn.Identity(),
+}
+
 
 class Noise:
     """The random numbers of one minibatch. They depend on the seed alone, so that a resumed fit is the same.
@@ -44,7 +50,7 @@ class Noise:
     def __init__(
         self, seed: int, device: torch.device | str = "cpu", n_cells: int | None = None, mine: slice = slice(None)
     ):
-        self.generator = torch.Generator(device).manual_seed(seed)
+        self.generator = torch.Generator(device).manual_seed(int(seed))
         self.n_cells, self.mine = n_cells, mine
 
     def normal(self, like: torch.Tensor) -> torch.Tensor:
@@ -62,53 +68,68 @@ class Noise:
 
 
 class LinearOfCounts(nn.Module):
-    """Linear in log(1 + counts), by the non-zeros alone: zeros add nothing, so they are not read."""
+    """Linear in log(1 + counts), by the non-zeros alone, as zeros add nothing; and in the design, where it is seen."""
 
-    def __init__(self, n_genes: int, n_out: int):
+    def __init__(self, n_genes: int, n_design: int, n_out: int):
         super().__init__()
-        bound = 1 / math.sqrt(n_genes)  # as nn.Linear draws them
+        bound = 1 / math.sqrt(n_genes + n_design)  # as nn.Linear draws them
         self.weight_gh = nn.Parameter(torch.empty(n_genes, n_out).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(n_out).uniform_(-bound, bound))
+        if n_design:
+            self.weight_hc = nn.Parameter(torch.empty(n_out, n_design).uniform_(-bound, bound))
         self.out_features = n_out
 
-    def forward(self, x: Nonzeros) -> torch.Tensor:
+    def forward(self, x: Nonzeros, design_nc: torch.Tensor | None = None) -> torch.Tensor:
         """Counts of some cells -> (cells, out)."""
-        return kernels.linear(x, x.x_m.log1p(), self.weight_gh) + self.bias
+        h = kernels.linear_of_counts(x, self.weight_gh)
+        return h + (self.bias if design_nc is None else kernels.linear(design_nc, self.weight_hc, self.bias))
+
+
+class Linear(nn.Linear):
+    """Linear in its input and, beside it, in the design, where it is seen."""
+
+    def forward(self, x: torch.Tensor, design_nc: torch.Tensor | None = None) -> torch.Tensor:
+        """(cells, in) -> (cells, out)."""
+        x = x if design_nc is None else torch.cat([x, design_nc], 1)
+        return kernels.linear(x, self.weight, self.bias)
 
 
 class Layer(nn.Module):
-    """Linear, batch norm, ReLU, dropout."""
+    """Linear, norm, ReLU, dropout."""
 
-    def __init__(self, linear: nn.Linear | LinearOfCounts, dropout: float):
+    def __init__(self, linear: Linear | LinearOfCounts, norm: str, dropout: float):
         super().__init__()
-        self.linear = linear
-        self.norm = BatchNorm(linear.out_features, momentum=0.01, eps=1e-3)
-        self.dropout = dropout
+        self.linear, self.norm, self.dropout = linear, NORMS[norm](linear.out_features), dropout
 
-    def forward(self, x: torch.Tensor | Nonzeros, noise: Noise | None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor | Nonzeros, design_nc: torch.Tensor | None = None, noise: Noise | None = None
+    ) -> torch.Tensor:
         """What its linear part takes -> (cells, out)."""
-        h = torch.relu(self.norm(self.linear(x)))
-        if self.training and self.dropout:
-            h = h * noise.kept(h, self.dropout) / (1 - self.dropout)
-        return h
+        a_nh = self.linear(x, design_nc)
+        kept_nh = noise.kept(a_nh, self.dropout) if self.training and self.dropout else None
+        return kernels.hidden(a_nh, self.norm, kept_nh, self.dropout)
 
 
 class Gaussian(nn.Module):
     """Counts -> mean and variance of a diagonal Gaussian: q(z | x), or q(log l | x)."""
 
-    def __init__(self, n_genes: int, n_hidden: int, n_layers: int, n_out: int, dropout: float):
+    def __init__(self, config: ModelConfig, n_genes: int, n_design: int, n_layers: int, n_out: int):
         super().__init__()
-        first = LinearOfCounts(n_genes, n_hidden)
-        further = [nn.Linear(n_hidden, n_hidden) for _ in range(n_layers - 1)]
-        self.layers = nn.ModuleList(Layer(linear, dropout) for linear in (first, *further))
-        self.mean = nn.Linear(n_hidden, n_out)
-        self.log_variance = nn.Linear(n_hidden, n_out)
+        n_hidden, deep = config.n_hidden, n_design if config.covariates_in == "every" else 0
+        first = LinearOfCounts(n_genes, n_design, n_hidden)
+        further = [Linear(n_hidden + deep, n_hidden) for _ in range(n_layers - 1)]
+        self.layers = nn.ModuleList(Layer(each, config.encoder_norm, config.dropout) for each in (first, *further))
+        self.mean = Linear(n_hidden, n_out)
+        self.log_variance = Linear(n_hidden, n_out)
+        self.n_seeing = 0 if not n_design else len(self.layers) if deep else 1  # layers that see the design
 
-    def forward(self, x: Nonzeros, noise: Noise | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, x: Nonzeros, design_nc: torch.Tensor | None, noise: Noise | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Counts of some cells -> (cells, out) means and variances."""
         h = x
-        for layer in self.layers:
-            h = layer(h, noise)
+        for i, layer in enumerate(self.layers):
+            h = layer(h, design_nc if i < self.n_seeing else None, noise)
         return self.mean(h), self.log_variance(h).exp() + 1e-4
 
 
@@ -145,36 +166,42 @@ class SCVI(nn.Module):
         self.config, self.n_batches = config, n_batches
         # a single batch tells the decoder nothing
         n_design = (n_batches if n_batches > 1 else 0) + n_covariates
-        self.encoder = Gaussian(n_genes, config.n_hidden, config.n_layers, config.n_latent, config.dropout)
+        n_encoded = n_design if config.encode_covariates else 0
+        self.encoder = Gaussian(config, n_genes, n_encoded, config.n_layers, config.n_latent)
         if config.library == "latent":
-            self.library_encoder = Gaussian(n_genes, config.n_hidden, 1, 1, config.dropout)
+            self.library_encoder = Gaussian(config, n_genes, n_encoded, 1, 1)
             self.register_buffer("library_mean_s", library_mean_s.float())
             self.register_buffer("library_variance_s", library_variance_s.float())
         # no hidden layer, no batch norm: the linear decoder's heads read z and the design themselves
         widths = [config.n_latent] + [config.n_hidden] * (config.n_layers if config.decoder == "network" else 0)
-        self.decoder = nn.ModuleList(Layer(nn.Linear(a + n_design, b), 0.0) for a, b in itertools.pairwise(widths))
+        self.n_seeing = len(widths) - 1 if config.covariates_in == "every" else 1  # layers of the decoder
+        self.decoder = nn.ModuleList(
+            Layer(Linear(a + n_design * (i < self.n_seeing), b), config.decoder_norm, 0.0)
+            for i, (a, b) in enumerate(itertools.pairwise(widths))
+        )
         n_hidden = config.n_hidden if self.decoder else config.n_latent + n_design
         self.half = False  # whether the heads multiply in bfloat16 while training
-        self.rho = nn.Linear(n_hidden, n_genes)
+        self.rho = Linear(n_hidden, n_genes)
         if config.likelihood == "zinb":
-            self.dropout_logit = nn.Linear(n_hidden, n_genes)
+            self.dropout_logit = Linear(n_hidden, n_genes)
         if config.likelihood != "poisson":
             if config.dispersion == "gene-cell":
-                self.log_theta = nn.Linear(n_hidden, n_genes)
+                self.log_theta = Linear(n_hidden, n_genes)
             else:
                 rows = n_batches if config.dispersion == "gene-batch" else 1
                 self.log_theta_sg = nn.Parameter(torch.randn(rows, n_genes))
 
     def encode(self, cells: Minibatch, noise: Noise | None = None) -> Posterior:
         """q(z, log l | x)."""
-        mean_nk, variance_nk = self.encoder(cells.x, noise)
+        design_nc = self.design(cells.batch_n, cells.covariates_nc) if self.config.encode_covariates else None
+        mean_nk, variance_nk = self.encoder(cells.x, design_nc, noise)
         if self.config.library == "observed":
             return Posterior(mean_nk, variance_nk, None, None)
-        mean_n1, variance_n1 = self.library_encoder(cells.x, noise)
+        mean_n1, variance_n1 = self.library_encoder(cells.x, design_nc, noise)
         return Posterior(mean_nk, variance_nk, mean_n1[:, 0], variance_n1[:, 0])
 
     def design(self, batch_n: torch.Tensor, covariates_nc: torch.Tensor) -> torch.Tensor:
-        """(cells, columns) what every layer of the decoder sees besides its input: one-hot batch, covariates."""
+        """(cells, columns) what layers see besides their input: one-hot batch, covariates."""
         if self.n_batches == 1:
             return covariates_nc
         batch_ns = nn.functional.one_hot(batch_n, self.n_batches).to(covariates_nc.dtype)
@@ -183,8 +210,8 @@ class SCVI(nn.Module):
     def hidden(self, z_nk: torch.Tensor, batch_n: torch.Tensor, covariates_nc: torch.Tensor) -> torch.Tensor:
         """(cells, hidden) input of the decoder's heads; with the linear decoder z and the design, side by side."""
         h, design_nc = z_nk, self.design(batch_n, covariates_nc)
-        for layer in self.decoder:
-            h = layer(torch.cat([h, design_nc], 1), None)
+        for i, layer in enumerate(self.decoder):
+            h = layer(h, design_nc if i < self.n_seeing else None)
         return h if self.decoder else torch.cat([h, design_nc], 1)
 
     @property
@@ -192,32 +219,21 @@ class SCVI(nn.Module):
         """(genes, latent) the linear decoder's W: a view of the weights, without their gradient."""
         return self.rho.weight.detach()[:, : self.config.n_latent]
 
-    def _head(self, head: nn.Linear, hidden_nh: torch.Tensor) -> torch.Tensor:
-        if self.half and self.training:
-            return kernels.half_linear(hidden_nh, head.weight, head.bias)
-        return head(hidden_nh)
-
     def log_rho(self, hidden_nh: torch.Tensor) -> torch.Tensor:
         """(cells, genes) log of the expected shares: log softmax over genes."""
         return torch.log_softmax(self.rho(hidden_nh), 1)
 
     def log_likelihood(self, cells: Minibatch, z_nk: torch.Tensor, log_library_n: torch.Tensor) -> torch.Tensor:
         """Log p(x_n | z_n, l_n, s_n), (cells,), summed over genes."""
-        hidden_nh = self.hidden(z_nk, cells.batch_n, cells.covariates_nc)
-        log_theta_ng = logit_pi_ng = None
-        if self.config.likelihood != "poisson":
-            if self.config.dispersion == "gene-cell":
-                log_theta_ng = self.log_theta(hidden_nh)
-            elif self.config.dispersion == "gene-batch":
-                # not by indexing, whose gradient may add up in another order at every run (index_put_, accumulating)
-                log_theta_ng = nn.functional.embedding(cells.batch_n, self.log_theta_sg)
-            else:
-                log_theta_ng = self.log_theta_sg
-        if self.config.likelihood == "zinb":
-            logit_pi_ng = self._head(self.dropout_logit, hidden_nh)
-        # the equations stand in scvi_core.likelihood, and these are they
-        logit_rho_ng = self._head(self.rho, hidden_nh)
-        return kernels.log_likelihood(cells.x, logit_rho_ng, log_library_n, log_theta_ng, logit_pi_ng)
+        config, hidden_nh = self.config, self.hidden(z_nk, cells.batch_n, cells.covariates_nc)
+        log_theta_rg = row_n = None
+        if config.likelihood != "poisson":
+            log_theta_rg = self.log_theta(hidden_nh) if config.dispersion == "gene-cell" else self.log_theta_sg
+            row_n = cells.batch_n if config.dispersion == "gene-batch" else None
+        pi = self.dropout_logit if config.likelihood == "zinb" else None
+        half = self.half and self.training
+        # the equations stand in scvi_core.kernels.likelihood, and these are they
+        return kernels.reconstruction(cells.x, hidden_nh, log_library_n, self.rho, pi, log_theta_rg, row_n, half)
 
     def sample(self, cells: Minibatch, q: Posterior, noise: Noise) -> tuple[torch.Tensor, torch.Tensor]:
         """One draw of (z_nk, log l_n) from q, reparameterised; log l_n is the observed one where it is observed."""
@@ -245,6 +261,20 @@ class SCVI(nn.Module):
         ratio_n = q.library_variance_n / variance_n
         kl_l_n = 0.5 * (ratio_n + (q.library_mean_n - mean_n) ** 2 / variance_n - 1 - ratio_n.log())
         return reconstruction_n, kl_z_n, kl_l_n
+
+    def loss(
+        self, cells: Minibatch, noise: Noise, kl_weight: float | torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What training minimises the mean of, and what it reports: (cells,) nats each.
+
+        Returns
+        -------
+        loss_n : kl_weight × KL(z) + KL(l) - reconstruction. A model with other terms overrides this, or
+            :meth:`elbo_terms`, in any operations of PyTorch's and of :mod:`scvi_core.kernels`.
+        elbo_n : the evidence lower bound, KL weight 1.
+        """
+        reconstruction_n, kl_z_n, kl_l_n = self.elbo_terms(cells, noise)
+        return kl_weight * kl_z_n + kl_l_n - reconstruction_n, reconstruction_n - kl_z_n - kl_l_n
 
 
 def build(config: ModelConfig, n_genes: int, n_batches: int, n_covariates: int, seed: int) -> SCVI:

@@ -37,7 +37,7 @@ def _add_up(tensor: torch.Tensor) -> torch.Tensor:
     try:
         dist.all_reduce(tensor)
     except RuntimeError as error:
-        raise LostError(str(error).splitlines()[0]) from None
+        raise LostError(str(error).partition("\n")[0]) from None
     return tensor
 
 
@@ -71,14 +71,16 @@ class _Sum(torch.autograd.Function):
         return _add_up(outer.clone())
 
 
-def sum_gradients(gradient: torch.Tensor, *flags: bool) -> tuple[bool, ...]:
-    """Add up a vector over all processes, in place, and say of each flag whether any of them raised it."""
+def sum_gradients(gradients: Sequence[torch.Tensor], *flags: bool) -> tuple[bool, ...]:
+    """Add up tensors over all processes, in place, and say of each flag whether any of them raised it."""
     if world() == 1:
         return flags
-    message = torch.cat([gradient, gradient.new_tensor([float(flag) for flag in flags])])
-    _add_up(message)
-    gradient.copy_(message[: len(gradient)])
-    return tuple(bool(raised > 0) for raised in message[len(gradient) :])
+    said = gradients[0].new_tensor([float(flag) for flag in flags])
+    message = _add_up(torch.cat([*(gradient.flatten() for gradient in gradients), said]))
+    *parts, said = message.split([*(gradient.numel() for gradient in gradients), len(flags)])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+    return tuple(bool(raised > 0) for raised in said)
 
 
 class BatchNorm(torch.nn.BatchNorm1d):

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from scvi_core.config import Comparison, ContrastConfig, level_text
-from scvi_core.files import Decisions, UserError
+from scvi_core.files import Decisions, UserError, read_parquet
 from scvi_core.preprocess.samples import kept_chunks, open_samples
 from scvi_core.tables import natural
 
@@ -323,7 +323,7 @@ def sum_counts(
     measured_rg = pd.DataFrame(True, index=names, columns=ids)
     parts, rows, n_found = [], [], 0
     for sample, table in zip(samples, qcs, strict=True):
-        cell = at.get_indexer(pd.read_parquet(table, columns=["cell_id"])["cell_id"])
+        cell = at.get_indexer(read_parquet(table, "qc", ["cell_id"])["cell_id"])
         n_found += int((cell >= 0).sum())
         measured_rg.loc[sorted(set(replicate.to_numpy()[cell[cell >= 0]]))] &= ids.isin(sample.gene_ids)
         unit = np.where(cell >= 0, unit_n[cell], -1)

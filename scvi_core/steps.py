@@ -22,6 +22,7 @@ from scvi_core import api
 from scvi_core.config import Config, ModelConfig
 from scvi_core.counts import Counts, Schema, pack
 from scvi_core.files import UserError, canonical_json, parquet_writer, sha256_text, write_json
+from scvi_core.fingerprint import fingerprint
 from scvi_core.log import log
 from scvi_core.preprocess.store import read_store
 from scvi_core.stream import open_counts
@@ -68,8 +69,8 @@ def plan(store: Path, settings: Config) -> Plan:
         "data_sha256": sha256_text(canonical_json(data)),
     }
     names = [str(name) for name in adata.var["gene_name"]]
-    fingerprint = api.fingerprint_of(schema, data, model, settings.train, settings.seed)
-    return Plan(adata, schema, names, model, data, about, fingerprint)
+    digest = fingerprint(schema, data, model, settings.train, settings.seed)
+    return Plan(adata, schema, names, model, data, about, digest)
 
 
 def is_model_of(folder: Path, fingerprint: str) -> bool:
@@ -109,13 +110,14 @@ def open_store(path: Path, model: api.Model, memory_gb: float, design: bool = Tr
 
     Parameters
     ----------
-    design : False leaves batch and covariates out, as :func:`scvi_core.counts.pack` does.
+    design : False leaves batch and covariates out, where the encoder does not see them, as
+        :func:`scvi_core.counts.pack` does.
     """
     adata, schema, device = read_store(path, counts=False), model.schema, next(model.network.parameters()).device
     if tuple(map(str, adata.var_names)) != schema.gene_ids:
         log.warning("%s: its genes are not the model's, in its order; so its counts are read whole", path)
-        return adata.obs_names, pack(read_store(path), schema, None, design).to(device)
-    if not design:
+        return adata.obs_names, pack(read_store(path), schema, None, design or model.model.encode_covariates).to(device)
+    if not (design or model.model.encode_covariates):
         schema = dataclasses.replace(schema, batch_key=None, batches=("all",), categorical={}, continuous={})
     return adata.obs_names, open_counts(path, adata, schema, memory_gb).to(device)
 
@@ -143,6 +145,7 @@ def write_run(path: Path, began: float, model: api.Model, reused: bool) -> None:
             "git_revision": _git_revision(),
             "reused": reused,
         },
+        checksum=True,
     )
 
 

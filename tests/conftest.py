@@ -7,13 +7,24 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests on every machine; benc
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def of_workflow(nodeid):
+    return nodeid.startswith("tests/workflow/")
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not of_workflow(item.nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
     """Two processes share the tests by files; those of the workflow, which share a build, are one file, and first."""
-    items.sort(key=lambda item: item.path.parent.name != "workflow")
-    for item in items:
-        workflow = item.path.parent.name == "workflow"
-        item.add_marker(pytest.mark.xdist_group("workflow" if workflow else item.path.name))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return "workflow" if of_workflow(nodeid) else nodeid.partition("::")[0]
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from scvi_core.files import seal
 from scvi_core.io import checks
 from scvi_core.io.blocks import Spool
 
@@ -62,6 +63,7 @@ def write_counts(path: Path, obs: pd.DataFrame, var: pd.DataFrame, uns: Mapping[
                 target.check()
                 at += len(block)
         anndata.io.write_elem(file, "uns", {**uns, "content_sha256": digest.hexdigest()}, dataset_kwargs=PACKED)
+    seal(path, append=True)  # HDF5 reads nothing beyond its own end
     return digest.hexdigest()
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from scvi_core.files import UserError
+from scvi_core.files import UserError, read_parquet, verify
 from scvi_core.log import progress
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ def read_tables(h5ad: Path, columns: Sequence[str] = ()) -> tuple[pd.DataFrame, 
     import pandas as pd
     from anndata.io import read_elem
 
+    verify(h5ad, "ingest")
     try:
         with h5py.File(h5ad, locking=False) as file:  # which may lie where no lock can be taken
             group = file["obs"]
@@ -92,22 +93,15 @@ def read_tables(h5ad: Path, columns: Sequence[str] = ()) -> tuple[pd.DataFrame, 
         var["gene_name"] = var["gene_name"].astype(str)
         if shape != (len(obs), len(var)):
             raise ValueError(f"X is {shape}, the tables {(len(obs), len(var))}")
-    except FileNotFoundError:
-        raise UserError(f"{h5ad}: no such file; run `scvi-core ingest`") from None
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError) as error:  # written by another version
         raise UserError(f"{h5ad}: not a sample that `scvi-core ingest` wrote ({error}); run ingest again") from None
     return obs, var, uns
 
 
 def _open(h5ad: Path, table: Path) -> SampleFile:
-    import pyarrow.parquet as pq
-
     obs, var, uns = read_tables(h5ad)
-    try:
-        judged = pq.read_table(table, columns=["cell_id", "batch", "keep"])
-    except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"{table}: not a table that `scvi-core qc` wrote ({error}); run qc again") from None
-    if not np.array_equal(judged["cell_id"].to_numpy(), obs.index.to_numpy(dtype=object)) or not len(obs):
+    judged = read_parquet(table, "qc", ["cell_id", "batch", "keep"])
+    if not np.array_equal(judged["cell_id"], obs.index.to_numpy(dtype=object)) or not len(obs):
         raise UserError(f"{table}: its cells are not those of {h5ad}; run qc again")
     return SampleFile(
         path=h5ad,

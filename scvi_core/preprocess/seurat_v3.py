@@ -139,6 +139,9 @@ def _trend(mean: np.ndarray, variance: np.ndarray, span: float, batch: str, deci
     if len(x) >= MIN_LOESS_GENES:
         # many genes of one mean (shallow batches) make a local fit singular; a wider span is the usual remedy
         for wider in [span, *(s for s in (0.5, 0.75, 1.0) if s > span)]:
+            if wider * len(x) < MIN_LOESS_GENES:
+                problem = f"{wider:g} of {len(x)} genes are too few for loess"
+                continue
             try:
                 model = loess(x, y, span=wider, degree=2)
                 model.fit()

@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scvi_core.config import NUMBER, level_text
-from scvi_core.files import Decisions, UserError, canonical_json, replacing, sha256_file, sha256_text
+from scvi_core.files import (
+    LITTER,
+    Decisions,
+    UserError,
+    canonical_json,
+    damaged,
+    read_parquet,
+    replacing,
+    sha256_file,
+    sha256_text,
+)
 from scvi_core.preprocess.cellcycle import CYCLE_OBS
 from scvi_core.preprocess.samples import SampleFile, kept_chunks, open_samples
 
@@ -100,18 +110,43 @@ def _seal(store: Path) -> None:
     """Note the digest of all files in the root's attributes: ``.zattrs`` then stands for the whole folder."""
     import zarr
 
-    files = sorted(p for p in store.rglob("*") if p.is_file())
-    lines = "".join(f"{sha256_file(p)} {p.relative_to(store).as_posix()}\n" for p in files)
-    zarr.open_group(store, mode="r+").attrs["content_sha256"] = sha256_text(lines)
+    zarr.open_group(store, mode="r+").attrs["content_sha256"] = _digest(store)
+
+
+def _digest(store: Path) -> str:
+    """SHA-256 of the lines "SHA-256 path" of a store's files but the root's attributes."""
+    files = sorted(p for p in store.rglob("*") if p.is_file() and p.name not in LITTER and p != store / ".zattrs")
+    return sha256_text("".join(f"{sha256_file(p)} {p.relative_to(store).as_posix()}\n" for p in files))
+
+
+def verify_store(path: Path) -> None:
+    """Refuse a store that is not, to the bit, what was written.
+
+    Raises
+    ------
+    UserError
+        When the folder is missing, is none, cannot be read, or does not have its digest.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such store; run `scvi-core store`")
+    try:
+        about = json.loads((path / ".zattrs").read_bytes())
+        whole = about["content_sha256"] == _digest(path)
+    except (ValueError, KeyError, TypeError, RecursionError, FileNotFoundError):
+        whole = False
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); mend that, then run again") from error
+    if not whole:
+        raise damaged(path, "store")
 
 
 def read_store(path: Path, counts: bool = True) -> AnnData:
-    """Read a store that :func:`write_store` wrote, and check that it is whole.
+    """Read a store that :func:`write_store` wrote, once its digest is compared, counts and all.
 
     Parameters
     ----------
     path : of counts.zarr.
-    counts : False leaves them on disk, unread and unchecked (:func:`scvi_core.stream.open_counts` does both).
+    counts : False leaves them on disk, for :func:`scvi_core.stream.open_counts`.
 
     Returns
     -------
@@ -129,8 +164,7 @@ def read_store(path: Path, counts: bool = True) -> AnnData:
     from scvi_core.io.checks import check_zarr
 
     path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"{path}: no such store; run `scvi-core store` first")
+    verify_store(path)
     check_zarr(path)
     try:
         group = zarr.open_group(path, mode="r")
@@ -214,7 +248,7 @@ def _cell_table(
 
     tables, further = [], {}
     for sample, table, keep in zip(samples, qcs, keeps, strict=True):
-        judged = pd.read_parquet(table, columns=["cell_id", *FIXED_OBS, *CYCLE_OBS])[keep]
+        judged = read_parquet(table, "qc", ["cell_id", *FIXED_OBS, *CYCLE_OBS])[keep]
         with h5py.File(sample.path, locking=False) as file:
             own = read_elem(file["obs"])[keep]
         own = own.drop(columns=[c for c in (*FIXED_OBS, *CYCLE_OBS, "barcode") if c in own])

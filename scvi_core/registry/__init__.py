@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import re
 import shutil
 import tempfile
@@ -21,9 +20,9 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from scvi_core.files import UserError, replacing, sha256_file
-from scvi_core.log import log
+from scvi_core.log import log, redacted
 from scvi_core.registry.run import CARD, HISTORY, STORED, WEIGHTS, log_training, short
-from scvi_core.registry.tracking import connect, errors, exclusive, place, shown, sqlite_path
+from scvi_core.registry.tracking import connect, errors, exclusive, place, sqlite_path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -85,7 +84,7 @@ def fetch(tracking_uri: str, found: Found, out: str | Path) -> None:
     from mlflow.artifacts import download_artifacts
 
     client = connect(tracking_uri)
-    label = f"{shown(tracking_uri)}: models:/{found.name}/{found.version}"
+    label = f"{redacted(tracking_uri)}: models:/{found.name}/{found.version}"
     remedy = "train again with model.reuse: never, which registers it anew"
     with errors(tracking_uri):
         location = place(tracking_uri, client.get_model_version_download_uri(found.name, found.version))
@@ -102,6 +101,10 @@ def fetch(tracking_uri: str, found: Found, out: str | Path) -> None:
                         f"{location}/{STORED}/{file}", dst_path=download, tracking_uri=client.tracking_uri
                     )
                 except Exception as error:
+                    if isinstance(error, ImportError):
+                        raise UserError(f"{label}: {location} needs the package {error.name!r}; install it") from error
+                    if isinstance(error, ValueError | TypeError | LookupError | AttributeError):  # of an odd address
+                        raise UserError(f"{label}: {location}: cannot be fetched ({error}); {remedy}") from error
                     if not _is_absent(error):
                         raise
                     raise UserError(f"{label}: {file} is missing from {location}; {remedy}") from error
@@ -154,7 +157,7 @@ def register(
         For an incomplete bundle, or a store that cannot be reached or written.
     """
     bundle, name = Path(bundle), _checked(name)
-    card = _check(bundle, str(bundle), "train again")
+    card = _check(bundle, str(bundle), "remove it and run again: `scvi-core train` makes it anew")
     client = connect(tracking_uri)
     with errors(tracking_uri), exclusive(tracking_uri):
         version = _newest(client, card["fingerprint"], name, card["weights_sha256"])
@@ -193,7 +196,7 @@ def register(
         "run_id": version.run_id,
         "fingerprint": card["fingerprint"],
         "reused": bool(train_run.get("reused", False)),
-        "tracking_uri": shown(tracking_uri),
+        "tracking_uri": redacted(tracking_uri),
     }
 
 
@@ -390,14 +393,19 @@ def _checked(name: str) -> str:
 
 def _check(bundle: Path, label: str, remedy: str, fingerprint: str | None = None, weights: str | None = None) -> dict:
     """Read a bundle's model.json and compare the weights' hash with it, and with the registry's record if given."""
+    from scvi_core.api import read_card  # loads torch
+
     for file in BUNDLE:
         if not (bundle / file).is_file():
             raise UserError(f"{label}: {file} is missing; {remedy}")
     try:
-        card = json.loads((bundle / CARD).read_text("utf-8"))
+        card, _ = read_card(bundle)
         recorded = {"fingerprint": card["fingerprint"], "weights_sha256": card["weights_sha256"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{label}: {CARD} is damaged or incomplete ({error}); {remedy}") from error
+    except UserError as error:
+        name = HISTORY if str(bundle / HISTORY) in str(error) else CARD
+        raise UserError(f"{label}: {name} is damaged; {remedy}") from error
+    except KeyError as error:
+        raise UserError(f"{label}: {CARD} lacks {error}; {remedy}") from error
     actual = sha256_file(bundle / WEIGHTS)
     for source, expected in (("the version's tag", weights), (CARD, recorded["weights_sha256"])):
         if expected is not None and expected != actual:
@@ -441,7 +449,7 @@ def _found(version: ModelVersion) -> Found:
 
 def _lookup(tracking_uri: str, name: str, version: str | int | None) -> tuple[MlflowClient, ModelVersion]:
     """Find one version by number, alias (with or without @) or None for the newest."""
-    label = f"{shown(tracking_uri)}: "
+    label = f"{redacted(tracking_uri)}: "
     database = sqlite_path(tracking_uri)
     if database is not None and not database.exists():
         raise UserError(f"{label}no such registry; build an atlas first, or mend registry.tracking_uri")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scvi_core._version import __version__
-from scvi_core.files import UserError
+from scvi_core.files import UserError, read_parquet
 from scvi_core.log import log
 from scvi_core.registry.tracking import artifact_root, sqlite_path
 
@@ -165,10 +165,9 @@ def _log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) ->
 
 def _log_history(client: MlflowClient, run_id: str, path: Path, start: int, seconds: Sequence[float]) -> None:
     """Log every column of the history, a step an epoch, at the time that epoch ended."""
-    import pandas as pd
     from mlflow.entities import Metric
 
-    history = pd.read_parquet(path)
+    history = read_parquet(path, "train")
     entries, at = [], float(start)
     for i, row in enumerate(history.to_dict("records")):
         epoch = int(row.pop("epoch", i))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scvi_core.files import UserError, replacing
-from scvi_core.log import log
+from scvi_core.log import log, redacted
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -92,14 +92,9 @@ def sqlite_path(tracking_uri: str) -> Path | None:
     elif re.match(r"https?://[^/\s]+", tracking_uri):
         return None
     raise UserError(
-        f"registry.tracking_uri: '{shown(tracking_uri)}' cannot be used; give sqlite:///path/to/mlflow.db "
+        f"registry.tracking_uri: '{redacted(tracking_uri)}' cannot be used; give sqlite:///path/to/mlflow.db "
         "or the http(s):// address of an MLflow server"
     )
-
-
-def shown(tracking_uri: str) -> str:
-    """The URI without user name and password, for messages and files."""
-    return re.sub(r"^(https?://)[^/@]*@", r"\1", tracking_uri)
 
 
 def artifact_root(database: Path) -> str:
@@ -158,7 +153,7 @@ def errors(tracking_uri: str) -> Iterator[None]:
         message = _explain(error)
         if message is None:
             raise
-        raise UserError(f"{shown(tracking_uri)}: {message}") from error
+        raise UserError(f"{redacted(tracking_uri)}: {message}") from error
 
 
 def _explain(error: Exception) -> str | None:

@@ -28,7 +28,17 @@ import yaml
 
 from scvi_core._version import __version__
 from scvi_core.config import Config, load_samples
-from scvi_core.files import Decisions, UserError, canonical_json, read_decisions, replacing, write_json
+from scvi_core.files import (
+    Decisions,
+    UserError,
+    canonical_json,
+    read_decisions,
+    read_json,
+    read_parquet,
+    replacing,
+    verify,
+    write_json,
+)
 from scvi_core.report import figures
 from scvi_core.report.manifest import manifest, public_config, software_versions
 from scvi_core.report.sentences import kept_epoch, model_card, snippets, training_decisions, verdicts
@@ -85,33 +95,30 @@ def read_atlas(folder: Path, config: Config) -> dict[str, Any]:
     """
     from scvi_core.de import weakest  # loads torch, which qc, who needs the figures alone, does without
 
-    def need(name: str) -> Path:
-        if not (folder / name).exists():
-            raise UserError(f"{folder / name}: missing, and the report is made of it; run the step that writes it")
-        return folder / name
-
-    cells = _read(need("cells.parquet"), ids=NAMED_CELLS)
+    cells = _read(folder / "cells.parquet", "cluster", ids=NAMED_CELLS)
     names = sample_names(folder, config, cells)
     for column in config.report.labels:
         if column not in cells:
             have = ", ".join(c for c in cells if c not in ("cell_id", *CELL_COLUMNS))
             raise UserError(f"config report.labels: no column '{column}' in cells.parquet; there are {have}")
-    model = json.loads(need("model/model.json").read_text("utf-8"))
-    de = pd.read_parquet(need("de.parquet")).astype({"group": str, "reference": str})
+    model = read_json(folder / "model/model.json", "train")
+    de = read_parquet(folder / "de.parquet", "de").astype({"group": str, "reference": str})
     return {
         "cells": cells,
-        "genes": pd.read_parquet(need("genes.parquet")),
+        "genes": read_parquet(folder / "genes.parquet", "genes"),
         "de": weakest(de) if config.de.reference == "pairs" else de,
-        "n_latent": sum(c.startswith("z_") for c in _parquet_columns(need("latent.parquet"))),
-        "factors": factors(pd.read_parquet(need("loadings.parquet")), pd.read_parquet(need("latent.parquet")))
+        "n_latent": sum(c.startswith("z_") for c in _parquet_columns(folder / "latent.parquet", "embed")),
+        "factors": factors(
+            read_parquet(folder / "loadings.parquet", "loadings"), read_parquet(folder / "latent.parquet", "embed")
+        )
         if config.model.decoder == "linear"
         else [],
-        "history": pd.read_parquet(need("model/history.parquet")),
+        "history": read_parquet(folder / "model/history.parquet", "train"),
         "model": model,
         "names": names,
-        "qc": by_sample([_read(need(f"samples/{s}/qc.parquet")) for s in names]),
+        "qc": by_sample([_read(folder / f"samples/{s}/qc.parquet", "qc") for s in names]),
         "decisions": collect_decisions(folder, names, model, config),
-        "contrasts": contrasts(pd.read_parquet(need("contrast.parquet"))) if config.contrast.tests else [],
+        "contrasts": contrasts(read_parquet(folder / "contrast.parquet", "contrast")) if config.contrast.tests else [],
         "criticism": read_criticism(folder) if config.criticism.enabled else None,
     }
 
@@ -144,14 +151,16 @@ def read_criticism(folder: Path) -> dict[str, Any] | None:
     """Read the predictive checks: the summary, and the tables behind it as data frames; None where none were made."""
     if not (folder / "criticism" / "checks.json").exists():
         return None
-    tables = {n: pd.read_parquet(folder / f"criticism/{n}.parquet") for n in ("genes", "cells", "groups", "de")}
-    return json.loads((folder / "criticism" / "checks.json").read_text("utf-8")) | tables
+    names, folder = ("genes", "cells", "groups", "de"), folder / "criticism"
+    tables = {name: read_parquet(folder / f"{name}.parquet", "criticism") for name in names}
+    return read_json(folder / "checks.json", "criticism") | tables
 
 
-def _read(path: Path, ids: int = 0) -> pd.DataFrame:
+def _read(path: Path, by: str, ids: int = 0) -> pd.DataFrame:
     """Read a table of cells: texts as categories, which take a byte or two a cell; names of cells only up to `ids`."""
     import pyarrow.parquet as pq
 
+    verify(path, by)
     file = pq.ParquetFile(path)
     texts = [f.name for f in file.schema_arrow if str(f.type) in ("string", "large_string")]
     names = ("cell_id", "barcode") if file.metadata.num_rows > ids else ()
@@ -160,9 +169,10 @@ def _read(path: Path, ids: int = 0) -> pd.DataFrame:
     return pq.read_table(path, columns=columns, read_dictionary=coded).to_pandas()
 
 
-def _parquet_columns(path: Path) -> list[str]:
+def _parquet_columns(path: Path, by: str) -> list[str]:
     import pyarrow.parquet as pq
 
+    verify(path, by)
     return pq.read_schema(path).names
 
 
@@ -185,8 +195,10 @@ def collect_decisions(folder: Path, names: list[str], model: dict[str, Any], con
     """
 
     def read(steps: tuple[str, ...]) -> list[dict[str, Any]]:
-        paths = [folder / "decisions" / f"{step}{s}.jsonl" for step in steps for s in ("", *(f".{n}" for n in names))]
-        return [d for path in paths if path.exists() for d in read_decisions(path)]
+        paths = [
+            (folder / "decisions" / f"{step}{s}.jsonl", step) for step in steps for s in ("", *(f".{n}" for n in names))
+        ]
+        return [d for path, step in paths if path.exists() for d in read_decisions(path, step)]
 
     asked = {"contrast": bool(config.contrast.tests), "criticism": config.criticism.enabled}
     after = tuple(step for step in AFTER if asked.get(step, True))

@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from scvi_core import native
 from scvi_core.config import TrainConfig
 from scvi_core.counts import Schema, pack
+from scvi_core.kernels import native
 
 
 def cells(n=60, g=25, seed=0, n_batches=2, rate=0.8):

@@ -4,7 +4,8 @@ Placement: an operation on tensors of both devices fails, and so does what reads
 Recording: what a CUDA graph cannot hold fails (a number asked of the device, a copy from or to the computer, a size
 that depends on what a tensor holds); a replay does what was recorded and nothing else, on the tensors it was recorded
 with, which hold no numbers before. Triton's kernels run in its interpreter. Not shown: time, memory, what streams and
-threads do side by side, how failed recordings are left, autograd, and a GPU's own random numbers and last bits.
+threads do side by side, how failed recordings are left, autograd's own engine (its nodes are called one by one), and a
+GPU's own random numbers and last bits.
 """
 
 import contextlib
@@ -25,7 +26,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from scvi_core import gpu, graph
+from scvi_core.kernels import gpu
+from scvi_core.train import recorded
 
 aten = torch.ops.aten
 MOVES = {aten._to_copy.default, aten.copy_.default}  # between devices
@@ -217,6 +219,44 @@ class Graph:
                         old.copy_(new)
 
 
+def backward(root):
+    """In the place of :meth:`torch.Tensor.backward`, whose engine asks the driver for streams: node by node, each once
+    all that depends on it has been.
+    """
+    waiting, found, ready = {}, [root.grad_fn], []
+    for node in found:
+        for later, _ in node.next_functions:
+            if later is not None:
+                if later not in waiting:
+                    found.append(later)
+                waiting[later] = waiting.get(later, 0) + 1
+    gradients = {root.grad_fn: {0: torch.ones_like(root)}}
+    ready.append(root.grad_fn)
+    with torch.no_grad():
+        for node in ready:
+            given = gradients.pop(node)
+            if hasattr(node, "variable"):
+                node.variable.grad = given[0] if node.variable.grad is None else node.variable.grad + given[0]
+                continue
+            n_outputs = max(given) + 1
+            by_hand = isinstance(node, torch.autograd.function.BackwardCFunction)
+            answers = (node.apply if by_hand else node)(*(given.get(i) for i in range(n_outputs)))
+            answers, places = answers if isinstance(answers, tuple) else (answers,), node.next_functions
+            if by_hand:  # answers for what is no tensor, too
+                answers, places = [a for a in answers if a is not None], [p for p in places if p[0] is not None]
+            for (later, at), answer in zip(places, answers, strict=True):
+                if later is None:
+                    continue
+                if answer is not None:
+                    shape = later._input_metadata[at].shape  # an operand that was expanded gets the sum
+                    answer = answer if answer.shape == shape else answer.sum_to_size(shape)
+                    slots = gradients.setdefault(later, {})
+                    slots[at] = answer if at not in slots else slots[at] + answer
+                waiting[later] -= 1
+                if not waiting[later]:
+                    ready.append(later)
+
+
 class Worker:
     """In the place of a thread, where the card would not be there."""
 
@@ -259,7 +299,7 @@ def interpret(monkeypatch):
 def insert(monkeypatch):
     """Put the card in, for a test, which enters it."""
     interpret(monkeypatch)
-    from scvi_core import triton_kernels
+    from scvi_core.kernels import triton_kernels
 
     _guard()
     card = Card()
@@ -283,6 +323,7 @@ def insert(monkeypatch):
             return super().__new__(cls, "cpu")
 
     monkeypatch.setattr(torch, "Generator", Generator)
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
     move = torch.nn.Module._apply
 
     def swapping(*args, **kwargs):  # a module's weights cannot become of another class in place
@@ -291,8 +332,8 @@ def insert(monkeypatch):
             return move(*args, **kwargs)
 
     monkeypatch.setattr(torch.nn.Module, "_apply", swapping)
-    monkeypatch.setattr(graph, "ThreadPoolExecutor", Worker)
-    graph._side.cache_clear()
+    monkeypatch.setattr(recorded, "ThreadPoolExecutor", Worker)
+    recorded._side.cache_clear()
     names = [name for name in vars(triton_kernels) if name.endswith("_kernel")]
     launchers = {name: card.launcher(getattr(triton_kernels, name)) for name in names}
     monkeypatch.setattr(gpu, "_triton", lambda: (SimpleNamespace(**launchers), ""))

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from scvi_core.files import sha256_text, write_parquet
+from scvi_core.files import seal, sha256_text, write_parquet
 from scvi_core.preprocess.store import write_store
 
 
@@ -53,13 +53,19 @@ def judged(adata, keep=None):
     )
 
 
+def write_sample(path, adata):
+    """As ingest leaves it: with its checksum after the end of what HDF5 reads."""
+    adata.write_h5ad(path)
+    seal(path, append=True)
+
+
 def write(folder, adatas, keeps=None):
     """Write samples and their QC; returns (h5ads, qcs)."""
     h5ads, qcs = [], []
     for i, adata in enumerate(adatas):
         home = folder / adata.obs["sample"].iloc[0]
         home.mkdir(parents=True, exist_ok=True)
-        adata.write_h5ad(home / "counts.h5ad")
+        write_sample(home / "counts.h5ad", adata)
         write_parquet(home / "qc.parquet", judged(adata, None if keeps is None else keeps[i]))
         h5ads.append(home / "counts.h5ad")
         qcs.append(home / "qc.parquet")

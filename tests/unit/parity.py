@@ -56,9 +56,13 @@ class Case:
     train: bool = False
     n_layers: int = 1
     sharp: bool = False  # shares of genes far apart
+    norm: str = "batch"  # of encoder and decoder
+    encode: bool = False  # whether the encoder sees batch and covariates
+    first: bool = False  # whether the first hidden layers alone see them
 
     def __str__(self) -> str:
         on = {"covariates": self.covariates, "train": self.train, "deep": self.n_layers > 1, "sharp": self.sharp}
+        on |= {f"{self.norm}norm": self.norm != "batch", "encode": self.encode, "first": self.first}
         return "-".join((self.likelihood, self.dispersion, self.library, *(word for word in on if on[word])))
 
     @property
@@ -66,8 +70,15 @@ class Case:
         """Our configuration of it."""
         return ModelConfig(
             likelihood=self.likelihood, dispersion=self.dispersion, library=self.library,
-            n_latent=LATENT, n_hidden=HIDDEN, n_layers=self.n_layers, dropout=0.0,
+            n_latent=LATENT, n_hidden=HIDDEN, n_layers=self.n_layers, dropout=0.0, encoder_norm=self.norm,
+            decoder_norm=self.norm, encode_covariates=self.encode, covariates_in="first" if self.first else "every",
         )  # fmt: skip
+
+    @property
+    def pool(self) -> str:
+        """The name of the weights that it shares with other cases of its architecture."""
+        parts = [self.norm, *(word for word, on in (("encode", self.encode), ("first", self.first)) if on)]
+        return f"{self.covariates:d}{self.n_layers}" + "".join(f"-{part}" for part in parts if part != "batch")
 
     @property
     def stored(self) -> Case:
@@ -79,6 +90,19 @@ _grid = (("zinb", "nb", "poisson"), ("gene", "gene-batch", "gene-cell"), ("obser
 CASES = [Case(*which, covariates) for covariates in (False, True) for which in itertools.product(*_grid)]
 CASES += [Case(*which, train=True) for which in itertools.product(*_grid)]
 CASES += [Case("zinb", "gene", "latent", train=train, n_layers=2) for train in (False, True)]
+# as the large public models have them (HLCA, Tabula Sapiens): layer norm, or none, and an encoder that sees the batch
+CASES += [
+    Case(*which, train=train, n_layers=n, norm=norm, encode=encode, first=first)
+    for which, n, norm, encode, first in (
+        (("nb", "gene", "observed"), 2, "layer", True, True),
+        (("zinb", "gene-cell", "latent"), 2, "layer", True, False),
+        (("zinb", "gene-batch", "latent"), 1, "none", True, False),
+        (("nb", "gene", "latent"), 2, "batch", True, False),
+        (("zinb", "gene", "observed"), 2, "batch", False, True),
+        (("poisson", "gene", "observed"), 3, "none", False, True),
+    )
+    for train in (False, True)
+]
 SHARP = [Case("nb", "gene", "observed", sharp=True), Case("zinb", "gene-cell", "latent", sharp=True)]
 
 
@@ -158,16 +182,23 @@ def transfer(
         name = theirs
         for pattern, replacement in NAMES:
             name = re.sub(pattern, replacement, name)
-        if name.endswith("encoder.layers.0.linear.weight"):
-            name, value = name.removesuffix("weight") + "weight_gh", value.T
-        elif re.fullmatch(r"decoder\.\d+\.linear\.weight", name):
-            if name.startswith("decoder.0."):  # theirs: z, continuous, one-hots
-                begin = config.n_latent
-                numbers, one_hots = value[:, begin : begin + n_continuous], value[:, begin + n_continuous :]
+        place = re.fullmatch(r"(.*encoder\.layers|decoder)\.(\d+)\.linear\.weight", name)
+        if place:
+            first, encoder = place[2] == "0", "encoder" in name
+            begin = config.n_hidden if not first else GENES if encoder else config.n_latent
+            # theirs: the input, continuous ones in the first layer, one-hots
+            here = n_continuous if first and (config.encode_covariates or not encoder) else 0
+            numbers, one_hots = value[:, begin : begin + here], value[:, begin + here :]
+            if one_hots.shape[1] and not here:
+                numbers = torch.full_like(value[:, :n_continuous], missing)
+            design = torch.cat([one_hots, numbers], 1)
+            if first and encoder:
+                stem = name.removesuffix("weight")
+                name, value = stem + "weight_gh", value[:, :begin].T
+                if design.shape[1]:
+                    out[stem + "weight_hc"] = design.contiguous()
             else:
-                begin = config.n_hidden
-                numbers, one_hots = torch.full_like(value[:, :n_continuous], missing), value[:, begin:]
-            value = torch.cat([value[:, :begin], one_hots, numbers], 1)
+                value = torch.cat([value[:, :begin], design], 1)
         elif name == "log_theta_sg":
             value = value.T if value.ndim == 2 else value[None]
         elif name.startswith("library_") and name.endswith("_s"):
@@ -209,7 +240,9 @@ def vae_of(case: Case):
         GENES, n_batch=BATCHES, n_hidden=HIDDEN, n_latent=LATENT, n_layers=case.n_layers, dropout_rate=0.0,
         n_continuous_cov=int(case.covariates), n_cats_per_cov=[CATEGORIES] if case.covariates else None,
         dispersion=case.dispersion, gene_likelihood=case.likelihood,
-        use_observed_lib_size=case.library == "observed",
+        use_observed_lib_size=case.library == "observed", encode_covariates=case.encode,
+        deeply_inject_covariates=not case.first, use_batch_norm="both" if case.norm == "batch" else "none",
+        use_layer_norm="both" if case.norm == "layer" else "none",
         library_log_means=np.zeros((1, BATCHES)), library_log_vars=np.ones((1, BATCHES)),
     )  # fmt: skip
 
@@ -256,15 +289,19 @@ def reference(case: Case, state: dict[str, torch.Tensor], cells: dict[str, torch
 
     def layer(name, h):
         h = linear(f"{name}.0", h)
+        if case.norm != "batch":
+            unit = 1.0 if case.norm == "none" else (h.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+            return torch.relu((h - (0.0 if case.norm == "none" else h.mean(1, keepdim=True))) / unit)
         mean, variance = state[f"{name}.1.running_mean"], state[f"{name}.1.running_var"]
         if case.train:
             mean, variance = h.mean(0), ((h - h.mean(0)) ** 2).mean(0)
         return torch.relu((h - mean) / (variance + 1e-3).sqrt() * state[f"{name}.1.weight"] + state[f"{name}.1.bias"])
 
     def gaussian(name, n_layers):
-        h = torch.log(1 + x_ng)
+        h = torch.cat([torch.log(1 + x_ng), *(numbers if case.encode else [])], 1)
         for i in range(n_layers):
-            h = layer(f"{name}.encoder.fc_layers.Layer {i}", h)
+            seen = one_hots if case.encode and (i == 0 or not case.first) else []
+            h = layer(f"{name}.encoder.fc_layers.Layer {i}", torch.cat([h, *seen], 1))
         return linear(f"{name}.mean_encoder", h), linear(f"{name}.var_encoder", h).exp() + 1e-4
 
     def divergence(mean, variance, prior_mean, prior_variance):
@@ -279,7 +316,8 @@ def reference(case: Case, state: dict[str, torch.Tensor], cells: dict[str, torch
         log_l_n = mean_n + variance_n.sqrt() * cells["noise_n"]
         kl_l_n = divergence(mean_n, variance_n, state["library_log_means"][0, s], state["library_log_vars"][0, s])
     for i in range(case.n_layers):
-        h = layer(f"decoder.px_decoder.fc_layers.Layer {i}", torch.cat([h, *one_hots], 1))
+        seen = one_hots if i == 0 or not case.first else []
+        h = layer(f"decoder.px_decoder.fc_layers.Layer {i}", torch.cat([h, *seen], 1))
     mu = log_l_n.exp()[:, None] * torch.softmax(linear("decoder.px_scale_decoder.0", h), 1)
     if case.likelihood == "poisson":
         log_p = x_ng * mu.log() - mu - torch.lgamma(x_ng + 1)
@@ -323,19 +361,21 @@ def deviations(case: Case, got, expected) -> dict[str, float]:
         out[name] = float(((terms[name] - value).abs() / scale).max())
     for name, value in expected_gradients.items():
         assert value.shape == gradients[name].shape, name
-        scale = expected_gradients[name.replace("linear.bias", "norm.bias") if case.train else name]
+        lost = case.train and case.norm == "batch"
+        scale = expected_gradients[name.replace("linear.bias", "norm.bias") if lost else name]
         there = ~value.isnan()
         difference = (gradients[name].double() - value.double())[there].abs().max()
         out[f"d/d {name}"] = float(difference / scale[~scale.isnan()].abs().max())
     return out
 
 
-def pools() -> dict[tuple[bool, int], dict[str, torch.Tensor]]:
-    """Weights for all cases of (covariates, layers): of a module that has every part, drawn wider than at its start."""
+def pools() -> dict[str, dict[str, torch.Tensor]]:
+    """Weights for all cases of an architecture: of a module that has every part, drawn wider than at its start."""
     out = {}
-    for which in sorted({(case.covariates, case.n_layers) for case in CASES}):
+    for which, case in sorted({case.pool: case for case in CASES}.items()):
         torch.manual_seed(0)
-        pool = vae_of(Case("zinb", "gene-batch", "latent", which[0], n_layers=which[1])).state_dict()
+        whole = {"likelihood": "zinb", "dispersion": "gene-batch", "library": "latent", "train": False, "sharp": False}
+        pool = vae_of(dataclasses.replace(case, **whole)).state_dict()
         for name, value in pool.items():
             if name.endswith(("running_var", ".1.weight")):
                 value.uniform_(0.5, 1.5)
@@ -360,9 +400,9 @@ def write(path: Path = FILE) -> None:
     tensors = {f"cells/{name}": value for name, value in cells.items()}
     shared = pools()
     for which, pool in shared.items():
-        tensors |= {f"weights/{which[0]:d}{which[1]}/{name}": value for name, value in pool.items()}
+        tensors |= {f"weights/{which}/{name}": value for name, value in pool.items()}
     for case in dict.fromkeys(case.stored for case in CASES + SHARP):
-        state = state_of(case, shared[case.covariates, case.n_layers])
+        state = state_of(case, shared[case.pool])
         terms, gradients = theirs(case, state, cells)
         tensors[f"terms/{case}"] = torch.stack([terms[name] for name in TERMS])
         tensors[f"gradients/{case}"] = torch.cat([gradients[n].flatten() for n in sorted(state) if is_parameter(n)])
@@ -375,7 +415,7 @@ def read(case: Case, path: Path = FILE):
     """(cells, weights, (terms, gradients) of scvi-tools) of a case, all but the cells in scvi-tools' names."""
     with safe_open(path, "pt") as stored:
         names, get = list(stored.keys()), stored.get_tensor
-        prefixes = ("cells/", f"weights/{case.covariates:d}{case.n_layers}/")
+        prefixes = ("cells/", f"weights/{case.pool}/")
         cells, pool = ({n.removeprefix(p): get(n) for n in names if n.startswith(p)} for p in prefixes)
         terms = dict(zip(TERMS, get(f"terms/{case.stored}"), strict=True))
         flat = get(f"gradients/{case.stored}")

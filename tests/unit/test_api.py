@@ -11,7 +11,7 @@ from _data import brief, cells
 import scvi_core as sv
 from scvi_core import api
 from scvi_core.config import ModelConfig
-from scvi_core.files import UserError
+from scvi_core.files import UserError, read_json, write_json
 from scvi_core.mapping import embed
 
 SMALL = ModelConfig(n_hidden=8, n_latent=2)
@@ -120,7 +120,7 @@ def test_damaged_bundles_are_refused_in_one_line(tmp_path, fitted):
     content[-1] ^= 1
     (path / "model.safetensors").write_bytes(content)
     assert "not the weights that model.json names" in refused(path)
-    about = json.loads((tmp_path / "whole" / "model.json").read_text())
+    about = read_json(tmp_path / "whole" / "model.json", "train")
     for change, match in (
         ({"format_version": 99}, "format 99 is newer than this scvi-core"),
         ({"format_version": 1}, "format 1 is older than this scvi-core"),
@@ -134,12 +134,14 @@ def test_damaged_bundles_are_refused_in_one_line(tmp_path, fitted):
         ({"weights_sha256": None}, "not the weights"),
     ):
         path = copy()
-        (path / "model.json").write_text(json.dumps({**about, **change}))
+        write_json(path / "model.json", {**about, **change}, checksum=True)
         assert match in refused(path), change
     for key in ("format_version", "weights_sha256", "model", "train", "seed", "gene_ids", "batches", "gene_names"):
         path = copy()
-        (path / "model.json").write_text(json.dumps({k: v for k, v in about.items() if k != key}))
+        write_json(path / "model.json", {k: v for k, v in about.items() if k != key}, checksum=True)
         assert "not a whole model" in refused(path), key
+    (path / "model.json").write_text(json.dumps(about | {"gene_ids": about["gene_ids"][::-1]}))
+    assert "model.json: damaged" in refused(path)
     (path / "model.json").write_text("[]")
     refused(path)
 
@@ -160,7 +162,7 @@ def test_saving_replaces_whole_or_not_at_all(tmp_path, fitted, monkeypatch):
     fit().save(tmp_path / "m")
     before = (tmp_path / "m" / "model.safetensors").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(api, "write_json", lambda *_: 1 / 0)
+        patch.setattr(api, "write_json", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             model.save(tmp_path / "m")
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == before
@@ -237,23 +239,6 @@ def test_kept_epoch_is_the_one_whose_weights_are_kept():
             assert kept == 20
 
 
-def test_code_version_names_what_decides_the_weights(monkeypatch, tmp_path):
-    from pathlib import Path
-
-    here = Path(api.__file__).parent
-    before = api.code_version()
-    names = ("counts.py", "engine.py", "kernels.c", "kernels.py", "likelihood.py", "model.py", "parallel.py")
-    for name in (*names, "stream.py", "train.py"):
-        copy = tmp_path / name
-        copy.mkdir()
-        for file in (*here.glob("*.py"), here / "kernels.c"):
-            shutil.copy(file, copy / file.name)
-        monkeypatch.setattr(api, "__file__", str(copy / "api.py"))
-        assert api.code_version() == before
-        (copy / name).write_text((copy / name).read_text() + "\n")
-        assert api.code_version() != before, name
-
-
 def test_new_cells_need_neither_batch_nor_covariates(fitted):
     adata, model = fitted
     bare = ad.AnnData(adata.X, var=adata.var, obs=pd.DataFrame(index=adata.obs_names))
@@ -283,3 +268,52 @@ def test_covariates_are_what_was_asked_for():
     with pytest.raises(UserError, match="another role"):
         fit(categorical_covariates=["batch"])
     assert "scVI" in repr(model) and len(repr(model)) < 200
+
+
+def test_what_a_call_would_not_do_is_refused(fitted):
+    adata, model = fitted
+    as_counts = lambda x: ad.AnnData(x, adata.obs, adata.var)  # noqa: E731
+    brief_fit = lambda given=adata, **more: fit(given, train=brief(max_epochs=1), **more)  # noqa: E731
+    for device in ("gpu", "cuda:0", "mps", None, "CPU"):
+        with pytest.raises(UserError, match=r"device: .*; give auto, cpu or cuda"):
+            sv.fit(adata, device=device)
+    for seed in (True, 1.5, "0", None, -1, 2**40, np.nan):
+        with pytest.raises(UserError, match="seed: "):
+            brief_fit(seed=seed)
+        with pytest.raises(UserError, match="seed: "):
+            model.elbo(adata, seed=seed)
+    for call in (model.elbo, model.marginal_log_likelihood, model.normalized_expression):
+        for n in (0, -1, 2.0, None):
+            with pytest.raises(UserError, match="n_samples: "):
+                call(adata, n_samples=n)
+    x = adata.X.toarray() if hasattr(adata.X, "toarray") else np.asarray(adata.X)
+    for odd in (x + 0j, x.astype(str)):
+        with pytest.raises(UserError, match="give raw counts"):
+            brief_fit(as_counts(odd))
+    with pytest.raises(UserError, match="a DataFrame; give an anndata"):
+        sv.fit(adata.to_df())
+    with pytest.raises(UserError, match="model: a dict; give a ModelConfig"):
+        sv.fit(adata, model={"n_latent": 3})
+    with pytest.raises(UserError, match=r"batch_key: \['batch'\]"):
+        sv.fit(adata, batch_key=["batch"])
+    assert np.array_equal(model.elbo(adata, n_samples=np.int64(2), seed=np.uint8(3)), model.elbo(adata, 2, 3))
+    assert np.array_equal(model.latent(as_counts(x.astype(np.float16))), model.latent(as_counts(x.astype(np.float32))))
+
+
+def test_weights_that_are_not_finite_are_refused(fitted, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from scvi_core.files import sha256_file
+
+    _, model = fitted
+    for value in (float("nan"), float("inf")):
+        model.save(tmp_path / "m")
+        weights = load_file(tmp_path / "m/model.safetensors")
+        name = sorted(weights)[0]
+        weights[name].view(-1)[0] = value
+        save_file(weights, tmp_path / "m/model.safetensors")
+        about = read_json(tmp_path / "m/model.json", "train")
+        about["weights_sha256"] = sha256_file(tmp_path / "m/model.safetensors")
+        write_json(tmp_path / "m/model.json", about, checksum=True)
+        with pytest.raises(UserError, match=r"model\.safetensors: .* is not finite"):
+            sv.load(tmp_path / "m")

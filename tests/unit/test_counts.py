@@ -8,9 +8,10 @@ import scipy.sparse as sp
 import torch
 from _data import cells, choose, packed
 
-from scvi_core import criticism, native
-from scvi_core.counts import Counts, Schema, content_digest, fingerprint, pack, unsigned
+from scvi_core import criticism
+from scvi_core.counts import Counts, Schema, content_digest, pack, unsigned
 from scvi_core.files import UserError
+from scvi_core.kernels import native
 
 
 @pytest.fixture(params=["compiled", "plain"])
@@ -272,8 +273,3 @@ def test_digests():
         else:
             other.obs["batch"] = ["b1", *adata.obs["batch"][1:]]
         assert content_digest(other, pack(other, schema)) != digest, change
-    base = [schema, {"cells": digest}, {"a": 1}, {"b": 1}, 0, "code"]
-    marks = {fingerprint(*base)}
-    for i, change in enumerate([Schema.of(adata, None), {"cells": "x"}, {"a": 2}, {"b": 2}, 1, "other"]):
-        marks.add(fingerprint(*base[:i], change, *base[i + 1 :]))
-    assert len(marks) == 7 and fingerprint(*base) in marks

@@ -18,7 +18,7 @@ from scvi_core import criticism, report
 from scvi_core.config import CriticismConfig, ModelConfig, load_config
 from scvi_core.counts import Schema, pack
 from scvi_core.criticism import CHECKS, FILES, agree, choose_cells, coverage, criticise, interval, markers, moments
-from scvi_core.files import Decisions, UserError, sha256_file
+from scvi_core.files import Decisions, UserError, read_json, sha256_file, write_json
 from scvi_core.model import build
 from scvi_core.posterior import posterior_predictive
 from scvi_core.report import figures, style
@@ -280,9 +280,9 @@ def test_page_has_the_section_where_there_are_checks(folder, tmp_path, monkeypat
     atlas = tmp_path / "atlas"
     config = write_atlas(atlas)
     shutil.copytree(folder / "one", atlas / "criticism")
-    checks = json.loads((atlas / "criticism/checks.json").read_text())
+    checks = read_json(atlas / "criticism/checks.json", "criticism")
     checks["checks"][0] |= {"verdict": "poor", "sentence": "The model predicts <b>no</b> zeros."}
-    (atlas / "criticism/checks.json").write_text(json.dumps(checks))
+    write_json(atlas / "criticism/checks.json", checks, checksum=True)
     report.build_report(atlas, config)
     text = (atlas / "report.html").read_text()
     assert "Does the model describe the data?" in text and "#criticism" in Page(text).links

@@ -21,12 +21,14 @@ from test_gpu import benchmark  # noqa: F401 (a fixture)
 from test_stream import both, fresh
 
 import scvi_core as sv
-from scvi_core import criticism, engine, gpu, graph, posterior, stream
-from scvi_core import train as training
+from scvi_core import criticism, posterior, stream
 from scvi_core.config import CriticismConfig, DeConfig, ModelConfig
+from scvi_core.device import resolve_device
 from scvi_core.files import Decisions
+from scvi_core.kernels import gpu
 from scvi_core.model import build
-from scvi_core.train import Interrupted, train
+from scvi_core.train import Interrupted, recorded, train
+from scvi_core.train import step as one_step
 
 CUDA = torch.device("cuda")
 
@@ -116,7 +118,7 @@ def test_the_same_bits_wherever_the_counts_are_and_however_steps_run(card, monke
     on_card = weights(fit("cuda", model=model, seed=3))
     with monkeypatch.context() as on_host:
         stay = lambda counts, needed, size, device: sv.counts.OnHost(**vars(counts), device=device)  # noqa: E731
-        on_host.setattr(graph, "place", stay)
+        on_host.setattr(recorded, "place", stay)
         fed = weights(fit("cuda", model=model, seed=3))
     replays = card.replays
     calls = []
@@ -127,9 +129,9 @@ def test_the_same_bits_wherever_the_counts_are_and_however_steps_run(card, monke
             raise RuntimeError("operation not permitted when stream is capturing")
         return step(model, cells, noise, weight)
 
-    step = engine.gradients
+    step = one_step.gradients
     with monkeypatch.context() as failing:
-        failing.setattr(engine, "gradients", gradients)
+        failing.setattr(one_step, "gradients", gradients)
         by_kernel = weights(fit("cuda", model=model, seed=3))
     assert card.replays == replays and calls.count(True) == 1  # of two sizes, the second is not tried
     for name, value in on_card.items():
@@ -246,4 +248,4 @@ def test_the_benchmark_runs_on_the_card(card, benchmark, monkeypatch):  # noqa: 
     assert benchmark.asked(fitted, counts, schema, group_n, CUDA)["groups"] > 1
     parts = benchmark.step_parts(12, CUDA, options, {"ceilings": benchmark.ceilings()})["parts"]
     assert {"likelihood and gradients, Triton", "a step, recorded", "a step, kernel by kernel"} <= set(parts)
-    assert training.resolve_device("auto").type == "cuda" and gpu.reason() == ""
+    assert resolve_device("auto").type == "cuda" and gpu.reason() == ""

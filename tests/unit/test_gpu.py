@@ -22,17 +22,17 @@ if "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
 import _fake_gpu
-import test_engine
 import test_likelihood as reference
+import test_step
 
-from scvi_core import cli, engine, gpu, graph, kernels, native
-from scvi_core import train as training
+from scvi_core import cli, kernels
 from scvi_core.config import ModelConfig
 from scvi_core.counts import Counts, tensor_of
+from scvi_core.device import resolve_precision
 from scvi_core.files import UserError
-from scvi_core.kernels import Nonzeros
+from scvi_core.kernels import Nonzeros, gpu, native
 from scvi_core.model import build
-from scvi_core.train import train
+from scvi_core.train import recorded, train
 
 KINDS = ("zinb", "nb", "poisson")
 CPU = torch.device("cpu")
@@ -109,25 +109,26 @@ def test_counts_are_read_where_they_lie_and_bfloat16_is_rounded_once(kind, inter
     logits, biases = [normal(4, 50).bfloat16() for _ in range(n_heads)], [normal(50) for _ in range(n_heads)]
     log_theta_1g = None if kind == "poisson" else normal(1, 50)
     log_library_n = gathered.totals().log().float()
-    sums = [torch.empty(50) for _ in biases]
-    sum_theta_g = None if kind == "poisson" else torch.empty(1, 50)
-    given = log_library_n, log_theta_1g, -0.25, sums, sum_theta_g
-    value_n, tiles, theta_ng, library_n = gpu.log_likelihood_gradients(x, logits, biases, *given)
+    given = log_library_n, log_theta_1g, None, True
+    value_n, tiles, theta_ng, library_n = gpu.tile(x, logits, biases, *given)
     whole = [logit.float() + bias for logit, bias in zip(logits, biases, strict=True)]
-    expected_n, expected = exactly(gathered, whole, log_library_n, log_theta_1g, -0.25)
+    expected_n, expected = exactly(gathered, whole, log_library_n, log_theta_1g, 1.0)
     torch.testing.assert_close(value_n.double(), expected_n, rtol=1e-6, atol=0)
     torch.testing.assert_close(library_n.double(), expected[1], rtol=1e-5, atol=1e-5)
-    assert theta_ng is None
     of_logits = [expected[0], *expected[3:]]
-    for tile_ng, sum_g, wanted_ng in zip(tiles, sums, of_logits, strict=True):
+    outer_n = torch.full((4,), -0.25)
+    for tile_ng, wanted_ng in zip(tiles, of_logits, strict=True):
         assert tile_ng.dtype == torch.bfloat16
         size_ng = wanted_ng.abs() + 1e-5 * wanted_ng.abs().max()
         # the interpreter cuts digits off where a GPU rounds
         assert ((tile_ng.double() - wanted_ng).abs() <= 2**-7 * size_ng).all()
-        assert ((sum_g - wanted_ng.sum(0)).abs() <= 2**-7 * size_ng.sum(0)).all()
-    if sum_theta_g is not None:
-        assert ((sum_theta_g - expected[2]).abs() <= 2**-7 * expected[2].abs().max()).all()
-    again = gpu.log_likelihood_gradients(gathered, logits, biases, *given)
+        (sum_g,) = gpu.sums(tile_ng, outer_n, None, 1)
+        assert sum_g.dtype == torch.float32
+        assert ((sum_g + wanted_ng.sum(0) / 4).abs() <= 2**-7 * size_ng.sum(0)).all()
+    if kind != "poisson":
+        sum_theta_1g = gpu.sums(theta_ng, outer_n, None, 1)
+        assert ((sum_theta_1g + expected[2] / 4).abs() <= 2**-7 * expected[2].abs().max()).all()
+    again = gpu.tile(gathered, logits, biases, *given)
     assert torch.equal(value_n, again[0])
     assert all(torch.equal(a, b) for a, b in zip(tiles, again[1], strict=True))
     torch.testing.assert_close(x.log1p(), gathered.dense().log1p(), rtol=3e-7, atol=0)
@@ -144,8 +145,10 @@ def test_numbers_of_16_bits_have_no_sign(interpreted, monkeypatch):
     assert torch.equal(packed_x.log1p(), x.log1p()) and x.log1p()[0, genes].equal(values.float().log1p())
     generator = torch.Generator().manual_seed(0)
     given = [torch.randn(1, 2**16, generator=generator) for _ in range(3)]
-    answers = [gpu.log_likelihood(of, given[0], torch.tensor([11.5]), given[1], given[2], True) for of in (packed_x, x)]
-    assert all(torch.equal(one, other) for one, other in zip(*answers, strict=True))
+    ask = given[::2], None, torch.tensor([11.5]), given[1], None, True
+    answers = [gpu.tile(of, *ask) for of in (packed_x, x)]
+    flat = [(value, *tiles, theta, library) for value, tiles, theta, library in answers]
+    assert all(torch.equal(one, other) for one, other in zip(*flat, strict=True))
 
 
 @pytest.mark.parametrize("logit", [None, -200.0, -4.0, 30.0, 200.0])
@@ -222,22 +225,25 @@ def test_shapes(n, g, interpreted):
 )
 @pytest.mark.parametrize("half", [False, True])
 def test_gradients_are_autograds(how, half, interpreted, monkeypatch):
-    ours = test_engine.step(engine.gradients, n=5, half=half, **how)
+    ours = test_step.step(n=5, half=half, **how)
     monkeypatch.setattr(gpu, "serves", lambda tensor: False)
-    theirs = test_engine.step(training.autograd_gradients, n=5, half=half, **how)
+    theirs = test_step.step(n=5, half=half, **how)
     if half:
         torch.testing.assert_close(ours[0], theirs[0], rtol=1e-3, atol=0)
         ours = (theirs[0], *ours[1:])
     # the interpreter cuts bfloat16 off where GPUs, and PyTorch, round
-    test_engine.compare(ours, theirs, 2**-5 if half else 2e-5)
+    test_step.compare(ours, theirs, 2**-5 if half else 2e-5)
 
 
-def test_adam_is_adam(interpreted):
+@pytest.mark.parametrize("masked", [False, True])
+def test_adam_is_adam(interpreted, monkeypatch, masked):
     one, other = ([torch.linspace(-1, 1, 70), *torch.zeros(2, 70)] for _ in range(2))
     for step in range(1, 5):
         gradient = torch.randn(70, generator=torch.Generator().manual_seed(step))
-        kernels.adam(one[0], gradient, *one[1:], step, 0.01, 1e-4, 1e-3)
-        gpu.adam(other[0], gradient, *other[1:], torch.tensor(kernels.corrected(0.01, step)), 1e-4, 1e-3)
+        numbers, mask = kernels.corrected(0.01, step), torch.arange(70) % 3 > 0 if masked else None
+        for of, rates in ((one, numbers), (other, torch.tensor(numbers))):
+            monkeypatch.setattr(gpu, "serves", lambda tensor, of=of: of is other)
+            kernels.adam(*([part] for part in (of[0], gradient, *of[1:], mask)), rates, 1e-4, 1e-3)
     for a, b in zip(one, other, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
@@ -279,8 +285,8 @@ def test_a_loss_that_is_lost_is_seen(interpreted):
 
 
 def test_without_triton_the_reason_is_said(monkeypatch):
-    monkeypatch.setitem(sys.modules, "scvi_core.triton_kernels", None)
-    monkeypatch.delattr("scvi_core.triton_kernels", raising=False)
+    monkeypatch.setitem(sys.modules, "scvi_core.kernels.triton_kernels", None)
+    monkeypatch.delattr("scvi_core.kernels.triton_kernels", raising=False)
     gpu._triton.cache_clear()
     tensor = SimpleNamespace(dtype=torch.float32, is_cuda=True, device=torch.device("cuda"))
     try:
@@ -293,24 +299,24 @@ def test_without_triton_the_reason_is_said(monkeypatch):
 def test_the_budget_is_known_before_training(monkeypatch, caplog):
     schema, counts = packed(cells(60, 25))
     model = build(ModelConfig(), 25, len(schema.batches), 0, 0)
-    taken, needed, meta = counts.nbytes, graph.bytes_to_train(model, 128, fused=True), torch.device("meta")
-    assert needed < graph.bytes_to_train(model, 128, fused=False) < graph.bytes_to_train(model, 4096, fused=False)
+    taken, needed, meta = counts.nbytes, recorded.bytes_to_train(model, 128, fused=True), torch.device("meta")
+    assert needed < recorded.bytes_to_train(model, 128, fused=False) < recorded.bytes_to_train(model, 4096, fused=False)
     for free, fits in ((taken + needed, True), (taken + needed - 1, False)):
         monkeypatch.setattr(gpu, "free_bytes", lambda device, free=free: free)
         caplog.clear()
-        placed = graph.place(counts, needed, 128, meta)
+        placed = recorded.place(counts, needed, 128, meta)
         assert (placed.indptr_n.device == meta) == fits
         assert ("on the device" if fits else "stay in the computer's memory") in caplog.text
     assert placed.gather(torch.arange(3)).x.x_m.device == meta
     assert type(placed.to(CPU)) is Counts and placed.to(CPU).genes_m is counts.genes_m
     monkeypatch.setattr(gpu, "free_bytes", lambda device: needed - 1)
     with pytest.raises(UserError, match=r"^train\.batch_size: a step on 128 cells x 25 genes needs .* lower train\."):
-        graph.place(counts, needed, 128, CPU)
+        recorded.place(counts, needed, 128, CPU)
 
 
 def test_running_out_of_memory_names_the_settings():
     message = r"ran out of memory .*lower train\.batch_size .*train\.memory_gb"
-    with pytest.raises(UserError, match=message), training._naming_memory(128):
+    with pytest.raises(UserError, match=message), recorded.naming_memory(128):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
 
@@ -332,7 +338,7 @@ def test_bfloat16_is_taken_where_the_gpu_multiplies_in_it(major, half, monkeypat
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
     monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
-    assert training.resolve_precision("auto", torch.device("cuda")) == half
+    assert resolve_precision("auto", torch.device("cuda")) == half
 
 
 @pytest.fixture
@@ -382,7 +388,7 @@ def test_kernels_compile_for_gpus_that_are_not_here(tmp_path):
     """Down to the machine code of an H100, with Triton's own assembler; nothing is run."""
     code = """
 from gpu_count import compiled
-from scvi_core import triton_kernels
+from scvi_core.kernels import triton_kernels
 
 for given in ((2, True, "*i16", "*u8"), (1, False, "*i32", "*i16"), (0, True, "*i16", "*fp32")):
     for name in [name for name in vars(triton_kernels) if name.endswith("_kernel")]:

@@ -19,7 +19,8 @@ from scvi_core import cli
 from scvi_core.config import ModelConfig, load_config
 from scvi_core.files import UserError
 from scvi_core.model import Noise, build
-from scvi_core.train import Interrupted, soft_threshold, train
+from scvi_core.train import Interrupted, train
+from scvi_core.train.step import soft_threshold
 
 LINEAR = ModelConfig(n_hidden=8, n_latent=2, decoder="linear")
 CPU = torch.device("cpu")
@@ -76,12 +77,17 @@ def test_every_question_has_an_answer(tmp_path):
 
 
 def test_models_from_before_the_linear_decoder_load(tmp_path):
+    """And from before checksums: format 2."""
     model = fit(model=ModelConfig(n_hidden=8, n_latent=2))
     model.save(tmp_path / "m")
     path = tmp_path / "m" / "model.json"
     about = json.loads(path.read_text())
     del about["model"]["decoder"], about["model"]["loadings_l1"]
-    path.write_text(json.dumps(about))
+    path.write_text(json.dumps(about | {"format_version": 2}))  # but a checksum, so this is none of format 2
+    with pytest.raises(UserError, match=r"model\.json: damaged"):
+        sv.load(tmp_path / "m")
+    del about["checksum"]
+    path.write_text(json.dumps(about | {"format_version": 2}))
     assert np.array_equal(sv.load(tmp_path / "m").latent(cells()), model.latent(cells()))
 
 

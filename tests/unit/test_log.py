@@ -5,8 +5,25 @@ import logging
 import pytest
 
 from scvi_core import log as module
-from scvi_core.log import duration, log, progress
+from scvi_core.log import duration, log, one_line, progress
 from scvi_core.times import times_table
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://me:pa/ss@host/x", "https://***@host/x"),
+        ("https://host:80/x@1 sqlite:////home/u@x/a:b@c", "https://host:80/x@1 sqlite:////home/u@x/a:b@c"),
+        ("https://me:p@ss@host:80/x and postgresql://u@h", "https://***@host:80/x and postgresql://***@h"),
+        ("http://host/x?token=abc&n=1&api_key=d", "http://host/x?token=***&n=1&api_key=***"),
+        ("s3://b/k?X-Amz-Signature=ab'", "s3://b/k?X-Amz-Signature=***'"),
+        ("a\nb\x1b[2J\x85\u2028\u202e\udc85", "a\\nb\\x1b[2J\\x85\\u2028\\u202e\\udc85"),
+        ("é 細胞", "é 細胞"),
+    ],
+)
+def test_one_line(text, shown):
+    assert one_line(text) == shown and one_line(shown) == shown
+    assert len(one_line("x" * 5000 + " mend it")) < 1100 and one_line("x" * 5000 + " mend it").endswith("x mend it")
 
 
 @pytest.fixture

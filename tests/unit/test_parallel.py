@@ -17,11 +17,12 @@ from _samples import stored
 
 import scvi_core as sv
 from scvi_core import cli, parallel
-from scvi_core import train as training
 from scvi_core.config import ModelConfig
-from scvi_core.files import UserError
+from scvi_core.files import UserError, write_json
 from scvi_core.model import Noise, build
-from scvi_core.train import Interrupted, _flatten, _set_library_prior, autograd_gradients, elbo_of, train
+from scvi_core.train import Interrupted, elbo_of, loop, train
+from scvi_core.train.loop import _set_library_prior
+from scvi_core.train.step import gradients
 
 CPU = torch.device("cpu")
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
@@ -92,7 +93,7 @@ def test_shares_are_all_cells_once_and_of_near_equal_size(world, monkeypatch):
 def test_alone():
     assert (parallel.world(), parallel.rank(), parallel.started()) == (1, 0, False)
     one = torch.ones(3)
-    assert parallel.summed(one) is one and parallel.sum_gradients(one, True, False) == (True, False)
+    assert parallel.summed(one) is one and parallel.sum_gradients([one], True, False) == (True, False)
     parallel.leave()
 
 
@@ -115,14 +116,13 @@ def step(half=False, n=23, **how):
     model = build(ModelConfig(n_hidden=16, n_latent=3, **how), 25, len(schema.batches), 4, 0)
     _set_library_prior(model, counts, np.arange(40))
     model.half = half
-    _, gradient = _flatten(model)
     model.train()
     mine = parallel.share(n)
     rows_n = torch.randperm(40, generator=torch.Generator().manual_seed(1))[:n][mine]
-    elbo_n = autograd_gradients(model, counts.gather(rows_n), Noise(5, CPU, n, mine), 0.7)
-    flags = parallel.sum_gradients(gradient, parallel.rank() == 1, False)
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-    return elbo_n, gradients, {name: value.clone() for name, value in model.state_dict().items()}, flags
+    elbo_n = gradients(model, counts.gather(rows_n), Noise(5, CPU, n, mine), 0.7)
+    flags = parallel.sum_gradients([p.grad for p in model.parameters()], parallel.rank() == 1, False)
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    return elbo_n, found, {name: value.clone() for name, value in model.state_dict().items()}, flags
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -227,12 +227,12 @@ def test_stopping_going_on_and_failing_together(tmp_path, monkeypatch):
             stopped = next(steps) - 1
         resumed = fit(checkpoint=tmp_path / "alone")
         if rank == 1:
-            monkeypatch.setattr(training, "Noise", Spoilt)
+            monkeypatch.setattr(loop, "Noise", Spoilt)
         try:
             failed = fit(every=0, checkpoint=tmp_path / f"spoilt{rank}")
         except UserError as error:
             failed = str(error)
-        monkeypatch.setattr(training, "Noise", Noise)
+        monkeypatch.setattr(loop, "Noise", Noise)
         try:
             few = fit(batch_size=1 + 1)[0]
         except UserError as error:
@@ -338,7 +338,7 @@ def test_the_command_on_two_devices(place, monkeypatch):
     # one that lookup found is taken as well, and written by the first process alone
     one.save("found/model")
     about = {"fingerprint": one.fingerprint, "found": {"name": "m", "version": "1", "run_id": "r"}}
-    (place / "found" / "lookup.json").write_text(json.dumps(about))
+    write_json(place / "found" / "lookup.json", about, checksum=True)
     process, said = command(place, monkeypatch, "again", 2, more=["--found", "found"])
     process.join()
     assert process.exitcode == 0 and said().count("training = skipped") == 1, said()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from parity import in_our_names
 
-from scvi_core import native
+from scvi_core.kernels import native
 
 SINGLE, DOUBLE = 1e-5, 1e-9
 each_case = pytest.mark.parametrize("case", parity.CASES, ids=str)

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
-from _samples import sample, split
+from _samples import sample, split, write_sample
 from scipy.stats import median_abs_deviation
 
 from scvi_core.config import QcConfig
@@ -25,7 +25,7 @@ QUIET = QcConfig(doublets=False)
 
 def qc(adata, config, seed):
     with tempfile.TemporaryDirectory() as folder:
-        adata.write_h5ad(Path(folder) / "counts.h5ad")
+        write_sample(Path(folder) / "counts.h5ad", adata)
         return module.qc(Path(folder) / "counts.h5ad", config, seed)
 
 

@@ -40,7 +40,7 @@ def make_bundle(folder: Path, fingerprint: str = FINGERPRINT, weights: bytes = b
         "metrics": {"validation_elbo": -12.5, "kept_epoch": 2, "n_parameters": 7},
         "software": {"torch": "2.0"},
     }
-    files.write_json(folder / "model.json", card)
+    files.write_json(folder / "model.json", card, checksum=True)
     history = pd.DataFrame({"epoch": [1, 2], "train_elbo": [-20.0, -15.0], "validation_elbo": [-18.0, np.nan]})
     files.write_parquet(folder / "history.parquet", history)
     return folder

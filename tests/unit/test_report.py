@@ -129,7 +129,7 @@ def write_atlas(folder, n_cells=240, n_clusters=5, labels=HOSTILE, n_genes=120, 
         "metrics": {"validation_elbo": -912.0, "train_elbo": -900.0, "kept_epoch": 28, "epochs": 30},
         "software": {"torch": "2"},
     }  # fmt: skip
-    write_json(folder / "model/model.json", model)
+    write_json(folder / "model/model.json", model, checksum=True)
     write_json(folder / "model_ref.json", {"version": "VERSION-7", "run_id": "RUN-ID", "reused": False})
     (folder / "counts.zarr/X").mkdir(parents=True)
     (folder / "counts.zarr/X/0").write_bytes(b"chunk")
@@ -317,7 +317,7 @@ def test_factors_of_a_linear_decoder(atlas, tmp_path):
     assert '<a href="#factors">' in text and "factors" not in (atlas[0] / "report.html").read_text()
     assert "loadings.parquet" in json.loads((folder / "manifest.json").read_text())["files"]
     (folder / "loadings.parquet").unlink()
-    with pytest.raises(UserError, match=r"loadings\.parquet: missing"):
+    with pytest.raises(UserError, match=r"loadings\.parquet: no such file; run `scvi-core loadings`"):
         report.build_report(folder, load_config(settings))
 
 
@@ -423,7 +423,7 @@ def test_bad_input_is_one_line(atlas, tmp_path):
     wrong = load_config(config.model_dump(mode="json") | {"report": {"labels": ["celltype"]}})
     with pytest.raises(UserError, match=r"report\.labels: no column 'celltype'"):
         report.build_report(folder, wrong)
-    with pytest.raises(UserError, match=r"cells\.parquet: missing"):
+    with pytest.raises(UserError, match=r"cells\.parquet: no such file; run `scvi-core cluster`"):
         report.build_report(tmp_path, config)
 
 

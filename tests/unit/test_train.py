@@ -16,12 +16,16 @@ from _samples import stored
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from scvi_core import api, cli, native
-from scvi_core import train as training
+from scvi_core import api, cli
 from scvi_core.config import ModelConfig, TrainConfig
+from scvi_core.device import resolve_device
 from scvi_core.files import UserError
+from scvi_core.kernels import native
+from scvi_core.log import log
 from scvi_core.model import Noise, build
-from scvi_core.train import HISTORY, Interrupted, elbo_of, kl_weight, learning_rate, n_epochs, n_steps, train
+from scvi_core.train import HISTORY, Interrupted, Schedule, elbo_of, loop, train
+from scvi_core.train import step as one_step
+from scvi_core.train.state import State
 
 CPU = torch.device("cpu")
 SMALL = {"n_hidden": 8, "n_latent": 2}
@@ -67,14 +71,16 @@ def test_it_learns():
 @pytest.mark.parametrize("epochs", [1, "auto"])
 def test_kl_warmup_always_completes(share, n_cells, epochs):
     config = TrainConfig(max_epochs=epochs, kl_warmup=share, kl_weight=1.5)
-    total = n_epochs(config, n_cells) * n_steps(config, n_cells)
-    assert kl_weight(config, total - 1, total) == 1.5
-    assert kl_weight(config, math.ceil(share * total), total) == 1.5
-    weights = [kl_weight(config, step, total) for step in range(0, total, max(1, total // 50))]
+    schedule = Schedule.of(config, n_cells)
+    kl_weight, total = schedule.kl_weight_t, schedule.epochs * schedule.steps
+    assert len(kl_weight) == len(schedule.rate_t) == total
+    assert kl_weight[total - 1] == 1.5
+    assert kl_weight[min(math.ceil(share * total), total - 1)] == 1.5
+    weights = list(kl_weight[:: max(1, total // 50)])
     assert weights == sorted(weights) and weights[0] > 0
     if share and total > 50:
-        assert kl_weight(config, 0, total) < 0.1
-        middle = kl_weight(config, int(share * total / 2), total)
+        assert kl_weight[0] < 0.1
+        middle = kl_weight[int(share * total / 2)]
         assert abs(middle - 0.75) <= 1.5 / (share * total) + 1e-9  # half way, to within a step
 
 
@@ -87,18 +93,21 @@ def test_kl_weight_and_rate_are_on_record():
 
 
 def test_cosine_schedule():
-    config = TrainConfig(schedule="cosine", learning_rate=0.2)
-    rates = [learning_rate(config, step, 200) for step in range(200)]
+    config = TrainConfig(schedule="cosine", learning_rate=0.2, max_epochs=20, batch_size=10)
+    rates = Schedule.of(config, 100).rate_t
+    assert len(rates) == 200
     assert np.argmax(rates) in (19, 20) and max(rates) == pytest.approx(0.2) and 0 < rates[-1] < 1e-4
     assert all(np.diff(rates[:20]) > 0) and all(np.diff(rates[20:]) < 0)
-    assert 0 < learning_rate(config, 0, 1) <= 0.2
+    (alone,) = Schedule.of(config.model_copy(update={"max_epochs": 1}), 3).rate_t
+    assert 0 < alone <= 0.2
 
 
 @pytest.mark.parametrize("n_cells", [2, 3, 4, 5, 127, 128, 129, 130, 255, 257, 1001])
 @pytest.mark.parametrize("batch_size", [2, 3, 128])
 def test_minibatches_are_of_near_equal_size(n_cells, batch_size):
-    steps = n_steps(TrainConfig(batch_size=batch_size), n_cells)
-    sizes = [len(part) for part in np.array_split(np.arange(n_cells), steps)]
+    schedule = Schedule.of(TrainConfig(batch_size=batch_size), n_cells)
+    sizes = [len(part) for part in np.array_split(np.arange(n_cells), schedule.steps)]
+    assert max(sizes) == schedule.size
     assert min(sizes) >= 2 and max(sizes) - min(sizes) <= 1 and max(sizes) <= max(batch_size, 3)
 
 
@@ -159,22 +168,22 @@ def test_prior_of_the_library_size():
 def test_cuda_is_never_silently_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="no CUDA device; use device: cpu or auto"):
-        training.resolve_device("cuda")
-    assert training.resolve_device("auto").type == training.resolve_device("cpu").type == "cpu"
+        resolve_device("cuda")
+    assert resolve_device("auto").type == resolve_device("cpu").type == "cpu"
     monkeypatch.setenv("SLURM_JOB_GPUS", "3")
     with pytest.raises(UserError, match="Slurm gave this job GPU 3 but PyTorch sees none"):
-        training.resolve_device("auto")
-    assert training.resolve_device("cpu").type == "cpu"
+        resolve_device("auto")
+    assert resolve_device("cpu").type == "cpu"
 
 
 # ---- a loss that is not finite
 
 
-@pytest.fixture(params=["by hand", "autograd"])
+@pytest.fixture(params=["compiled", "plain"])
 def way(request, monkeypatch):
-    """Gradients of scvi_core.engine, or autograd's."""
-    if request.param == "autograd":
-        monkeypatch.setattr(training.engine, "serves", lambda _: False)
+    """Compiled kernels, or PyTorch's operations."""
+    if request.param == "plain":
+        monkeypatch.setattr(native, "library", None)
     elif native.library is None:
         pytest.skip(f"no compiled kernels: {native.reason}")
 
@@ -187,21 +196,17 @@ def spoil(monkeypatch, at_step, how):
             def normal(self, like):
                 return super().normal(like) * (math.nan if self.generator.initial_seed() == at_step - 1 else 1.0)
 
-        monkeypatch.setattr(training, "Noise", Spoilt)
+        monkeypatch.setattr(loop, "Noise", Spoilt)
         return
     steps = iter(range(1, 1000))
 
-    def spoilt(of):
-        def gradients(model, *rest):
-            elbo_n = of(model, *rest)
-            if next(steps) == at_step:
-                model.rho.weight.grad[3, 1] = math.nan
-            return elbo_n
+    def spoilt(model, *rest, of=one_step.gradients):
+        elbo_n = of(model, *rest)
+        if next(steps) == at_step:
+            model.rho.weight.grad[3, 1] = math.nan
+        return elbo_n
 
-        return gradients
-
-    monkeypatch.setattr(training.engine, "gradients", spoilt(training.engine.gradients))
-    monkeypatch.setattr(training, "autograd_gradients", spoilt(training.autograd_gradients))
+    monkeypatch.setattr(one_step, "gradients", spoilt)
 
 
 @pytest.mark.parametrize("every", [0, 30])
@@ -260,7 +265,7 @@ def test_weights_not_finite_are_not_kept_at_a_stop(tmp_path, monkeypatch, way, s
 
 def test_a_rate_that_is_too_high():
     with pytest.raises(UserError, match=r"lower train.learning_rate .now 1e.30."):
-        fit(config=brief(learning_rate=1e30, adam_eps=1e-8))
+        fit(config=brief().model_copy(update={"learning_rate": 1e30, "adam_eps": 1e-8}))
 
 
 # ---- checkpoints
@@ -316,7 +321,7 @@ def test_torn_and_foreign_checkpoints_are_said_and_left(tmp_path, caplog):
     whole, _ = build_and_train(counts, config, path)
     content = path.read_bytes()
     caplog.set_level("WARNING", "scvi_core")
-    training.log.propagate = True
+    log.propagate = True
     try:
         cases = {
             "torn": (content[: len(content) // 2], "not a whole checkpoint"),
@@ -336,7 +341,7 @@ def test_torn_and_foreign_checkpoints_are_said_and_left(tmp_path, caplog):
         network, _ = build_and_train(counts, config, path)
         assert same(whole, network) and "another fit" in caplog.records[0].getMessage()
     finally:
-        training.log.propagate = False
+        log.propagate = False
 
 
 def test_flipped_bytes_are_found(tmp_path, caplog):
@@ -350,7 +355,7 @@ def test_flipped_bytes_are_found(tmp_path, caplog):
     header = 8 + int.from_bytes(content[:8], "little")
     whole, _ = build_and_train(counts, config)
     caplog.set_level("WARNING", "scvi_core")
-    training.log.propagate = True
+    log.propagate = True
     try:
         for at in (header, header + 1001, len(content) - 1):
             path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
@@ -363,12 +368,14 @@ def test_flipped_bytes_are_found(tmp_path, caplog):
         fresh = {k: v.clone() for k, v in network.state_dict().items()}
         for at in [*rng.choice(header, 700, replace=False), *rng.integers(header, len(content), 100)]:
             path.write_bytes(content[:at] + bytes([content[at] ^ (1 << rng.integers(0, 8))]) + content[at + 1 :])
-            state = training.State(network, *(torch.zeros_like(v) for v in training._flatten(network)))
-            training._resume(state, path, "me")
-            assert not (state.step or state.history or state.mean.any()), content[max(0, at - 20) : at + 5]
+            state = State.of(network)
+            state.resume(path, "me")
+            assert not (state.step or state.history or any(mean.any() for mean in state.means)), content[
+                max(0, at - 20) : at + 5
+            ]
             assert all(torch.equal(fresh[k], v) for k, v in network.state_dict().items()), at
     finally:
-        training.log.propagate = False
+        log.propagate = False
 
 
 def test_checkpoints_are_some_seconds_apart(tmp_path, monkeypatch):
@@ -376,11 +383,11 @@ def test_checkpoints_are_some_seconds_apart(tmp_path, monkeypatch):
     _, counts = packed(cells())
     written = []
 
-    def save(state, *rest, of=training._save):
+    def save(state, *rest, of=State.save):
         written.append(state.step)
         of(state, *rest)
 
-    monkeypatch.setattr(training, "_save", save)
+    monkeypatch.setattr(State, "save", save)
     path = tmp_path / "state.safetensors"
     often, _ = build_and_train(counts, brief(), path, every=0)
     assert written == list(range(1, 17))

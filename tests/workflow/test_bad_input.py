@@ -4,9 +4,11 @@ import gzip
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import get_args
 
 import anndata as ad
 import numpy as np
@@ -28,9 +30,11 @@ from _project import (
     write_config,
     write_csv,
 )
+from pydantic import BaseModel
 
 from _project import write_h5ad, write_mtx, write_sheet  # isort: skip
 
+from scvi_core import cli as cli_module
 from scvi_core.config import Config, load_samples
 from scvi_core.files import UserError, code_sha256
 
@@ -98,6 +102,26 @@ def test_config(project, tmp_path, config, words):
         (b"- a\n- b\n", ["keys and values", "list"]),
         (b"", ["keys and values"]),
         (b"atlas: \xff\xfe", ["not valid YAML"]),
+        (b"atlas: a\nseed: 1\natlas: b\n", ["line 3", "'atlas' is given twice"]),
+        (b"de: {fdr: 0.1, fdr: 0.2}\n", ["line 1", "'fdr' is given twice"]),
+        (b"a: &a [x, x]\nb: &b [*a, *a]\n", ["line 2", "alias (*a)", "write it out"]),
+        (b"seed: 2020-13-45\n", ["not valid YAML", "month"]),
+        (b"seed: 0001-01-01T00:00:00+23:59\n", ["config.yaml"]),
+        (b"seed: " + b"9" * 5000, ["not valid YAML"]),
+        (b"seed: 0x" + b"f" * 5000, ["seed"]),
+        (b"seed: true\n", ["seed is true"]),
+        (b"title: !!python/object/apply:os.system [ls]\n", ["not valid YAML"]),
+        (b"title: !!binary '*'\n", ["config.yaml"]),
+        (b"title: !!timestamp x\n", ["not valid YAML"]),
+        (b"title: !!bool x\n", ["not valid YAML"]),
+        (b"a: " + b"[" * 5000, ["config.yaml"]),
+        (b"a: " + b"[" * 5000 + b"]" * 5000, ["nested too deeply"]),
+        (b"a: \x00\n", ["not valid YAML"]),
+        (b"? [a]\n: b\n", ["not valid YAML"]),
+        (b"a: 1\n" * 300_000, ["1 MiB"]),
+        (b"genes: {span: 0.001}\n", ["genes.span", "0.01"]),
+        (b"threads: 100000\n", ["threads", "1024"]),
+        (b"model: {n_hidden: 20000}\n", ["model.n_hidden", "4096"]),
     ],
 )
 def test_config_that_is_no_config(project, tmp_path, text, words):
@@ -105,11 +129,54 @@ def test_config_that_is_no_config(project, tmp_path, text, words):
     refused(here(project, "validate", "--config", tmp_path / "config.yaml"), "config.yaml", *words)
 
 
+def test_configs_that_never_end(project, tmp_path):
+    os.mkfifo(tmp_path / "fifo.yaml")
+    for path in (tmp_path / "fifo.yaml", "/dev/zero"):
+        refused(here(project, "validate", "--config", path), str(path), "not a file")
+
+
+def test_every_number_of_the_configuration_has_bounds():
+    def unbounded(model, where=""):
+        for name, field in model.model_fields.items():
+            for part in (field.annotation, *get_args(field.annotation)):
+                if isinstance(part, type) and issubclass(part, BaseModel):
+                    yield from unbounded(part, f"{where}{name}.")
+            kinds = {field.annotation, *get_args(field.annotation)}
+            if {int, float} & kinds and not {bool} & kinds and name not in ("n_top", "max_epochs"):  # by validators
+                limits = {type(one).__name__ for one in field.metadata}
+                if not ({"Ge", "Gt"} & limits and {"Le", "Lt"} & limits):
+                    yield where + name
+
+    assert list(unbounded(Config)) == []
+
+
+def test_whatever_is_raised_is_one_line(project, monkeypatch):
+    """Of what nobody foresaw the whole goes into a log, which the line names."""
+    monkeypatch.setattr("scvi_core.times.times_table", lambda _: {}["a\nb\x1b[2J" + "x" * 5000])
+    (project / "results" / "x" / "benchmarks").mkdir(parents=True, exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli_module.stat, "S_ISREG", lambda _: False)
+        done = here(project, "times", "results/x")
+    line = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+    assert "a fault of scvi-core's own, not yours" in line and line.isprintable() and len(line) < 1000
+    log = Path(re.search(r"with (\S+\.log)", line)[1])
+    assert "Traceback" in log.read_text() and "KeyError" in log.read_text()
+    log.unlink()
+    with pytest.MonkeyPatch.context() as patch:  # the log of a rule
+        patch.setattr(cli_module.stat, "S_ISREG", lambda _: True)
+        done = here(project, "times", "results/x")
+    assert "Traceback" in done.stderr and done.stderr.splitlines()[-1].startswith("error: a fault of scvi-core's own")
+    shutil.rmtree(project / "results")
+
+
 def test_config_as_text(project):
+    refused(cli(project, "validate", "--config", '{"seed": 1, "seed": 2}'), "'seed' is given twice")
+    refused(here(project, "validate", "--config", '{"a":' + "[" * 10**5), "nested too deeply")
     refused(cli(project, "validate", "--config", "{bad json"), "--config", "not JSON")
     refused(cli(project, "validate", "--config", '{"sead": 1}'), "'seed'")
     refused(cli(project, "validate", "--config", "nowhere.yaml"), "nowhere.yaml", "no such")
-    refused(cli(project, "validate", "--config", "config"), "config", "cannot be read")
+    refused(cli(project, "validate", "--config", "config"), "config", "not a file")
 
 
 # ---- sample sheet

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -23,10 +25,11 @@ from _project import (
     tree,
     write_config,
     write_h5ad,
+    write_mtx,
     write_sheet,
 )  # fmt: skip
 
-from scvi_core.files import sha256_file
+from scvi_core.files import Claim, sha256_file
 
 CELLS = (
     "cell_id sample batch n_counts n_genes pct_mito doublet_score cluster umap_1 umap_2 donor age s_score g2m_score "
@@ -222,6 +225,151 @@ def test_one_samples_metadata_reruns_from_its_ingest(as_built):
     sheet["donor"][1] = "d9"
     write_sheet(as_built, sheet)
     assert rerun(as_built) == dict.fromkeys(["ingest", "qc", *FROM_GENES], 1)
+
+
+@pytest.fixture
+def copy(built, tmp_path):
+    return shutil.copytree(built, tmp_path / "copy", symlinks=True)
+
+
+@pytest.mark.parametrize(
+    ("lost", "expected"),
+    [
+        ("samples/b/qc.png", ["qc", *FROM_GENES]),
+        ("counts.zarr", FROM_GENES[1:]),
+        ("model/history.parquet", FROM_LOOKUP),
+        ("figures", ["report"]),
+    ],
+)
+def test_a_lost_output_is_made_again(copy, lost, expected):
+    path = copy / "results" / "small" / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert rerun(copy) == dict.fromkeys(expected, 1)
+
+
+def older(path):
+    """As `cp -p` and `rsync -t` leave what they bring."""
+    os.utime(path, (1.6e9, 1.6e9))
+
+
+def in_the_future(path):
+    os.utime(path, (4e9, 4e9))
+
+
+@pytest.mark.parametrize("change", ["file", "folder", "future"])
+def test_another_input_is_noticed_whatever_its_time(copy, change):
+    if change == "file":
+        write_h5ad(copy / "data" / "a.h5ad", frame(7), cell_type=[f"type{i % 3}" for i in range(N_CELLS)])
+        older(copy / "data" / "a.h5ad")
+    elif change == "folder":
+        write_mtx(copy / "data" / "b", frame(7))  # in place: the folder's own time stays
+        older(copy / "data" / "b")
+    else:
+        for path in (copy / "results").rglob("*"):
+            in_the_future(path)
+        assert rerun(copy) == {}
+        write_h5ad(copy / "data" / "a.h5ad", frame(7), cell_type=[f"type{i % 3}" for i in range(N_CELLS)])
+    assert rerun(copy) == dict.fromkeys(["ingest", "qc", *FROM_GENES], 1)
+
+
+def test_a_flipped_bit_between_two_steps_is_refused_by_name(copy):
+    at, rng = "results/small", np.random.default_rng(0)
+    counts = [f"{at}/samples/{s}/counts.h5ad" for s in "abc"]
+    store, model, out = ["--store", f"{at}/counts.zarr"], ["--model", f"{at}/model"], ["--out", "out"]
+    steps = {
+        "samples/a/counts.h5ad": ["qc", counts[0], *out],
+        "samples/b/qc.parquet": ["genes", *counts, *out],
+        "genes.parquet": ["store", *counts, "--genes", f"{at}/genes.parquet", *out],
+        "counts.zarr/X/data/0": ["lookup", *store, *out],
+        "counts.zarr/obs/n_counts/.zarray": ["embed", *store, *model, *out],
+        "model/model.json": ["embed", *store, *model, *out],
+        "model/model.safetensors": ["register", at, *out],
+        "model/history.parquet": ["register", at, *out],
+        "logs/train_run.json": ["register", at, *out],
+        "latent.parquet": ["cluster", *store, "--latent", f"{at}/latent.parquet", *out],
+        "cells.parquet": ["de", *store, *model, "--cells", f"{at}/cells.parquet", *out],
+        "de.parquet": ["report", at, "--config", "config/config.yaml"],
+        "criticism/checks.json": ["report", at, "--config", "config/config.yaml"],
+        "decisions/qc.a.jsonl": ["report", at, "--config", "config/config.yaml"],
+    }
+    for name, command in steps.items():
+        path = copy / at / name
+        content = path.read_bytes()
+        bit = int(rng.integers(8 * len(content)))
+        path.write_bytes(content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :])
+        before = tree(copy)
+        done = here(copy, *command)
+        assert done.returncode == 1 and tree(copy) == before, (name, bit)
+        line = done.stderr.splitlines()[-1]
+        file = "counts.zarr" if name.startswith("counts.zarr") else name
+        assert line.startswith("error: ") and Path(file).name in line, (name, bit, line)
+        assert re.search("remove it and run again: `scvi-core [a-z]+` makes it anew", line), (name, bit, line)
+        path.write_bytes(content)
+
+
+def test_another_build_of_the_same_folder_is_told(as_built):
+    write_config(as_built, changed(CONFIG, report__title="Other"))
+    before = tree(as_built / "results")
+    claim = Claim(as_built / "results" / "small")
+    try:
+        done = snakemake(as_built)
+    finally:
+        claim.release()
+    assert done.returncode == 1 and tree(as_built / "results") == before
+    told = f"results/small: another build is writing into it .*process {os.getpid()} in .*wait for it"
+    assert re.search(told, done.stdout + done.stderr)
+
+
+def test_secrets_of_an_address_are_shown_and_kept_nowhere(copy):
+    write_config(copy, changed(CONFIG, registry__tracking_uri="http://me:TOPSECRET@127.0.0.1:9/?token=ALSOSECRET"))
+    done = snakemake(copy, "--printshellcmds")
+    said = done.stdout + done.stderr
+    assert done.returncode == 1 and "error: http://***@127.0.0.1:9/?token=***" in said
+    kept = [
+        p.read_text(errors="replace") for at in (".snakemake", "results") for p in (copy / at).rglob("*") if p.is_file()
+    ]
+    assert not [text for text in [said, *kept] if "TOPSECRET" in text or "ALSOSECRET" in text]
+
+
+# ---- names
+
+ODD = [
+    "T cell\x85 unsure",  # str.splitlines and some editors end a line here, and here
+    "a\u2028b\u2029c",
+    'it\'s "quoted" `x` $(touch pwned) ${HOME}',
+    "{sample} {{x}} %s \\n \\",
+    "</script><img src=x onerror=alert(1)>",
+    "\u202eright\u200b\ufeff",
+    "=1+1;#|&*?~!",
+    "é \U0001d518 \U0001f600 zo\u0308e",
+]
+
+
+def test_any_text_in_any_name_survives_the_whole_build(tmp_path):
+    data = tmp_path / "data"
+    paths = [data / "a.h5ad", data / "b.h5ad", data / "c ü'$(x) [1].h5ad"]
+    for seed, path in enumerate(paths):
+        table = frame(seed, 90)
+        table.columns = [f"{gene} {ODD[i]}" if i < len(ODD) else gene for i, gene in enumerate(table.columns)]
+        table.index = [f"{cell} {ODD[i % len(ODD)]}" for i, cell in enumerate(table.index)]
+        write_h5ad(path, table, **{"cell type": [ODD[3 * (seed % 2) + i % 3] for i in range(90)]})
+    names = {"path": [str(path.relative_to(tmp_path)) for path in paths], "batch": [ODD[2], ODD[2], ODD[4]]}
+    write_sheet(tmp_path, {"sample": ["a", "b", "c"], **names, "donor x": [ODD[3], ODD[5], ODD[6]]})
+    asked = {"input__metadata": ["cell type"], "report__labels": ["cell type", "donor x"], "de__groupby": "cell type"}
+    asked |= {"registry__organism": ODD[2], "registry__experiment": ODD[2], "report__title": " ".join(ODD)}
+    asked |= {"cluster__tsne": False, "train__max_epochs": 2, "genes__include": [f"{GENES[0]} {ODD[0]}"]}
+    write_config(tmp_path, changed(CONFIG, **asked))
+    done = snakemake(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    atlas = tmp_path / "results" / "small"
+    assert {"cell type", "donor x"} <= set(pd.read_parquet(atlas / "cells.parquet"))
+    assert set(pd.read_parquet(atlas / "cells.parquet")["cell type"]) == set(ODD[:6])
+    assert set(pd.read_parquet(atlas / "de.parquet")["group"]) == set(ODD[:6])
+    assert f"{GENES[0]} {ODD[0]}" in set(pd.read_parquet(atlas / "genes.parquet")["gene_id"])
+    assert all(json.loads(line) for line in (atlas / "decisions.jsonl").read_text().split("\n") if line)
+    page = (atlas / "report.html").read_text()
+    assert "<img src=x" not in page and "&lt;/script&gt;" in page
+    assert not list(tmp_path.rglob("pwned")) and "Nothing to be done" in str(snakemake(tmp_path))
 
 
 # ---- the same bytes, and models taken from the registry

@@ -9,8 +9,16 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 from snakemake_interface_storage_plugins.registry import StoragePluginRegistry
 
-from scvi_core.config import carried, check_columns, load_config, load_samples
-from scvi_core.files import UserError, code_sha256
+from scvi_core.config import (
+    TRACKING_URI,
+    carried,
+    check_columns,
+    load_config,
+    load_samples,
+    read_yaml,
+)
+from scvi_core.files import Claim, UserError, code_sha256, stamp, sweep
+from scvi_core.log import redacted
 from scvi_core.times import times_table
 
 os.environ.update(
@@ -18,6 +26,10 @@ os.environ.update(
 )  # an image that holds other code refuses
 
 try:
+    for file in workflow.configfiles:
+        read_yaml(
+            file
+        )  # by stricter rules than Snakemake's own, which takes the last of two equal keys
     CONFIG = load_config(config)
     SAMPLES = {row.sample: row for row in load_samples(CONFIG.samples)}
     check_columns(CONFIG, list(SAMPLES.values()))
@@ -37,6 +49,8 @@ try:
 except UserError as error:
     raise WorkflowError(str(error)) from None
 
+os.environ[TRACKING_URI] = CONFIG.tracking_uri
+
 ATLAS = CONFIG.folder.as_posix()
 # a sample's input: its local path, or a file that Snakemake fetches from its URL
 SOURCES = {
@@ -45,16 +59,38 @@ SOURCES = {
 }
 
 
+def given(wildcards):
+    """What a local input holds: Snakemake looks at its time alone, at a folder's own."""
+    row = SAMPLES[wildcards.sample]
+    return "" if row.plugin else stamp(row.path)
+
+
 BEGAN = time.time()
 
 
 onsuccess:
+    for left in sweep(ATLAS):
+        print(f"removed, as a killed process had left it: {left}")
+    CLAIMED.pop().release()
     went = times_table(CONFIG.folder, BEGAN)
     if went:
         print(f"\nWhere the time went:\n{went}")
 
 
+onerror:
+    for claim in CLAIMED:
+        claim.release()
+
+
+# of this build on the folder, against another that would mix its own into it
+CLAIMED = []
+
+
 onstart:
+    try:
+        CLAIMED.append(Claim(ATLAS))
+    except UserError as error:
+        raise WorkflowError(str(error)) from None
     # where a run was killed as it fetched, a part may lie, which Snakemake would take for the whole
     for name, row in SAMPLES.items():
         if row.plugin:
@@ -82,7 +118,9 @@ def part(*names, drop=()):
     for name in drop:
         section, _, key = name.partition(".")
         del (chosen[section] if key else chosen)[key or section]
-    text = json.dumps(chosen, sort_keys=True)
+    text = redacted(
+        json.dumps(chosen, sort_keys=True)
+    )  # it is seen and kept in many places
     return lambda wildcards: text
 
 

@@ -17,6 +17,7 @@ rule ingest:
         source=lambda wildcards: SAMPLES[wildcards.sample].path,
         metadata=lambda wildcards: json.dumps(SAMPLES[wildcards.sample].metadata),
         config=reading,
+        given=given,  # so that it re-runs where times tell nothing
     shell:
         "scvi-core ingest --sample {wildcards.sample:q} --batch {params.batch:q} --metadata {params.metadata:q}"
         " --source {params.source:q} --config {params.config:q} --out {output.counts:q} --decisions {output.decisions:q}"

@@ -1,4 +1,4 @@
-"""``kernels.c`` for GPUs, in Triton: the same equations (see :mod:`scvi_core.kernels`), called through ``gpu.py``.
+"""``kernels.c`` for GPUs, in Triton: the equations of :mod:`scvi_core.kernels.plain`, called through ``gpu.py``.
 
 A program takes one cell. Values come first: :func:`zeros_kernel` finds the softmax's denominator, and the value as if
 every count were zero; :func:`nonzeros_kernel` what the non-zeros change. Gradients need the value's slopes summed over
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 POISSON, NB, ZINB = (tl.constexpr(kind) for kind in range(3))
-LIMIT = tl.constexpr(60.0)  # as in kernels.py
+LIMIT = tl.constexpr(60.0)  # as in plain.py
 
 
 @triton.jit
@@ -392,7 +392,10 @@ def log1p_kernel(n_genes, begin_n, end_n, genes_m, values_m, out_ng, SOME: tl.co
 
 
 @triton.jit
-def adam_kernel(n, weights, gradient, mean, square, numbers_2, mean_rate, square_rate, eps, decay, BLOCK: tl.constexpr):
+def adam_kernel(
+    MASKED: tl.constexpr, n, weights, gradient, mean, square, trainable, numbers_2, mean_rate, square_rate, eps, decay,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """As ``kernels.adam``; its rate and the scale of the root, with their bias corrections, lie on the device."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < n
@@ -400,6 +403,8 @@ def adam_kernel(n, weights, gradient, mean, square, numbers_2, mean_rate, square
     square_scale = tl.load(numbers_2 + 1)
     w = tl.load(weights + at, mask=mask, other=0.0)
     g = tl.load(gradient + at, mask=mask, other=0.0) + w * decay
+    if MASKED:
+        g = tl.where(tl.load(trainable + at, mask=mask, other=0) != 0, g, 0.0)
     a = tl.load(mean + at, mask=mask, other=0.0)
     b = tl.load(square + at, mask=mask, other=0.0)
     a += (g - a) * mean_rate

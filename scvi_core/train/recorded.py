@@ -9,22 +9,25 @@ recorded. So a fit that is interrupted goes on bit for bit, on the same device.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 
-from scvi_core import engine, gpu, kernels
 from scvi_core.config import TrainConfig
 from scvi_core.counts import Counts, Minibatch, map_tensors
 from scvi_core.files import UserError
+from scvi_core.kernels import gpu
 from scvi_core.log import log
 from scvi_core.model import SCVI, Noise
-from scvi_core.train import State, kl_weight, learning_rate, soft_threshold
+from scvi_core.train.schedule import Schedule
+from scvi_core.train.state import State
+from scvi_core.train.step import Rates, noise_seed, step
 
 WARM_UP = 3  # runs of a step before it is recorded: libraries set themselves up, kernels are compiled
-VALIDATION = 1024  # cells of a block when the held-out ELBO is measured (train.elbo_of)
+VALIDATION = 1024  # cells of a block when the held-out ELBO is measured (loop.elbo_of)
 
 
 def bytes_to_train(model: SCVI, size: int, fused: bool) -> int:
@@ -67,53 +70,46 @@ def place(counts: Counts, needed: int, size: int, device: torch.device) -> Count
     return placed
 
 
-class Step:
-    """One step of training, for :func:`scvi_core.train.train`: recorded once for each size of minibatch, then replayed.
+@contextlib.contextmanager
+def naming_memory(size: int):
+    """A GPU that runs out of memory after all, as when others use it too, says which setting to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        line = str(error).split(". ")[0]
+        raise UserError(
+            f"train: the GPU ran out of memory ({line}); lower train.batch_size (minibatches have {size} cells), or "
+            "train.memory_gb so that counts stream from the computer's memory"
+        ) from None
+
+
+class Recorded:
+    """:class:`scvi_core.train.loop.Plain` on a GPU: steps recorded once for each size of minibatch, then replayed.
 
     Parameters
     ----------
-    state, weights, gradient : of the fit; changed in place.
-    counts : on the device, or elsewhere (see :class:`Feed`).
-    steps, epochs : minibatches an epoch; epochs at most.
+    state : of the fit; changed in place. counts : on the device, or elsewhere (see :class:`Feed`).
     """
 
-    def __init__(
-        self,
-        state: State,
-        weights: torch.Tensor,
-        gradient: torch.Tensor,
-        counts: Counts,
-        config: TrainConfig,
-        seed: int,
-        steps: int,
-        epochs: int,
-    ):
-        self.state, self.weights, self.gradient, self.counts = state, weights, gradient, counts
-        self.config, self.seed, self.steps, self.epochs, self.device = config, seed, steps, epochs, weights.device
+    def __init__(self, state: State, counts: Counts, config: TrainConfig, schedule: Schedule, seed: int):
+        self.state, self.counts, self.config, self.schedule, self.seed = state, counts, config, schedule, seed
+        self.device = state.weights[0].device
         self.feed = None if type(counts) is Counts else Feed(counts, self.device)
         self.recorded: dict[int, tuple[Noise, torch.cuda.CUDAGraph | None]] = {}  # by size
         self.pool, self.failed = None, False
         # what a replay reads and writes
         self.at = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self.numbers_b4 = torch.zeros(steps, 4, device=self.device)
-        self.starts_b = torch.zeros(steps, dtype=torch.int64, device=self.device)
-        self.elbo_b = torch.zeros(steps, dtype=torch.float64, device=self.device)
+        self.rates_b4 = torch.zeros(schedule.steps, 4, device=self.device)
+        self.starts_b = torch.zeros(schedule.steps, dtype=torch.int64, device=self.device)
+        self.elbo_b = torch.zeros(schedule.steps, dtype=torch.float64, device=self.device)
         self.order_n = torch.zeros(0, dtype=torch.int64, device=self.device)
 
     def begin(self, minibatches: list[np.ndarray], first: int) -> torch.Tensor:
-        """Get ready for an epoch, from its step `first` on.
-
-        Returns
-        -------
-        (steps,) float64 on the device, where each step leaves the sum of its cells' ELBO.
-        """
+        """Get ready for an epoch, from its step `first` on; (steps,) float64 on the device, as of ``Plain``."""
         self.sizes = [len(rows) for rows in minibatches]
-        total, done = self.epochs * self.steps, self.state.epoch * self.steps
-        numbers = []
-        for step in range(done, done + self.steps):
-            rate = learning_rate(self.config, step, total)
-            numbers.append([*kernels.corrected(rate, step + 1), kl_weight(self.config, step, total), rate])
-        self.numbers_b4.copy_(torch.tensor(numbers))
+        done = self.state.epoch * self.schedule.steps
+        rates = [Rates.of(self.schedule, done + i) for i in range(self.schedule.steps)]
+        self.rates_b4.copy_(torch.tensor([[*one.adam, one.kl_weight, one.rate] for one in rates]))
         self.starts_b.copy_(torch.from_numpy(np.cumsum([0, *self.sizes[:-1]])))
         self.elbo_b.zero_()
         if self.feed is not None:
@@ -125,7 +121,7 @@ class Step:
             self.order_n.copy_(order_n)
         return self.elbo_b
 
-    def __call__(self, i: int) -> None:
+    def __call__(self, i: int, *flags: bool) -> tuple[bool, ...]:
         """The epoch's step `i`."""
         size = self.sizes[i]
         if self.feed is not None:
@@ -134,25 +130,17 @@ class Step:
         if size not in self.recorded:
             self.recorded[size] = self._record(size)
         noise, graph = self.recorded[size]
-        noise.generator.manual_seed(self.seed * 1_000_003 + self.state.step)
+        noise.generator.manual_seed(noise_seed(self.seed, self.state.step))
         if graph is None:
             self._run(size, noise)
         else:
             graph.replay()
+        return flags
 
-    @torch.no_grad()
     def _run(self, size: int, noise: Noise) -> None:
-        model, state, config = self.state.model, self.state, self.config
-        rate_and_scale, kl, rate = self.numbers_b4.index_select(0, self.at)[0].split([2, 1, 1])
-        with gpu.tf32(model.half and self.device.type == "cuda"):  # the products that are not bfloat16's
-            elbo_n = engine.gradients(model, self._cells(size), noise, kl)
-        if config.gradient_clip:
-            self.gradient.mul_((config.gradient_clip / (self.gradient.norm() + 1e-6)).clamp(max=1.0))
-        moments = state.mean, state.square
-        gpu.adam(self.weights, self.gradient, *moments, rate_and_scale, config.adam_eps, config.weight_decay)
-        if model.config.loadings_l1:
-            soft_threshold(model.loadings_gk, rate * model.config.loadings_l1)
-        self.elbo_b.index_copy_(0, self.at, elbo_n.double().sum(0, keepdim=True))
+        adam, kl_weight, rate = self.rates_b4.index_select(0, self.at)[0].split([2, 1, 1])
+        elbo, _ = step(self.state, self._cells(size), noise, Rates(kl_weight, rate, adam), self.config)
+        self.elbo_b.index_copy_(0, self.at, elbo[None])
 
     def _cells(self, size: int) -> Minibatch:
         """The minibatch, where it lies."""
@@ -168,8 +156,9 @@ class Step:
         """Record the step; without a GPU, or where that fails, it is run kernel by kernel. Changes nothing."""
         if self.device.type != "cuda" or self.failed:
             return Noise(0, self.device), None
-        changed = [self.weights, self.state.mean, self.state.square, self.elbo_b, *self.state.model.buffers()]
-        before = [t.clone() for t in changed]
+        state = self.state
+        changed = [*state.weights, *state.means, *state.squares, self.elbo_b, *state.model.buffers()]
+        before = [t.detach().clone() for t in changed]
         noise, graph, stream = Noise(0, self.device), torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         side = _side(self.device)
         try:
@@ -194,8 +183,9 @@ class Step:
             noise, graph = Noise(0, self.device), None
         finally:
             torch.cuda.set_stream(stream)  # a recording that fails leaves its own behind
-        for t, old in zip(changed, before, strict=True):
-            t.copy_(old)
+        with torch.no_grad():
+            for t, old in zip(changed, before, strict=True):
+                t.copy_(old)
         return noise, graph
 
 

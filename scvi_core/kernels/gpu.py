@@ -1,7 +1,8 @@
 """``triton_kernels.py``, called as ``native.py`` calls ``kernels.c``: the same functions, for tensors on a GPU.
 
-Where Triton cannot be imported :mod:`scvi_core.kernels` does the same in plain PyTorch, and training says so. Nothing
-here waits for the device, and no size depends on what a tensor holds: a step of these can be recorded (``graph.py``).
+Where Triton cannot be imported :mod:`scvi_core.kernels.ops` does the same in plain PyTorch, and training says so.
+Nothing here waits for the device, and no size depends on what a tensor holds: a step of these can be recorded
+(``train/recorded.py``).
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch.nn import functional
 
-if TYPE_CHECKING:
-    from scvi_core.kernels import Nonzeros
+from scvi_core.kernels.nonzeros import Nonzeros
 
 BLOCK, SOME = 1024, 256  # genes, and non-zeros, that a program takes at a time
 
@@ -26,7 +27,7 @@ BLOCK, SOME = 1024, 256  # genes, and non-zeros, that a program takes at a time
 def _triton() -> tuple[ModuleType | None, str]:
     """The kernels, or None and the reason. Not at import, as Triton's takes long and only GPUs need it."""
     try:
-        from scvi_core import triton_kernels
+        from scvi_core.kernels import triton_kernels
 
         if torch.cuda.is_available():  # whether Triton can compile here: it needs a C compiler, a card it knows
             one = torch.zeros(1, dtype=torch.int64, device="cuda")
@@ -50,7 +51,7 @@ def free_bytes(device: torch.device) -> float:
     """GPU memory that nobody uses; boundless where there is no GPU."""
     if torch.device(device).type != "cuda":
         return math.inf
-    with contextlib.suppress(RuntimeError):  # of a recording that failed (graph.py), after which PyTorch may refuse
+    with contextlib.suppress(RuntimeError):  # of a recording that failed, after which PyTorch may refuse
         torch.cuda.empty_cache()  # what PyTorch keeps for tensors to come looks used otherwise
     return torch.cuda.mem_get_info(device)[0]
 
@@ -108,47 +109,50 @@ class Rows:
         return out_ng
 
 
-def log_likelihood(
-    x: Nonzeros | Rows,
-    logit_rho_ng: torch.Tensor,
-    log_library_n: torch.Tensor,
-    log_theta_ng: torch.Tensor | None,
-    logit_pi_ng: torch.Tensor | None,
-    gradient: bool,
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """(cells, out): x weight' + bias."""
+    return torch.addmm(bias, x, weight.t())
+
+
+def linear_gradient(
+    outer: torch.Tensor, scale_n: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, wanted: Sequence[bool]
 ) -> tuple[torch.Tensor | None, ...]:
-    """As :func:`scvi_core.kernels.log_likelihood`: the value, then its gradients by the four inputs, or None."""
-    logits = [t.contiguous() for t in (logit_rho_ng, logit_pi_ng) if t is not None]
-    tile = _Tile(Rows.of(x), logits, None, log_library_n.contiguous(), log_theta_ng)
-    value_n, slope_n = tile.values()
-    if not gradient:
-        return value_n, None, None, None, None
-    tiles, theta_ng = tile.gradients(torch.ones_like(slope_n), torch.float32)
-    return value_n, tiles[0], slope_n, theta_ng, tiles[1] if len(tiles) > 1 else None
+    """As :func:`scvi_core.kernels.native.linear_gradient`."""
+    scale_n1 = scale_n[:, None]
+    return (
+        (outer @ weight).mul_(scale_n1) if wanted[0] else None,
+        outer.t() @ (x * scale_n1) if wanted[1] else None,
+        outer.t().mv(scale_n) if wanted[2] else None,
+    )
 
 
-def log_likelihood_gradients(
+def sums(tile_ng: torch.Tensor, scale_n: torch.Tensor, row_n: torch.Tensor | None, n_rows: int) -> torch.Tensor:
+    """As :func:`scvi_core.kernels.native.sums`."""
+    if row_n is None:
+        return (scale_n[:, None] * tile_ng).sum(0, keepdim=True)
+    # not by index_add, whose sums may take any order
+    return (functional.one_hot(row_n, n_rows) * scale_n[:, None]).t() @ tile_ng
+
+
+def tile(
     x: Nonzeros | Rows,
-    logits: list[torch.Tensor],
-    biases: list[torch.Tensor],
+    logits: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor] | None,
     log_library_n: torch.Tensor,
-    log_theta_ng: torch.Tensor | None,
-    scale: float,
-    sums: list[torch.Tensor],
-    sum_theta_g: torch.Tensor | None,
+    log_theta_rg: torch.Tensor | None,
+    row_n: torch.Tensor | None,
+    gradient: bool,
+    in_place: bool = True,
 ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None, torch.Tensor]:
-    """As :func:`scvi_core.native.log_likelihood_gradients`; the sums over cells are those of the tiles, in float32."""
-    added = biases if logits[0].dtype == torch.bfloat16 else None
-    tile = _Tile(Rows.of(x), logits, added, log_library_n.contiguous(), log_theta_ng)
-    value_n, slope_n = tile.values()
-    # gradients of a theta of each cell go on into further products, in float32
-    kind = torch.float32 if sum_theta_g is None else logits[0].dtype
-    tiles, theta_ng = tile.gradients(torch.full_like(slope_n, scale), kind)
-    for tile_ng, sum_g in zip(tiles, sums, strict=True):
-        torch.sum(tile_ng, 0, dtype=torch.float32, out=sum_g)
-    if sum_theta_g is not None:
-        torch.sum(theta_ng, 0, keepdim=True, dtype=torch.float32, out=sum_theta_g)
-        theta_ng = None
-    return value_n, tiles, theta_ng, slope_n * scale
+    """As :func:`scvi_core.kernels.native.tile`, never in place; by a theta that cells share in the logits' type."""
+    shared = log_theta_rg is not None and len(log_theta_rg) == 1 and len(logits[0]) > 1
+    log_theta_ng = log_theta_rg if row_n is None else log_theta_rg[row_n]
+    of = _Tile(Rows.of(x), list(logits), biases, log_library_n.contiguous(), log_theta_ng)
+    value_n, slope_n = of.values()
+    if not gradient:
+        return value_n, [], None, slope_n
+    kind = logits[0].dtype if shared else torch.float32  # others go on into further products
+    return value_n, *of.gradients(torch.ones_like(slope_n), kind), slope_n
 
 
 class _Tile:
@@ -202,44 +206,30 @@ class _Tile:
         return tiles, theta_ng
 
 
-def hidden(
-    a_nh: torch.Tensor, norm: torch.nn.BatchNorm1d, kept_nh: torch.Tensor | None, kept_scale: float
-) -> tuple[torch.Tensor, tuple]:
-    """As :func:`scvi_core.native.hidden`, by PyTorch's own batch norm."""
-    running = norm.running_mean, norm.running_var
-    out_nh, *saved = torch.native_batch_norm(a_nh, norm.weight, norm.bias, *running, True, norm.momentum, norm.eps)
-    norm.num_batches_tracked += 1
-    out_nh = out_nh.relu_()
-    if kept_nh is None:
-        return out_nh, (a_nh, saved, 1.0)
-    return out_nh.mul_(kept_nh).mul_(kept_scale), (a_nh, saved, kept_scale)
-
-
-def hidden_gradient(
-    outer_nh: torch.Tensor, out_nh: torch.Tensor, norm: torch.nn.BatchNorm1d, saved: tuple
-) -> torch.Tensor:
-    """As :func:`scvi_core.native.hidden_gradient`."""
-    a_nh, moments, kept_scale = saved
-    outer_nh = torch.where(out_nh > 0, outer_nh * kept_scale, 0.0)
-    running = norm.running_mean, norm.running_var
-    grad_a_nh, norm.weight.grad[:], norm.bias.grad[:] = torch.ops.aten.native_batch_norm_backward(
-        outer_nh, a_nh, norm.weight, *running, *moments, True, norm.eps, [True, True, True]
-    )
-    return grad_a_nh
-
-
 def adam(
-    weights: torch.Tensor,
-    gradient: torch.Tensor,
-    mean: torch.Tensor,
-    square: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    means: Sequence[torch.Tensor],
+    squares: Sequence[torch.Tensor],
+    trainable: Sequence[torch.Tensor | None],
     numbers_2: torch.Tensor,
+    mean_rate: float,
+    square_rate: float,
     eps: float,
-    weight_decay: float,
-    betas: tuple[float, float] = (0.9, 0.999),
+    decay: float,
 ) -> None:
-    """As :func:`scvi_core.kernels.adam`; `numbers_2` is :func:`scvi_core.kernels.corrected`'s answer, on the device."""
-    n = len(weights)
-    _triton()[0].adam_kernel[(-(-n // BLOCK),)](
-        n, weights, gradient, mean, square, numbers_2, 1 - betas[0], 1 - betas[1], eps, weight_decay, BLOCK=BLOCK
-    )
+    """As :func:`scvi_core.kernels.adam`; `numbers_2` lies on the device."""
+    for w, gradient, mean, square, mask in zip(weights, gradients, means, squares, trainable, strict=True):
+        n, masked = w.numel(), mask is not None
+        rates = numbers_2, mean_rate, square_rate, eps, decay
+        _triton()[0].adam_kernel[(-(-n // BLOCK),)](
+            masked,
+            n,
+            w,
+            gradient.contiguous(),
+            mean,
+            square,
+            mask.view(torch.uint8) if masked else w,
+            *rates,
+            BLOCK=BLOCK,
+        )
