@@ -261,6 +261,10 @@ def ingest(path: str | Path, out: str | Path, sample: Sample, config: InputConfi
         if len(total) > 10 and total.min() >= 0.999 * total.max():
             text = f"all cells have the same total, so these are hardly counts; {read.field.remedy}"
             decisions.add("equal_totals", int(total.max()), text, n_cells=len(total), warn=True)
+        empty = int((total == 0).sum())
+        if empty > 0.01 * len(total) and any(d.what == "layer" for d in decisions):
+            text = "cells have no count in the layer that was taken; if another holds them, set input.layer"
+            decisions.add("cells_without_counts", empty, text, n_cells=empty, warn=True)
         decisions.extend(of_genes)  # told after the format, which counts the entries
         if not left:
             raise UserError(f"{path}: no counts left after genes without a name were dropped; name the genes")

@@ -15,7 +15,7 @@ from scvi_core.io.blocks import Read, take_columns
 from scvi_core.io.checks import listed, nearest
 
 # Ensembl's gene ids: of vertebrates, and those that it takes from FlyBase and WormBase
-ID = r"(?:ENS[A-Z]*G\d{11}|FBgn\d{7}|WBGene\d{8})"
+ID = r"(?:ENS[A-Z]*G\d{11}|FB(?:gn|ti)\d{7}|WBGene\d{8})"
 ENSEMBL = re.compile(ID + r"(?:\.\d+)?")
 VERSION = re.compile(rf"^({ID})\.\d+")  # what follows stays: GENCODE writes ENSG00000182378.15_PAR_Y
 JOINED = re.compile(

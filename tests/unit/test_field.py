@@ -209,6 +209,7 @@ def test_words_in_place_of_a_name(tmp_path):
 
 def test_ids_of_fly_and_worm(tmp_path):
     ids = [f"FBgn{i:07d}" for i in range(G)]
+    ids[::5] = [f"FBti{i:07d}" for i in range(0, G, 5)]  # Ensembl takes the fly's transposons, too
     fly = [n.replace("MT-", "mt:") for n in NAMES]
     right(h5ad(tmp_path / "f.h5ad", var=pd.DataFrame({"feature_name": fly}, index=ids)), fly)
     features = [f"{i}\t{n}\tGene Expression" for i, n in zip(ids, fly, strict=True)]
@@ -400,10 +401,13 @@ def test_the_layer_with_counts_is_found(tmp_path):
         read(mtx(tmp_path / "m"), layer="L2/3")
 
 
-def test_equal_totals_are_warned_of(tmp_path):
+def test_totals_are_looked_at(tmp_path):
     millions = np.rint(1e6 * X / X.sum(1, keepdims=True))
     assert right(h5ad(tmp_path / "a.h5ad", millions), x=millions)["equal_totals"].warning
     assert "equal_totals" not in right(h5ad(tmp_path / "b.h5ad"))
+    half = X * (np.arange(N) % 2)[:, None]
+    decisions = right(h5ad(tmp_path / "c.h5ad", layers={"counts": half}), x=half)
+    assert decisions["cells_without_counts"].n_cells == N // 2 and decisions["cells_without_counts"].warning
 
 
 def test_loom_names_and_layers(tmp_path):
