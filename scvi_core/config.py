@@ -851,7 +851,11 @@ def check_columns(config: Config, samples: list[Sample], where: str = "config") 
         if one.column in own or (
             one.column == "batch" and not own_batches
         ):  # else the inputs' own tables have it, and the step itself looks
-            levels = [level_text(s.batch if one.column == "batch" else s.metadata[one.column]) for s in samples]
+            given = [s.batch if one.column == "batch" else s.metadata[one.column] for s in samples]
+            if one.column != "batch" and all(re.fullmatch(NUMBER, level) for level in given if level):
+                # the store makes numbers of these, where 0.50 is 0.5
+                given = [str(float(level)) if re.search("[.eE]", level) else level for level in given]
+            levels = [level_text(level) for level in given]
             for key in ("group", "reference"):
                 found = levels.count(level_text(getattr(one, key)))
                 if not found:

@@ -19,7 +19,7 @@ ID = r"(?:ENS[A-Z]*G\d{11}|FB(?:gn|ti)\d{7}|WBGene\d{8})"
 ENSEMBL = re.compile(ID + r"(?:\.\d+)?")
 VERSION = re.compile(rf"^({ID})\.\d+")  # what follows stays: GENCODE writes ENSG00000182378.15_PAR_Y
 JOINED = re.compile(
-    rf"(?P<a>{ID}(?:\.\d+)?)[_|:;-]+(?P<b>.*)|(?P<d>.+?)(?:[_|:;.-]+| \()(?P<c>{ID}(?:\.\d+)?)\)?"
+    rf"(?P<a>{ID}(?:\.\d+)?)[_|:;-]+(?P<b>.*)|(?P<d>.+?)(?:[_|:;.-]{{1,3}}| \()(?P<c>{ID}(?:\.\d+)?)\)?"
 )  # id_symbol, or turned
 ACCESSION = re.compile(
     rf"{ID}.*|ENS[A-Z]*T\d{{11}}.*|[NX][MR]_\d+(?:\.\d+)?|(?:MGI|HGNC|RGD):\d+|ZDB-GENE-[\d-]+"
@@ -28,7 +28,7 @@ ACCESSION = re.compile(
 NUMBER = re.compile(r"(?:[XV]|row_?|(?:gene|feature|var)[-_ .]?)?\d+(?:\.0)?", re.IGNORECASE)
 # what aligners put in front of names where a reference is of several genomes
 GENOME = re.compile(
-    r"((?:GRC[a-z]\d+|hg\d\d|mm\d\d?|rn\d|dm\d|ce\d\d|danRer\d+|galGal\d+|susScr\d+|rheMac\d+|Mmul(?:_\d+)?|mRatBN\d)"
+    r"^((?:GRC[a-z]\d+|hg\d\d|mm\d\d?|rn\d|dm\d|ce\d\d|danRer\d+|galGal\d+|susScr\d+|rheMac\d+|Mmul(?:_\d+)?|mRatBN\d)"
     r"(?:\.\d+)?\w*?(?:[_-](?:\d{4}-[A-Z]|pre-?m?rna))?)[_-]+"
 )
 QUOTED = re.compile(r"b?([\"']).*\1")  # also what Python makes of bytes
@@ -69,22 +69,13 @@ FAMILIES = re.compile(r"MT[-.:]\S+|RP[SL]\d+[AXYL]?|HLA-\S+", re.IGNORECASE)
 
 # What the kinds of features are called (lower case, blanks for _ and -). Spliced and unspliced counts are of genes.
 TYPE_COLUMNS = ("feature_types", "feature_type", "modality", "feature_biotype")
+GENE = "a gene"
 OF_GENES = {
-    "gene expression",
-    "gex",
-    "rna",
-    "gene",
-    "genes",
-    "mrna",
-    "transcriptome",
-    "spliced",
-    "unspliced",
-    "ambiguous",
-}
+    "gene expression", "gex", "rna", "gene", "genes", "mrna", "transcriptome", "spliced", "unspliced", "ambiguous",
+}  # fmt: skip
 OF_OTHERS = {
-    "multiplexing capture", "antigen capture", "custom", "adt",
-    "hto", "prot", "cite", "atac", "chromatin accessibility",
-    "cell hashing", "sgrna", "spike in", "spike ins", "ercc",
+    "multiplexing capture", "antigen capture", "custom", "adt", "hto", "prot", "cite", "atac",
+    "chromatin accessibility", "cell hashing", "sgrna", "spike in", "spike ins", "ercc",
 }  # fmt: skip
 WORDS_OF_OTHERS = "antibod|protein(?! coding)|guide|peak|hashtag"
 # and how their names tell, where no column does
@@ -97,7 +88,7 @@ OTHERS_BY_NAME = re.compile(
     r"|(?:Hu|HuMs|HuMsRt|Ms)\.[A-Z].+|(?i:.*anti[-_ .](?:human|mouse|rat).*)"
     r"|.+:\d+-\d+|(?:chr\w+|\d\d?|[XYM]|MT|[A-Z]{2}\d{6}\.\d)[:_-]\d+[-_]\d+"  # peaks
     r"|(?i:(?:gRNA|sgRNA|guide|crispr)[-_].+|.+[-_](?:gRNA|sgRNA|sg\d)(?:[-_]?\d+)?|non[-_]?targeting.*)"  # guides
-    r"|sg[A-Z][A-Za-z0-9]*(?:[-_.]\w+)*|(?i:(?:gspikein_)?ERCC[-_.]\d{5})"  # and spike-ins
+    r"|sg[A-Z][\w.-]*|(?i:(?:gspikein_)?ERCC[-_.]\d{5})"  # and spike-ins
     r"|(?i:neg(?:control\w*|(?:ative|prb)\d+)|blank[-_]\d+|(?:unassigned|deprecated|blank)codeword\w*)"  # of imaging
     r"|(?:__)?(?:no_feature|ambiguous|too_low_aQual|not_aligned|alignment_not_unique)"  # what htseq-count and STAR add
     r"|N_(?:unmapped|multimapping|noFeature|ambiguous)"
@@ -455,9 +446,6 @@ def genes_only(read: Read, where: str, config: InputConfig, decisions: Decisions
     if "gene_ids" in kept:
         kept["gene_ids"] = _unsplit(as_text(kept["gene_ids"]), None)
     return dataclasses.replace(read, blocks=blocks, shape=(n_cells, len(kept)), var=kept)
-
-
-GENE = "a gene"
 
 
 def _others_by_type(var: pd.DataFrame, decisions: Decisions) -> pd.Series | None:

@@ -51,7 +51,7 @@ ANNOTATION = {  # as `plain` writes them
 }  # fmt: skip
 SUMS = re.compile(
     r"n_?(?:counts?|features?|genes?|umis?|reads)(?:_\w+)?|(?:percent|pct|total)_[a-z]\w*|percent|total"
-    r"|\w+_snn_res_\w+|unnamed_?:_?\d*|entrez\w*|gene_?len\w*"
+    r"|\w+_snn_res_.*|unnamed_?:_?\d*|entrez\w*|gene_?len\w*"
 )  # and of kinds that have many names: Seurat's, scanpy's, and pandas' of a column without one
 
 
@@ -275,7 +275,7 @@ def _rows(path: Path, decisions: Decisions) -> list[list[str]]:
     table = path.name.removesuffix(".gz").endswith(".csv")
     rows = list(csv.reader(lines)) if table else [line.split("\t") for line in lines]
     other = next((mark for mark in ";, " if all(mark in line and "\t" not in line for line in lines)), None)
-    if not table and other:
+    if not table and other and identity.ENSEMBL.match(lines[-1]):
         raise UserError(f"{path}: its columns are separated by {other!r}; write it with tabs, as its name says")
     quoted = sum(line[0] == line[-1] and line[0] in "\"'" and len(line) > 1 for line in lines)
     if not table and quoted >= 0.9 * len(lines):

@@ -12,10 +12,11 @@ import pytest
 import scipy.sparse as sp
 
 from scvi_core import io
-from scvi_core.config import InputConfig, QcConfig, Sample, level_text, load_samples
+from scvi_core.config import InputConfig, QcConfig, Sample, check_columns, level_text, load_config, load_samples
 from scvi_core.files import Decisions, UserError
 from scvi_core.io.identity import guess_organism
 from scvi_core.preprocess.qc import in_group, qc
+from scvi_core.preprocess.store import typed
 
 N, G = 40, 60
 MITO = ["ND1", "ND2", "CO1", "CO2", "ATP8", "ATP6", "CO3", "ND3", "ND4L", "ND4", "ND5", "ND6", "CYB"]
@@ -482,6 +483,23 @@ def test_levels_are_one_only_if_they_are_whole_numbers(tmp_path):
         assert InputConfig(metadata=given).metadata == columns
 
 
+def test_levels_of_the_sheet_are_those_of_the_store():
+    doses = ["0.00", "0.00", "0.50", "0.50"]
+    samples = [Sample(sample=f"s{i}", path="x", batch="b", metadata={"dose": d}) for i, d in enumerate(doses)]
+
+    def asked(group):
+        tests = [{"column": "dose", "group": group, "reference": 0}]
+        check_columns(
+            load_config({"contrast": {"tests": tests, "min_replicates": 2}, "de": {"groupby": "dose"}}), samples
+        )
+
+    stored = typed("dose", pd.Series(doses), False, Decisions("store"))
+    assert sorted({level_text(dose) for dose in stored}) == ["0", "0.5"]
+    asked(0.50)
+    with pytest.raises(UserError, match=r"no sample has dose '0\.50' .*there are 0, 0\.5$"):
+        asked("0.50")
+
+
 def test_qc_is_by_sample_within_a_file(tmp_path):
     x = np.vstack([X, 50 * X])
     obs = pd.DataFrame({"donor": ["poor"] * N + ["rich"] * N}, [f"{b}{i}" for i in (1, 2) for b in BARCODES])
@@ -847,8 +865,6 @@ def test_mitochondrial_genes_of_other_species(tmp_path):
 
 
 def test_genes_given_in_the_configuration(tmp_path):
-    from scvi_core.config import load_config
-
     path = tmp_path / "mito.txt"
     path.write_text("# mine\nLOC1\nLOC2\n\n")
     for given, expected in ((str(path), ("LOC1", "LOC2")), ("/^MT/", ("/^MT/",)), (["LOC3"], ("LOC3",))):
