@@ -295,23 +295,14 @@ def _id_field(texts: dict[str, np.ndarray], index: str, decisions: Decisions) ->
     full = [field for field, values in texts.items() if _ensembl_share(values) >= 0.9]
     columns = _columns(texts)
     known = [columns[name] for name in ID_COLUMNS if name in columns]
-    others = [
-        field
-        for field in full
-        if not re.search("ortholog|homolog", field, re.IGNORECASE) and _repeats(texts[field]) <= 0.05
-    ]
+    others = [field for field in full if not re.search("ortholog|homolog", field, re.IGNORECASE)]
+    others = [field for field in others if pd.Index(texts[field][texts[field] != ""]).duplicated().mean() <= 0.05]
     found = next((field for field in (index, *known, *others) if field in full), None)
     species = {field: next(re.sub(r"\d.*", "", v) for v in texts[field] if ENSEMBL.fullmatch(v)) for field in full}
     if found is not None and len(set(species.values())) > 1:
         held = ", ".join(f"{field} {prefix}..." for field, prefix in species.items())
         decisions.add("ids_of_two_species", found, f"it is taken, and others are not; there are {held}", warn=True)
     return found
-
-
-def _repeats(values: np.ndarray) -> float:
-    """Share of the non-empty names that are there before."""
-    filled = values[values != ""]
-    return 1 - len(set(filled)) / max(1, len(filled))
 
 
 def _symbol_field(
