@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import scanpy as sc
-from _samples import sample
+from _samples import sample, write_sample
 
 from scvi_core.config import QcConfig
 from scvi_core.preprocess import samples as sample_files
@@ -29,7 +29,7 @@ def cycling(n=300, g=500, seed=0):
 
 def scored(tmp_path, X, names, config=QUIET):
     adata = sample(X, gene_ids=[f"G{i}" for i in range(len(names))], gene_names=names)
-    adata.write_h5ad(tmp_path / "counts.h5ad")
+    write_sample(tmp_path / "counts.h5ad", adata)
     return (*judge(tmp_path / "counts.h5ad", config, 0), adata)
 
 

@@ -37,6 +37,7 @@ from _project import write_h5ad, write_mtx, write_sheet  # isort: skip
 from scvi_core import cli as cli_module
 from scvi_core.config import Config, load_samples
 from scvi_core.files import UserError, code_sha256
+from scvi_core.log import redacted
 
 
 def refused(done, *words):
@@ -242,7 +243,7 @@ URLS = [
         (HEADER + "s1\t-x.h5ad\tone\n", ["line 2", "path", "-x.h5ad"]),
         (HEADER + "s1\tdata/{sample}.h5ad\tone\n", ["line 2", "path", "braces"]),
     ]
-    + [(f"{HEADER}s1\t{url}\tone\n", ["line 2", "path", repr(url), word]) for url, word in URLS],
+    + [(f"{HEADER}s1\t{url}\tone\n", ["line 2", "path", repr(redacted(url)), word]) for url, word in URLS],
     ids=lambda value: repr(value)[:40] if isinstance(value, str) else "",
 )
 def test_sample_sheet(project, tmp_path, text, words):
@@ -502,7 +503,7 @@ def test_de_and_report(built, atlas, tmp_path):
     refused(done, "de.groupby", "site", "donor")
     done = here(tmp_path, "de", "--store", atlas / "counts.zarr", "--model", tmp_path, *out)
     refused(done)
-    refused(here(tmp_path, "report", tmp_path / "none"), "cells.parquet", "missing")
+    refused(here(tmp_path, "report", tmp_path / "none"), "cells.parquet", "no such file", "cluster")
     refused(here(tmp_path, "register", tmp_path / "none"), "model.json")
     assert not list(tmp_path.iterdir())
 

@@ -16,7 +16,8 @@ rule genes:
     params:
         samples=lambda wildcards, input: os.path.dirname(
             os.path.dirname(input.counts[0])
-        ),  # not each of them: a command's line has an end
+        ),
+        # not each of them: a command's line has an end
         config=part("samples", "input.genes", "genes"),
     shell:
         "scvi-core genes {params.samples:q} --config {params.config:q} --out {output.genes:q}"
