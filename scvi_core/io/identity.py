@@ -25,7 +25,8 @@ ACCESSION = re.compile(
     rf"{ID}.*|ENS[A-Z]*T\d{{11}}.*|[NX][MR]_\d+(?:\.\d+)?|(?:MGI|HGNC|RGD):\d+|ZDB-GENE-[\d-]+"
 )  # no symbols
 # numbers of rows, and what R makes of them
-NUMBER = re.compile(r"(?:[XV]|row_?|(?:gene|feature|var)[-_ .]?)?\d+(?:\.0)?", re.IGNORECASE)
+NUMBER = re.compile(r"(?:[XV]|row_?)?\d+(?:\.0)?", re.IGNORECASE)
+COUNTED = re.compile(r"(?:gene|feature|var)[-_ .]?\d+", re.IGNORECASE)  # names, for want of better ones
 # what aligners put in front of names where a reference is of several genomes
 GENOME = re.compile(
     r"^((?:GRC[a-z]\d+|hg\d\d|mm\d\d?|rn\d|dm\d|ce\d\d|danRer\d+|galGal\d+|susScr\d+|rheMac\d+|Mmul(?:_\d+)?|mRatBN\d)"
@@ -321,7 +322,8 @@ def _symbol_field(
     known = [columns[name] for name in SYMBOL_COLUMNS if name in columns]
     known += [field for field in texts if field.endswith(", behind the id")]
     # an index that can name is what the file's maker calls its genes; their columns may lag behind
-    candidates = [index, *known] if _nameable(texts[index]) else known
+    counted = sum(COUNTED.fullmatch(name) is not None for name in texts[index]) >= 0.9 * len(texts[index])
+    candidates = [*known, index] if counted or not _nameable(texts[index]) else [index, *known]
     usable = [field for field in candidates if _nameable(texts[field])]
     if usable:
         return usable[0]
