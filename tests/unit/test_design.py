@@ -25,9 +25,11 @@ def config(*tests, de=None, **contrast) -> Config:
 
 
 def test_types_are_those_of_the_cells():
-    table = sheet(dose=["1", "1.0", "2", "2", "1e1", "10"], plate=["01", "01", "02", "02", "03", "03"])
+    table = sheet(dose=["1", "1.0", "2", "2", "1e+1", "10"], plate=["01", "01", "02", "02", "03", "03"])
     assert list(table["dose"]) == [1, 1, 2, 2, 10, 10] and list(table["age"][:2]) == [31, 31]
     assert list(table["plate"]) == ["01", "01", "02", "02", "03", "03"]
+    wells = ["1E1", "1E2", "1E3", "2E1", "2E2", "2E3"]  # names of wells, not numbers
+    assert list(sheet(well=wells)["well"]) == wells
 
 
 @pytest.mark.parametrize(
