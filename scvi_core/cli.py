@@ -5,11 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
 import stat
 import sys
 import tempfile
-import time
 import traceback
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -24,17 +22,14 @@ from scvi_core.files import (
     FOLDERS,
     Decisions,
     UserError,
-    alone,
     check_output,
     code_sha256,
-    read_json,
     read_parquet,
     replacing,
-    speak_utf8,
     write_json,
     write_parquet,
 )
-from scvi_core.log import log, one_line, redacted
+from scvi_core.log import log, one_line, redacted, speak_utf8
 
 
 class Step(typer.core.TyperCommand):
@@ -160,7 +155,7 @@ def ingest(
             raise
         raise UserError(source + str(error).removeprefix(str(path))) from error  # the fetched copy is gone soon
     log.info("%s: read %s, content sha256 %s", sample, row.path, digest)
-    _write_decisions(made, decisions)
+    made.write(decisions)
 
 
 @app.command(cls=Step)
@@ -184,7 +179,7 @@ def qc(
     if figure is not None:
         with replacing(figure, "PNG") as temporary:
             temporary.write_bytes(figures.png(figures.qc_figure(frame, made)))
-    _write_decisions(made, decisions)
+    made.write(decisions)
 
 
 @app.command(cls=Step)
@@ -204,7 +199,7 @@ def genes(
     files = _counts(counts, settings.samples)
     frame, made = select_genes(files, _beside(files), settings.input, settings.genes)
     write_parquet(out, frame)
-    _write_decisions(made, decisions)
+    made.write(decisions)
 
 
 @app.command(cls=Step)
@@ -224,7 +219,7 @@ def store(
     settings = load_config(config)
     files = _counts(counts, settings.samples)
     made = write_store(out, files, _beside(files), read_parquet(genes, "genes"), settings.input.metadata)
-    _write_decisions(made, decisions)
+    made.write(decisions)
 
 
 @app.command(cls=Step)
@@ -238,42 +233,13 @@ def lookup(
 
     Example: scvi-core lookup --store counts.zarr --config config/config.yaml --out found
     """
-    from scvi_core import registry, steps
+    from scvi_core import steps
 
-    settings = load_config(config)
-    wanted = steps.plan(store, settings).fingerprint
-    found = None
-    if settings.model.reuse != "never":
-        found = registry.find(settings.tracking_uri, wanted)
-    made = Decisions("lookup")
-    if found is None and settings.model.reuse == "require":
-        raise UserError(
-            f"model.reuse: 'require', but {settings.tracking_uri} has no model of fingerprint {wanted[:12]}...; "
-            "set model.reuse: exact to train one"
-        )
-    why = {
-        "never": "model.reuse: never, so the registry was not asked",
-        "exact": "no registered model has this fingerprint, so one is trained",
-        "require": "",
-    }[settings.model.reuse]
-    made.add(
-        "model",
-        "registered model" if found else "to be trained",
-        "a registered model has the same fingerprint, so it is taken instead of training" if found else why,
-    )
-    with replacing(out, "LOOKUP") as folder:
-        folder.mkdir()
-        if found is not None:
-            registry.fetch(settings.tracking_uri, found, folder / "model")
-        about = {"name": found.name, "version": str(found.version), "run_id": found.run_id} if found else None
-        told = {"fingerprint": wanted, "found": about, "reuse": settings.model.reuse}
-        write_json(folder / "lookup.json", told, checksum=True)
-    _write_decisions(made, decisions)
+    steps.lookup(store, load_config(config), out).write(decisions)
 
 
 @app.command(cls=Step)
 def train(
-    context: typer.Context,
     store: Annotated[Path, typer.Option(help="counts.zarr")],
     out: Annotated[Path, typer.Option(metavar="MODEL", help="the model's folder")],
     config: ConfigOption = "{}",
@@ -296,94 +262,11 @@ def train(
 
     Example: scvi-core train --store counts.zarr --config config/config.yaml --out model --checkpoints .checkpoints
     """
-    from scvi_core import api, kernels, parallel, steps
-    from scvi_core.device import resolve_device
-    from scvi_core.stream import open_counts
-    from scvi_core.train import Interrupted
+    from scvi_core import steps
 
-    settings = load_config(config)
-    plan = steps.plan(store, settings)
-    checkpoint = None if checkpoints is None else checkpoints / f"{plan.fingerprint}.safetensors"
-    looked = {"found": None} if found is None else read_json(found / "lookup.json", "lookup")
-    if checkpoint is not None and not parallel.started():
-        waited = context.with_resource(alone(checkpoint.with_suffix(".lock")))
-        written = [out / name for name in api.BUNDLE] + [path for path in (run, decisions) if path is not None]
-        kept = waited or (looked.get("reuse", "never") != "never" and not looked["found"])
-        done = not checkpoint.exists() and all(path.exists() for path in written)
-        if kept and done and steps.is_model_of(out, plan.fingerprint):  # by a job whose Snakemake was killed
-            log.info("train: %s has this fingerprint already, and is kept", out)
-            for path in written:
-                path.touch()
-            return
-    if devices > 1 and not parallel.started():
-        raise typer.Exit(parallel.launch(devices, sys.argv[1:]))
-    _use_threads(max(1, settings.threads // devices))
-    made = Decisions("train")
-    began = time.time()
-    if looked["found"]:
-        if looked["fingerprint"] != plan.fingerprint:
-            raise UserError(f"{found}: was looked up for another store or configuration; run `scvi-core lookup` again")
-        model = api.load(found / "model")
-        made.add("training", "skipped", f"the registered model has the fingerprint {plan.fingerprint[:12]}")
-        if int(os.environ.get("RANK", "0")) and parallel.started():
-            return
-        model.save(out)
-        if run is not None:
-            steps.write_run(run, began, model, reused=True)
-        _write_decisions(made, decisions)
-        if checkpoint is not None:
-            checkpoint.unlink(missing_ok=True)
-        return
-    made.add("library", settings.model.library, _library_reason(settings.model.library))
-    stopping = _stop_on_signals()
-    device = resolve_device(settings.device)
-    if parallel.started():
-        device = parallel.join(device)
-    if checkpoint is not None:
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        model = api.fit_counts(
-            open_counts(store, plan.cells, plan.schema, settings.train.memory_gb),
-            plan.schema,
-            plan.gene_names,
-            plan.data,
-            plan.model,
-            settings.train,
-            None,
-            settings.seed,
-            device,
-            checkpoint=checkpoint,
-            stop=lambda: bool(stopping) or parallel.abandoned(),
-            about=plan.about,
-        )
-    except Interrupted:
-        log.warning("train: stopped by signal; %s", f"{checkpoint} is kept" if checkpoint else "nothing is kept")
-        raise typer.Exit(parallel.RUN_AGAIN) from None
-    except parallel.LostError as error:
-        log.warning("train: lost contact with another process (%s)", error)
-        raise typer.Exit(parallel.LOST) from None
-    finally:
-        first = parallel.rank() == 0
-        parallel.leave()
-    if not first:
-        return
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # one that comes now would make a success look like a failure,
-        signal.signal(number, signal.SIG_IGN)  # whose outputs Snakemake deletes: what is left is to write them
-    numbers = model.card["metrics"]
-    made.add("device", model.card["device"], f"asked for: {settings.device}")
-    reason = {"compiled": "built when scvi-core was installed", "triton": "compiled for this GPU as training began"}
-    which, why_plain = kernels.kind(model.network.rho.weight)
-    made.add("kernels", model.card["kernels"], reason.get(which, why_plain))
-    made.add("precision", model.card["precision"], f"asked for: {settings.train.precision}")
-    made.add("epochs", numbers["epochs"], f"the weights of epoch {numbers['kept_epoch']} are kept")
-    model.save(out)
-    if run is not None:
-        steps.write_run(run, began, model, reused=False)
-    _write_decisions(made, decisions)
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
-        if others := len(list(checkpoint.parent.glob("*.safetensors"))):
-            log.info("train: %s keeps %d unfinished trainings of other configurations", checkpoint.parent, others)
+    code = steps.train(store, load_config(config), out, found, run, checkpoints, devices, decisions)
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command(cls=Step)
@@ -400,16 +283,9 @@ def embed(
 
     Example: scvi-core embed --store counts.zarr --model model --out latent.parquet
     """
-    from scvi_core import api, posterior, steps, tables
+    from scvi_core import steps
 
-    settings = load_config(config)
-    _use_threads(settings.threads)
-    fitted = api.load(model, settings.device)
-    cell_ids, counts = steps.open_store(store, fitted, settings.train.memory_gb, design=False)
-    write_parquet(out, tables.latent_table(cell_ids, posterior.latent(fitted.network, counts)))
-    if uncertainty is not None:
-        std_nk = posterior.latent_std(fitted.network, counts)
-        write_parquet(uncertainty, tables.uncertainty_table(cell_ids, posterior.uncertainty(std_nk), std_nk))
+    steps.embed(store, model, load_config(config), out, uncertainty)
 
 
 @app.command(cls=Step)
@@ -435,29 +311,19 @@ def expression(
 
     Example: scvi-core expression --store counts.zarr --model model --genes INS,GCG --out expression.parquet
     """
-    from scvi_core import api, posterior, steps
+    from scvi_core import steps
 
-    settings = load_config(config)
-    _use_threads(settings.threads)
-    fitted = api.load(model, settings.device)
-    wanted = fitted.gene_ids
+    wanted = None
     if genes is not None:
         text = _list_of(Path(genes[1:])) if genes.startswith("@") else genes.replace(",", "\n")
         wanted = [gene.strip() for gene in text.split("\n") if gene.strip()]
-    if not wanted:
-        raise UserError(f"--genes {genes!r}: names no gene; leave it out for all")
+        if not wanted:
+            raise UserError(f"--genes {genes!r}: names no gene; leave it out for all")
     try:
         size = None if library_size == "own" else float(library_size)
     except ValueError:
         raise UserError(f"--library-size {library_size!r}: neither a number nor 'own'") from None
-    places, batches = fitted.places(wanted), fitted.batch_codes(batch or None)
-    ids = [fitted.gene_ids[i] for i in places]
-    if len(set(ids)) < len(ids):
-        twice = next(gene for gene in ids if ids.count(gene) > 1)
-        raise UserError(f"--genes: {twice!r} is asked for twice, perhaps by its id and its name; name it once")
-    cell_ids, counts = steps.open_store(store, fitted, settings.train.memory_gb)
-    made = posterior.expression_blocks(fitted.network, counts, places, size, batches, samples, settings.seed)
-    steps.write_expression(out, cell_ids, ids, made)
+    steps.expression(store, model, load_config(config), out, wanted, batch or None, size, samples)
 
 
 @app.command(cls=Step)
@@ -498,7 +364,7 @@ def cluster(
     latent_nk = z.drop(columns="cell_id").to_numpy("float32")
     found = group(latent_nk, settings.cluster, settings.seed, settings.threads, made)
     write_parquet(out, tables.cells_table(obs, found))
-    _write_decisions(made, decisions)
+    made.write(decisions)
 
 
 @app.command(cls=Step)
@@ -516,29 +382,9 @@ def de(
 
     Example: scvi-core de --store counts.zarr --model model --cells cells.parquet --out de.parquet
     """
-    from scvi_core import api, steps
-    from scvi_core.de import differential_expression
+    from scvi_core import steps
 
-    settings = load_config(config)
-    _use_threads(settings.threads)
-    table = read_parquet(cells, "cluster")
-    groupby = settings.de.groupby
-    if groupby not in table:
-        raise UserError(f"de.groupby: no column '{groupby}' in {cells} (columns: {', '.join(table.columns)})")
-    fitted = api.load(model, settings.device)
-    cell_ids, counts = steps.open_store(store, fitted, settings.train.memory_gb)
-    if list(table["cell_id"]) != list(cell_ids):
-        raise UserError(f"{cells}: its cells are not those of {store}; run `scvi-core cluster` again")
-    made = Decisions("de")
-    names = fitted.gene_ids, fitted.gene_names
-    frame = differential_expression(fitted.network, counts, table[groupby], *names, settings.de, settings.seed, made)
-    against = "the rest" if settings.de.reference == "rest" else "each other"
-    n_groups = len(set(frame["group"]) | set(frame["reference"]) - {"rest"})
-    made.add("groups compared", n_groups, f"groups of '{groupby}' against {against}")
-    called = f"expected false discovery proportion {settings.de.fdr:g}"
-    made.add("genes called", int(frame["is_de"].sum()), f"(group, gene) pairs, {settings.de.mode} mode, {called}")
-    write_parquet(out, frame)
-    _write_decisions(made, decisions)
+    steps.de(store, model, cells, load_config(config), out).write(decisions)
 
 
 @app.command(cls=Step)
@@ -567,7 +413,7 @@ def contrast(
     write_parquet(out, frame)
     if pseudobulk is not None:
         write_parquet(pseudobulk, bulks.table())
-    _write_decisions(made, decisions)
+    made.write(decisions)
 
 
 @app.command(cls=Step)
@@ -585,40 +431,9 @@ def criticism(
 
     Example: scvi-core criticism --store counts.zarr --model model --cells cells.parquet --out criticism
     """
-    from scvi_core import api
-    from scvi_core.criticism import choose_cells, criticise
-    from scvi_core.preprocess.store import read_store
-    from scvi_core.stream import open_counts
-    from scvi_core.train import hold_out
+    from scvi_core import steps
 
-    settings = load_config(config)
-    _use_threads(settings.threads)
-    fitted = api.load(model, settings.device)
-    adata, table = read_store(store, counts=False), read_parquet(cells, "cluster")
-    if list(adata.var_names) != fitted.gene_ids:
-        raise UserError(f"{model}: its genes are not those of {store}; give the store that it was trained on")
-    groupby = settings.de.groupby
-    if groupby not in table:
-        raise UserError(f"de.groupby: no column '{groupby}' in {cells} (columns: {', '.join(table.columns)})")
-    group = table.set_index("cell_id")[groupby].reindex(adata.obs_names)
-    made = Decisions("criticism")
-    trained_here = fitted.card["n_cells"] == adata.n_obs
-    held = hold_out(fitted.train, adata.n_obs if trained_here else 0, fitted.seed)
-    rows = choose_cells(adata.n_obs, held, settings.criticism, settings.seed, made)
-    counts = open_counts(store, adata, fitted.schema, settings.train.memory_gb).subset(rows)
-    found = criticise(
-        fitted.network,
-        counts.to(next(fitted.network.parameters()).device),
-        adata.obs_names[rows],
-        fitted.gene_ids,
-        fitted.gene_names,
-        group.astype(object).where(group.notna(), None).iloc[rows].map(str, na_action="ignore").to_numpy(),
-        settings.criticism,
-        settings.seed,
-        made,
-    )
-    found.save(out)
-    _write_decisions(made, decisions)
+    steps.criticism(store, model, cells, load_config(config), out).write(decisions)
 
 
 @app.command(cls=Step)
@@ -635,39 +450,9 @@ def register(
 
     Example: scvi-core register results/pancreas --config config/config.yaml
     """
-    from scvi_core import registry
-    from scvi_core.report import figures
+    from scvi_core.registry.atlas import register
 
-    settings = load_config(config)
-    card = read_json(folder / "model" / "model.json", "train")
-    run = read_json(folder / "logs" / "train_run.json", "train")
-    with tempfile.TemporaryDirectory() as scratch:
-        pictures = []
-        if settings.registry.figures:
-            cells = read_parquet(folder / "cells.parquet", "cluster")
-            history = read_parquet(folder / "model" / "history.parquet", "train")
-            drawn = {"training": figures.training_figure(history, card["metrics"]["kept_epoch"])}
-            if cells["umap_1"].notna().any():
-                drawn |= {f"umap_{c}": figures.umap_figure(cells, c) for c in ("cluster", "batch")}
-            for name, figure in drawn.items():
-                pictures.append(Path(scratch) / f"{name}.png")
-                pictures[-1].write_bytes(figures.png(figure))
-        reference = registry.register(
-            settings.tracking_uri,
-            settings.registered_name,
-            folder / "model",
-            train_run=run,
-            dataset={"name": settings.atlas, "digest": card["data_sha256"], "source": str(folder / "counts.zarr")},
-            # what made the model
-            config=json.loads(
-                redacted(settings.model_dump_json(exclude={"cluster", "contrast", "criticism", "de", "report"}))
-            ),
-            experiment=settings.registry.experiment or f"scvi-core/{settings.atlas}",
-            atlas=settings.atlas,
-            organism=settings.registry.organism or card["organism"],
-            figures=pictures,
-        )
-    write_json(out or folder / "model_ref.json", reference)
+    write_json(out or folder / "model_ref.json", register(folder, load_config(config)))
 
 
 @app.command(cls=Step)
@@ -774,36 +559,6 @@ def _list_of(path: Path) -> str:
         raise UserError(f"--genes @{path}: not UTF-8 text ({error.reason}); name a file with a gene a line") from None
 
 
-def _library_reason(library: str) -> str:
-    if library == "observed":
-        return "the count total determines a cell's size to within a few per cent; a latent l adds an encoder, not fit"
-    return "as in the paper: log-normal prior by batch; the posterior of l is inferred"
-
-
-def _stop_on_signals() -> list[str]:
-    """A list that is empty until SIGTERM or SIGUSR1 comes."""
-    seen: list[str] = []
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda got, _: seen.append(signal.Signals(got).name))
-    return seen
-
-
-def _use_threads(threads: int) -> None:
-    """Run torch and numba on this many threads: how sums are split decides their last bits."""
-    import torch
-
-    # numba reads its number once, and refuses another for as long as the process lives: a command is a process of its
-    # own, but a caller who has numba at work already keeps what it has and is only limited
-    if "numba" in sys.modules:
-        import numba
-
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-    else:
-        os.environ["NUMBA_NUM_THREADS"] = str(threads)
-
-    torch.set_num_threads(threads)
-
-
 def _counts(given: list[Path], sheet: str) -> list[Path]:
     """The samples' counts.h5ad: as given, or of a folder those of all rows of the sheet, however many they are."""
     rows = [row.sample for row in load_samples(sheet)] if any(path.is_dir() for path in given) else []
@@ -816,11 +571,6 @@ def _beside(counts: list[Path]) -> list[Path]:
         if not path.exists():
             raise UserError(f"{path}: not there; run `scvi-core qc` on the counts.h5ad beside it")
     return paths
-
-
-def _write_decisions(made: Decisions, path: Path | None) -> None:
-    if path is not None:
-        made.write(path)
 
 
 def _write_schemas(folder: Path) -> None:

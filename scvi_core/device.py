@@ -1,8 +1,9 @@
-"""Which device computes, and in which precision."""
+"""Which device computes, on how many threads, and in which precision."""
 
 from __future__ import annotations
 
 import os
+import sys
 
 import torch
 
@@ -46,3 +47,16 @@ def resolve_precision(precision: str, device: torch.device) -> bool:
     half = precision == "bf16" or (precision == "auto" and found)
     log.info("matrix products in %s (asked for: %s)", "bfloat16" if half else "float32", precision)
     return half
+
+
+def use_threads(threads: int) -> None:
+    """Run torch and numba on this many threads: how sums are split decides their last bits."""
+    # numba reads its number once, and refuses another for as long as the process lives: a command is a process of its
+    # own, but a caller who has numba at work already keeps what it has and is only limited
+    if "numba" in sys.modules:
+        import numba
+
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    else:
+        os.environ["NUMBA_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
+import locale
 import logging
+import os
 import re
 import sys
 import time
@@ -90,3 +93,13 @@ def duration(seconds: float) -> str:
         if seconds < 5400
         else f"{seconds / 3600:.1f} h"
     )
+
+
+def speak_utf8() -> None:
+    """Where the locale is of another encoding, start this program again in UTF-8 mode, which its children share.
+
+    Names in sheets and files are UTF-8; as arguments and in paths they would be something else, or nothing.
+    """
+    if not sys.flags.utf8_mode and codecs.lookup(locale.getencoding()).name != "utf-8":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])

@@ -105,6 +105,11 @@ def started() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
+def first() -> bool:
+    """Whether this process is to write files: it is alone, or the first of several, by its environment."""
+    return not started() or os.environ["RANK"] == "0"
+
+
 def join(device: torch.device) -> torch.device:
     """Meet the other processes; each on its own GPU, if the device is one."""
     if device.type == "cuda":

@@ -318,7 +318,7 @@ def test_what_is_no_file_of_ours(tmp_path, caplog):
 
 def test_stamp_tells_inputs_apart_whatever_their_time(tmp_path):
     path = tmp_path / "a.h5ad"
-    for size in (0, 1, files.SMALL, files.SMALL + 1, 20 * files.SMALL):
+    for size in (0, 1, files.checksum.SMALL, files.SMALL + 1, 20 * files.SMALL):
         content = bytearray(np.random.default_rng(size).bytes(size))
         seen = set()
         for place in (None, 0, -1) if size else (None,):
@@ -326,12 +326,13 @@ def test_stamp_tells_inputs_apart_whatever_their_time(tmp_path):
                 content[place] ^= 2 + place
             path.write_bytes(content)
             os.utime(path, (1e9, 1e9))
-            if place != 0 or size <= files.SMALL:  # of a large one some pieces are looked at, the last among them
+            # of a large one some pieces are looked at, the last among them
+            if place != 0 or size <= files.checksum.SMALL:
                 seen.add(files.stamp(path))
-        assert len(seen) == (1 if not size else 3 if size <= files.SMALL else 2), size
+        assert len(seen) == (1 if not size else 3 if size <= files.checksum.SMALL else 2), size
         before = files.stamp(path)
         os.utime(path, ns=(10**18, 10**18 + 1))
-        assert (files.stamp(path) == before) == (size <= files.SMALL)  # known by its content
+        assert (files.stamp(path) == before) == (size <= files.checksum.SMALL)  # known by its content
     assert files.stamp(tmp_path / "none") == files.stamp("/dev/null") == ""
 
 
@@ -346,9 +347,9 @@ def test_stamp_of_a_folder_is_that_of_all_its_files(tmp_path):
         seen.add(files.stamp(tmp_path / "one"))
     (tmp_path / "one" / "c").rename(tmp_path / "one" / "d")
     assert len(seen | {files.stamp(tmp_path / "one")}) == 5
-    write(tmp_path / "two", {f"c/{k}": bytes(files.SMALL) for k in range(3)})  # by pieces now, and times
+    write(tmp_path / "two", {f"c/{k}": bytes(files.checksum.SMALL) for k in range(3)})  # by pieces now, and times
     before = files.stamp(tmp_path / "two")
-    content = bytearray(files.SMALL)
+    content = bytearray(files.checksum.SMALL)
     content[-1] = 1
     for k in range(3):
         about = (tmp_path / f"two/c/{k}").stat()
@@ -403,7 +404,7 @@ def test_a_folder_is_there_at_every_moment(tmp_path, monkeypatch):
         write(temporary, {"checks.json": b'{\n  "later": 1\n}\n'})
     assert "later" in (path / "checks.json").read_text() and names(tmp_path) == ["criticism"]
     monkeypatch.setattr(os, "rename", real)
-    monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    monkeypatch.setattr(files.whole, "_exchange", lambda *_: False)
     with replacing(path, "CRITICISM") as temporary:
         write(temporary, {"checks.json": b'{\n  "last": 1\n}\n'})
     assert "last" in (path / "checks.json").read_text() and names(tmp_path) == ["criticism"]
