@@ -287,7 +287,7 @@ def test_what_a_notebook_calls(fitted):
 def test_expression_and_embedding_to_files(tmp_path, fitted, memory, monkeypatch):
     adata, model = fitted
     monkeypatch.setattr(posterior.blocks, "__defaults__", (None, 7))
-    monkeypatch.setattr(cli, "_use_threads", lambda _: None)  # these are the whole process'
+    monkeypatch.setattr(steps, "use_threads", lambda _: None)  # these are the whole process'
     store, folder = stored(tmp_path, adata), tmp_path / "model"
     model.save(folder)
     whole = steps.read_store(store)
