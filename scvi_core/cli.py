@@ -88,6 +88,7 @@ DecisionsOption = Annotated[
     typer.Option("--decisions", metavar="JSONL", help="where to write the choices made, one JSON object a line"),
 ]
 Tracking = Annotated[str, typer.Option("--tracking-uri", help="MLflow tracking URI of the registry")]
+STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 TRACKING = "sqlite:///results/mlflow.db"
 
 
@@ -292,7 +293,7 @@ def train(
 ) -> None:
     """Fit the model, or take the registered one that `lookup` found.
 
-    Sent SIGTERM or SIGUSR1 it writes a checkpoint and exits with 75; the same command then goes on where it was.
+    Sent SIGTERM, SIGUSR1 or Ctrl-C it writes a checkpoint and exits with 75; the same command then goes on from there.
 
     Example: scvi-core train --store counts.zarr --config config/config.yaml --out model --checkpoints .checkpoints
     """
@@ -367,7 +368,7 @@ def train(
         parallel.leave()
     if not first:
         return
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # one that comes now would make a success look like a failure,
+    for number in STOPS:  # one that comes now would make a success look like a failure,
         signal.signal(number, signal.SIG_IGN)  # whose outputs Snakemake deletes: what is left is to write them
     numbers = model.card["metrics"]
     made.add("device", model.card["device"], f"asked for: {settings.device}")
@@ -697,6 +698,19 @@ def times(folder: Annotated[Path, typer.Argument(help="results/{atlas}")]) -> No
     print(times_table(folder))
 
 
+@app.command(cls=Step)
+def why(folder: Annotated[Path, typer.Argument(help="results/{atlas}")]) -> None:
+    """Say why a build stopped: each step that did not end well, its sample, its log, the reason and what to do.
+
+    Example: scvi-core why results/pancreas
+    """
+    from scvi_core.why import why as told
+
+    if not (folder / "logs").is_dir():
+        raise UserError(f"{folder}: has no logs/; name a folder results/ATLAS that Snakemake has built")
+    print(told(folder) or f"{folder}: every step that ran ended well")
+
+
 @app.command("map", cls=Step)
 def map_(
     query: Annotated[Path, typer.Argument(help="new cells, in any format that ingest reads")],
@@ -781,9 +795,9 @@ def _library_reason(library: str) -> str:
 
 
 def _stop_on_signals() -> list[str]:
-    """A list that is empty until SIGTERM or SIGUSR1 comes."""
+    """A list that is empty until SIGTERM, SIGUSR1 or Ctrl-C comes."""
     seen: list[str] = []
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in STOPS:
         signal.signal(number, lambda got, _: seen.append(signal.Signals(got).name))
     return seen
 
@@ -836,7 +850,9 @@ def _write_schemas(folder: Path) -> None:
 
 def _give_up(message: str, code: int = 1) -> NoReturn:
     """Say why, in one line, and end: on standard output where a log on a full disk does not take it."""
-    line = f"error: {one_line(message)}"
+    from scvi_core.why import loud
+
+    line = loud(f"error: {one_line(message)}")
     try:
         print(line, file=sys.stderr, flush=True)
     except OSError:

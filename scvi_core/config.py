@@ -640,12 +640,13 @@ def parse_json(text: str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def load_config(source: str | Path | dict[str, Any]) -> Config:
+def load_config(source: str | Path | dict[str, Any], where: str = "config") -> Config:
     """Read and check a configuration.
 
     Parameters
     ----------
     source : a YAML file's path, a JSON object as text (it starts with ``{``), or a mapping.
+    where : what messages call a mapping: the file that it was read from.
 
     Raises
     ------
@@ -653,7 +654,7 @@ def load_config(source: str | Path | dict[str, Any]) -> Config:
         For a missing or malformed file, an unknown key (the nearest valid one is named), a value out of range.
     """
     if isinstance(source, dict):
-        where, raw = "config", source
+        raw = source
     elif str(source).lstrip().startswith("{"):
         where = "--config"
         try:

@@ -651,6 +651,8 @@ def test_snakemake_shows_the_line_and_keeps_earlier_results(copy):
     assert done.returncode != 0
     shown = done.stdout + done.stderr
     assert "\nerror: genes.n_top: 1000 genes asked for" in shown and "Traceback" not in shown
+    assert done.stderr.splitlines()[-1].startswith("genes: genes.n_top: 1000 genes asked for")  # the last is the reason
+    assert done.stderr.splitlines()[-2] == "  results/small/logs/genes.log"
     assert tree(copy / "results", skip=("logs", "benchmarks")) == before
     write_config(copy, changed(CONFIG, train__max_epochs=4, device="cuda"))
     done = snakemake(copy)
@@ -668,6 +670,7 @@ def test_snakemake_shows_the_line_and_keeps_earlier_results(copy):
         ({"qc__min_count": 5}, {}, "did you mean 'qc.min_counts'"),
         ({}, {"sample": ["a", "../b", "c"]}, "line 3: sample: use letters"),
         ({}, {"path": ["data/a.h5ad", "none", "data/c.csv.gz"]}, "sample 'b': no file none; mend"),
+        ({"atlas": "new"}, {"path": ["data/a.h5ad", "none", "data/c.csv.gz"]}, "sample 'b': no file none; mend"),
         ({}, {"path": ["data/a.h5ad", "az://x/y", "data/c.csv.gz"]}, "pip install snakemake-storage-plugin-azure"),
         ({"de__groupby": "clusters"}, {}, "de.groupby"),
     ],
@@ -680,7 +683,7 @@ def test_snakemake_refuses_before_it_runs_anything(copy, config, sheet, words):
     done = snakemake(copy)
     write_config(copy, CONFIG)
     write_sheet(copy, SHEET)
-    assert done.returncode != 0 and words in done.stdout + done.stderr
+    assert done.returncode == 1 and words in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stdout + done.stderr and tree(copy / "results") == before
 
 
