@@ -18,7 +18,8 @@ import typer
 import typer.core
 
 from scvi_core._version import __version__
-from scvi_core.config import Config, Sample, check_columns, explain, load_config, load_samples, parse_json
+from scvi_core.config import REMEDY, Config, Sample, check_columns, load_config, load_samples, parse_json
+from scvi_core.explain import explain
 from scvi_core.files import (
     FILES,
     FOLDERS,
@@ -151,7 +152,7 @@ def ingest(
     try:
         row = Sample(sample=sample, path=source or str(path), batch=batch, metadata=parse_json(metadata))
     except ValidationError as error:
-        raise UserError("; ".join(f"--{explain(Sample, e)}" for e in error.errors())) from None
+        raise UserError("; ".join(f"--{clause}" for clause in explain(Sample, error, REMEDY))) from None
     except ValueError as error:
         raise UserError(f"--metadata {metadata!r}: not a JSON object of texts ({error})") from None
     try:
