@@ -137,7 +137,7 @@ def _wanted(kind: Any, value: Any, written: str | None) -> str:
         got = f" (got {shown}, which YAML takes for {str(value).lower()})"
     words = [str(word) for one, limits in kinds for word in _words(one, limits)]
     choices = [str(word) for one, _ in kinds if get_origin(one) is Literal for word in get_args(one)]
-    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(value, choices, n=1, cutoff=0.6) if isinstance(value, str) else []
     hint = f"; did you mean {near[0]}?" if near else ""
     told = " or ".join([", ".join(words[:-1]), words[-1]] if words[:-1] else words)
     return f"is empty; give {told}, or leave it out" if value is None else f"give {told}{hint}{got}"
