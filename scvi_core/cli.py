@@ -16,7 +16,8 @@ import typer
 import typer.core
 
 from scvi_core._version import __version__
-from scvi_core.config import Config, Sample, check_columns, explain, load_config, load_samples, parse_json
+from scvi_core.config import REMEDY, Config, Sample, check_columns, load_config, load_samples, parse_json
+from scvi_core.explain import explain
 from scvi_core.files import (
     FILES,
     FOLDERS,
@@ -145,7 +146,7 @@ def ingest(
     try:
         row = Sample(sample=sample, path=source or str(path), batch=batch, metadata=parse_json(metadata))
     except ValidationError as error:
-        raise UserError("; ".join(f"--{explain(Sample, e)}" for e in error.errors())) from None
+        raise UserError("; ".join(f"--{clause}" for clause in explain(Sample, error, REMEDY))) from None
     except ValueError as error:
         raise UserError(f"--metadata {metadata!r}: not a JSON object of texts ({error})") from None
     try:
@@ -258,7 +259,7 @@ def train(
 ) -> None:
     """Fit the model, or take the registered one that `lookup` found.
 
-    Sent SIGTERM or SIGUSR1 it writes a checkpoint and exits with 75; the same command then goes on where it was.
+    Sent SIGTERM, SIGUSR1 or Ctrl-C it writes a checkpoint and exits with 75; the same command then goes on from there.
 
     Example: scvi-core train --store counts.zarr --config config/config.yaml --out model --checkpoints .checkpoints
     """
@@ -482,6 +483,19 @@ def times(folder: Annotated[Path, typer.Argument(help="results/{atlas}")]) -> No
     print(times_table(folder))
 
 
+@app.command(cls=Step)
+def why(folder: Annotated[Path, typer.Argument(help="results/{atlas}")]) -> None:
+    """Say why a build stopped: each step that did not end well, its sample, its log, the reason and what to do.
+
+    Example: scvi-core why results/pancreas
+    """
+    from scvi_core.why import why as told
+
+    if not (folder / "logs").is_dir():
+        raise UserError(f"{folder}: has no logs/; name a folder results/ATLAS that Snakemake has built")
+    print(told(folder) or f"{folder}: every step that ran ended well")
+
+
 @app.command("map", cls=Step)
 def map_(
     query: Annotated[Path, typer.Argument(help="new cells, in any format that ingest reads")],
@@ -586,7 +600,9 @@ def _write_schemas(folder: Path) -> None:
 
 def _give_up(message: str, code: int = 1) -> NoReturn:
     """Say why, in one line, and end: on standard output where a log on a full disk does not take it."""
-    line = f"error: {one_line(message)}"
+    from scvi_core.why import loud
+
+    line = loud(f"error: {one_line(message)}")
     try:
         print(line, file=sys.stderr, flush=True)
     except OSError:

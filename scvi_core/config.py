@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -30,6 +30,7 @@ from pydantic import (
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
+from scvi_core.explain import as_written, explain, refuse_truth
 from scvi_core.files import SMALL, UserError
 from scvi_core.log import redacted
 
@@ -62,10 +63,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _no_truth_for_a_number(cls, values: Any) -> Any:
-        for name, value in values.items() if isinstance(values, dict) else ():
-            field = cls.model_fields.get(name)
-            if isinstance(value, bool) and field is not None and "bool" not in str(field.annotation):
-                raise ValueError(f"{name} is {str(value).lower()}, where a number or a text goes")
+        refuse_truth(cls, values)
         return values
 
 
@@ -608,9 +606,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # YAML's own, and whatever there is for dates, numbers and tags that cannot be
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         at = f" line {line + 1}" if line is not None else ""
-        raise UserError(f"{path}{at}: not valid YAML ({getattr(error, 'problem', error)})") from None
+        problem = str(getattr(error, "problem", error))
+        if "'\\t'" in problem:
+            problem = "a tab; indent with spaces"
+        raise UserError(f"{path}{at}: not valid YAML ({problem})") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected keys and values, found {type(raw).__name__}")
+        found = {type(None): "nothing", list: "a list", str: "a text"}.get(type(raw), type(raw).__name__)
+        raise UserError(f"{path}: expected keys and values, such as `atlas: pancreas`, found {found}")
     return raw
 
 
@@ -640,12 +642,13 @@ def parse_json(text: str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def load_config(source: str | Path | dict[str, Any]) -> Config:
+def load_config(source: str | Path | dict[str, Any], where: str = "config") -> Config:
     """Read and check a configuration.
 
     Parameters
     ----------
     source : a YAML file's path, a JSON object as text (it starts with ``{``), or a mapping.
+    where : what messages call a mapping: the file that it was read from.
 
     Raises
     ------
@@ -653,7 +656,7 @@ def load_config(source: str | Path | dict[str, Any]) -> Config:
         For a missing or malformed file, an unknown key (the nearest valid one is named), a value out of range.
     """
     if isinstance(source, dict):
-        where, raw = "config", source
+        raw = source
     elif str(source).lstrip().startswith("{"):
         where = "--config"
         try:
@@ -665,27 +668,8 @@ def load_config(source: str | Path | dict[str, Any]) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(explain(Config, e) for e in error.errors())) from None
-
-
-def explain(model: type[BaseModel], error: Any) -> str:
-    """One clause for one pydantic error: field, value, remedy."""
-    path = [str(part) for part in error["loc"]]
-    if error["type"] == "extra_forbidden":
-        owner = model
-        for part in error["loc"][:-1]:  # a number is a place in a list
-            owner = get_args(owner)[0] if isinstance(part, int) else owner.model_fields[part].annotation
-        valid = list(owner.model_fields)
-        near = difflib.get_close_matches(path[-1], valid, n=1, cutoff=0.5)
-        hint = f"did you mean '{'.'.join([*path[:-1], near[0]])}'?" if near else f"valid keys: {', '.join(valid)}"
-        return f"unknown key '{'.'.join(path)}'; {hint}"
-    field = ".".join(p for p in path if not p.startswith(("literal", "function", "int", "constrained")))
-    try:
-        value = "" if isinstance(error["input"], dict) else f" (got {error['input']!r})"
-    except ValueError:  # Python writes no number of more than 4,300 digits
-        value = " (got a number of thousands of digits)"
-    told = REMEDY.get(error.get("ctx", {}).get("pattern"), error["msg"].removeprefix("Value error, "))
-    return f"{field + ': ' if field else ''}{told}{value}"
+        written = as_written(Path(where).read_text("utf-8"), _Loader) if os.path.isfile(where) else lambda _: None
+        raise UserError(f"{where}: " + "; ".join(explain(Config, error, REMEDY, written))) from None
 
 
 def level_text(value: object) -> str:
@@ -777,11 +761,9 @@ def load_samples(path: str | Path) -> list[Sample]:
             sample = Sample(sample=row["sample"], path=row["path"], batch=row["batch"], metadata=extra, reading=reading)
             sample.reads(InputConfig())
         except ValidationError as error:
-            first = error.errors()[0] | {"loc": ()}
-            column = error.errors()[0]["loc"][0]
-            value = row[column]
-            told = explain(Sample, first) if value else "is empty"
-            raise UserError(f"{path} line {number}: {column}: {told}") from None
+            column = str(error.errors()[0]["loc"][0])
+            told = explain(Sample if column in Sample.model_fields else InputConfig, error, REMEDY)[0]
+            raise UserError(f"{path} line {number}: {told if row[column] else f'{column}: is empty'}") from None
         folded = sample.sample.casefold()
         if folded in seen:
             raise UserError(

@@ -149,7 +149,7 @@ def train(
     Returns
     -------
     int
-        Exit code: 0, or :data:`scvi_core.parallel.RUN_AGAIN` after SIGTERM or SIGUSR1 (a checkpoint was written), or
+        Exit code: 0, or :data:`scvi_core.parallel.RUN_AGAIN` after SIGTERM, SIGUSR1 or Ctrl-C (a checkpoint was written), or
         :data:`scvi_core.parallel.LOST`, or that of the processes it has started.
     """
     planned = plan(store, settings)
@@ -199,7 +199,7 @@ def _fit(
     observed = settings.model.library == "observed"
     made.add("library", settings.model.library, OBSERVED if observed else LATENT)
     stopping: list[str] = []  # names of the signals that came
-    signals = signal.SIGTERM, signal.SIGUSR1
+    signals = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
     for number in signals:
         signal.signal(number, lambda got, _: stopping.append(signal.Signals(got).name))
     device = resolve_device(settings.device)

@@ -70,13 +70,13 @@ def project(tmp_path_factory):
         ({"train": {"max_epochs": 0}}, ["train.max_epochs", "at least 1"]),
         ({"threads": "two"}, ["threads", "two"]),
         ({"seed": -1}, ["seed", "-1"]),
-        ({"seed": None}, ["seed", "None"]),
+        ({"seed": None}, ["seed: is empty"]),
         ({"model": {"likelihood": "zimb"}}, ["model.likelihood", "zinb", "zimb"]),
         ({"cluster": {"resolutions": []}}, ["cluster.resolutions"]),
         ({"cluster": {"resolutions": "high"}}, ["cluster.resolutions", "high"]),
         ({"cluster": {"resolutions": [-1]}}, ["cluster.resolutions", "-1"]),
         ({"qc": 5}, ["qc", "5"]),
-        ({"qc": {"n_mads": float("nan")}}, ["qc.n_mads", "nan"]),
+        ({"qc": {"n_mads": float("nan")}}, ["qc.n_mads", "NaN"]),
         ({"genes": {"n_top": 0}}, ["genes.n_top"]),
         ({"atlas": "../other"}, ["atlas", "../other", "letters"]),
         ({"atlas": "a b;rm -rf x"}, ["atlas", "letters"]),
@@ -110,7 +110,7 @@ def test_config(project, tmp_path, config, words):
         (b"seed: 0001-01-01T00:00:00+23:59\n", ["config.yaml"]),
         (b"seed: " + b"9" * 5000, ["not valid YAML"]),
         (b"seed: 0x" + b"f" * 5000, ["seed"]),
-        (b"seed: true\n", ["seed is true"]),
+        (b"seed: true\n", ["seed: give a whole number", "got true"]),
         (b"title: !!python/object/apply:os.system [ls]\n", ["not valid YAML"]),
         (b"title: !!binary '*'\n", ["config.yaml"]),
         (b"title: !!timestamp x\n", ["not valid YAML"]),
@@ -121,8 +121,8 @@ def test_config(project, tmp_path, config, words):
         (b"? [a]\n: b\n", ["not valid YAML"]),
         (b"a: 1\n" * 300_000, ["1 MiB"]),
         (b"genes: {span: 0.001}\n", ["genes.span", "0.01"]),
-        (b"threads: 100000\n", ["threads", "1024"]),
-        (b"model: {n_hidden: 20000}\n", ["model.n_hidden", "4096"]),
+        (b"threads: 100000\n", ["threads", "1,024"]),
+        (b"model: {n_hidden: 20000}\n", ["model.n_hidden", "4,096"]),
     ],
 )
 def test_config_that_is_no_config(project, tmp_path, text, words):
@@ -651,6 +651,8 @@ def test_snakemake_shows_the_line_and_keeps_earlier_results(copy):
     assert done.returncode != 0
     shown = done.stdout + done.stderr
     assert "\nerror: genes.n_top: 1000 genes asked for" in shown and "Traceback" not in shown
+    assert done.stderr.splitlines()[-1].startswith("genes: genes.n_top: 1000 genes asked for")  # the last is the reason
+    assert done.stderr.splitlines()[-2] == "  results/small/logs/genes.log"
     assert tree(copy / "results", skip=("logs", "benchmarks")) == before
     write_config(copy, changed(CONFIG, train__max_epochs=4, device="cuda"))
     done = snakemake(copy)
@@ -668,6 +670,7 @@ def test_snakemake_shows_the_line_and_keeps_earlier_results(copy):
         ({"qc__min_count": 5}, {}, "did you mean 'qc.min_counts'"),
         ({}, {"sample": ["a", "../b", "c"]}, "line 3: sample: use letters"),
         ({}, {"path": ["data/a.h5ad", "none", "data/c.csv.gz"]}, "sample 'b': no file none; mend"),
+        ({"atlas": "new"}, {"path": ["data/a.h5ad", "none", "data/c.csv.gz"]}, "sample 'b': no file none; mend"),
         ({}, {"path": ["data/a.h5ad", "az://x/y", "data/c.csv.gz"]}, "pip install snakemake-storage-plugin-azure"),
         ({"de__groupby": "clusters"}, {}, "de.groupby"),
     ],
@@ -680,7 +683,7 @@ def test_snakemake_refuses_before_it_runs_anything(copy, config, sheet, words):
     done = snakemake(copy)
     write_config(copy, CONFIG)
     write_sheet(copy, SHEET)
-    assert done.returncode != 0 and words in done.stdout + done.stderr
+    assert done.returncode == 1 and words in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stdout + done.stderr and tree(copy / "results") == before
 
 

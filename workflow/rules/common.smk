@@ -1,12 +1,13 @@
 # The configuration, checked before anything runs, and what rules take from it.
+import atexit
 import json
 import os
 import re
 import shutil
+import sys
 import time
 from pathlib import Path
 
-from snakemake.exceptions import WorkflowError
 from snakemake_interface_storage_plugins.registry import StoragePluginRegistry
 
 from scvi_core.config import (
@@ -18,8 +19,16 @@ from scvi_core.config import (
     read_yaml,
 )
 from scvi_core.files import Claim, UserError, code_sha256, stamp, sweep
-from scvi_core.log import redacted
+from scvi_core.log import one_line, redacted
 from scvi_core.times import times_table
+from scvi_core.why import SHOWN, interrupted, loud, why
+
+
+def stop(error):
+    """End with the one line that says what to mend: after an exception Snakemake prints places in its own code."""
+    print(loud(f"error: {one_line(str(error))}"), file=sys.stderr)
+    raise SystemExit(1)
+
 
 os.environ.update(
     SCVI_CORE_CODE=code_sha256()
@@ -30,10 +39,13 @@ try:
         read_yaml(
             file
         )  # by stricter rules than Snakemake's own, which takes the last of two equal keys
-    CONFIG = load_config(config)
+    CONFIG = load_config(config, ", ".join(map(str, workflow.configfiles)) or "config")
     SAMPLES = {row.sample: row for row in load_samples(CONFIG.samples)}
     check_columns(CONFIG, list(SAMPLES.values()))
-    # a vanished input is an error: Snakemake would go on in silence with what it gave earlier
+    # a vanished input is an error: Snakemake would go on in silence with what it gave earlier. One that never was there
+    # is an error too, unless the workflow around this one makes it, or a storage provider has it
+    mine = workflow.modifier.namespace is None
+    here = mine and not workflow.storage_settings.default_storage_provider
     for row in SAMPLES.values():
         earlier = CONFIG.folder / "samples" / row.sample / "counts.h5ad"
         if row.plugin:
@@ -42,12 +54,12 @@ try:
                     f"{CONFIG.samples}: sample '{row.sample}': {row.path} needs a storage plugin; "
                     f"pip install snakemake-storage-plugin-{row.plugin}"
                 )
-        elif not os.path.exists(row.path) and earlier.exists():
+        elif not os.path.exists(row.path) and (here or earlier.exists()):
             raise UserError(
                 f"{CONFIG.samples}: sample '{row.sample}': no file {row.path}; mend the path"
             )
 except UserError as error:
-    raise WorkflowError(str(error)) from None
+    stop(error)
 
 os.environ[TRACKING_URI] = CONFIG.tracking_uri
 
@@ -77,9 +89,20 @@ onsuccess:
         print(f"\nWhere the time went:\n{went}")
 
 
+# Ctrl-C as Snakemake's log has it: its hooks are told of nothing but a failure
+CANCELLED = "Terminating processes on user request"
+
+
 onerror:
     for claim in CLAIMED:
         claim.release()
+    if any(CANCELLED in Path(file).read_text("utf-8", "replace") for file in log):
+        told = interrupted(CONFIG.folder, BEGAN)
+    else:
+        told = why(CONFIG.folder, BEGAN, SHOWN)
+    # last, after all that Snakemake still has to say
+    if told:
+        atexit.register(print, f"\n{told}", file=sys.stderr)
 
 
 # of this build on the folder, against another that would mix its own into it
@@ -90,7 +113,7 @@ onstart:
     try:
         CLAIMED.append(Claim(ATLAS))
     except UserError as error:
-        raise WorkflowError(str(error)) from None
+        stop(error)
     # where a run was killed as it fetched, a part may lie, which Snakemake would take for the whole
     for name, row in SAMPLES.items():
         if row.plugin:
