@@ -150,7 +150,7 @@ def _scale(
         return scale
     shown = ", ".join(f"{column} {value:.2g}" for column, value in medians.items())
     text = (
-        "much RNA that stays in nuclei (MALAT1 and the like), few ribosomal proteins, hardly any mitochondria (medians, "
+        "much RNA that stays in nuclei (MALAT1 ...), few ribosomal proteins, hardly any mitochondria (medians, "
         f"per cent: {shown}): {taken} times {NUCLEUS * scale:.3g}; mitochondria mean cytoplasm stuck to a nucleus"
     )
     decisions.add("nuclei", True, text, sample=sample)
