@@ -161,20 +161,40 @@ def ingest(
 
 @app.command(cls=Step)
 def qc(
-    counts: Annotated[Path, typer.Argument(help="counts.h5ad of one sample")],
-    out: Out,
+    counts: Annotated[
+        Path | None, typer.Argument(help="counts.h5ad of one sample; for a preview, counts in any format")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="PARQUET", help="what to write")] = None,
     config: ConfigOption = "{}",
     figure: Annotated[Path | None, typer.Option(metavar="PNG", help="violin and scatter plots")] = None,
     decisions: DecisionsOption = None,
+    preview: Annotated[
+        bool, typer.Option("--preview", help="print what each limit would take, and write nothing")
+    ] = False,
+    by: Annotated[list[str] | None, typer.Option(help="column of cell labels to count by, in a preview")] = None,
 ) -> None:
-    """Measure and flag one sample's cells.
+    """Measure and flag one sample's cells; with --preview show what each limit would take, of COUNTS or of all samples.
 
     Example: scvi-core qc donor1/counts.h5ad --out donor1/qc.parquet --figure donor1/qc.png
+
+    Example: scvi-core qc --preview --config config/config.yaml
     """
+    settings = load_config(config)
+    if preview:
+        from scvi_core.preprocess.preview import preview as tried
+
+        if counts is not None:
+            tries = [(counts, Sample(sample="preview", path="preview", batch="preview"))]
+        else:
+            tries = [(Path(sample.path), sample) for sample in load_samples(settings.samples)]
+        for text in tried(tries, settings, by or []):
+            print(text, flush=True)
+        return
+    if counts is None or out is None:
+        raise UserError("qc: name counts.h5ad and --out, or --preview; see scvi-core qc --help")
     from scvi_core.preprocess.qc import qc as judge
     from scvi_core.report import figures
 
-    settings = load_config(config)
     frame, made = judge(counts, settings.qc, settings.seed)
     write_parquet(out, frame)
     if figure is not None:

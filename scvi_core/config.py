@@ -166,12 +166,17 @@ class QcConfig(Section):
         5.0,
         gt=0,
         le=1e06,
-        description="flag counts, genes, mitochondrial and top-50 shares beyond median +- n_mads x MAD",
+        description="flag counts, genes, mitochondrial and top-50 shares beyond median +- n_mads x MAD; few counts or "
+        "genes only below 5 % of the median, much mitochondrial only if more than others of its kind",
     )
-    min_counts: int = Field(200, ge=0, le=2**31 - 1, description="fixed limit: fewest counts a cell")
-    min_genes: int = Field(100, ge=0, le=2**31 - 1, description="fixed limit: fewest detected genes a cell")
+    min_counts: int = Field(
+        200, ge=0, le=2**31 - 1, description="fixed limit: fewest counts a cell; scaled down for panels and nuclei"
+    )
+    min_genes: int = Field(100, ge=0, le=2**31 - 1, description="the same for detected genes; not for red cells")
     max_counts: int | None = Field(None, ge=1, le=2**31 - 1, description="fixed limit: most counts a cell")
-    max_pct_mito: float = Field(20.0, ge=0, le=100, description="fixed limit: largest mitochondrial share, per cent")
+    max_pct_mito: float | None = Field(
+        None, ge=0, le=100, description="fixed limit: largest mitochondrial share, per cent"
+    )
     max_pct_hb: float | None = Field(None, ge=0, le=100, description="fixed limit: largest haemoglobin share, per cent")
     cell_cycle: bool = Field(True, description="score the S and G2M phases of kept cells (human, mouse)")
     doublets: bool = Field(True, description="score doublets, sample by sample")
@@ -194,8 +199,8 @@ class QcConfig(Section):
         ],
         ...,
     ] = Field(
-        ("low_counts", "high_counts", "low_genes", "high_genes", "high_mito", "high_hb", "high_top50"),
-        description="flags that drop a cell; doublets are flagged and kept unless listed",
+        ("low_counts", "low_genes", "high_mito"),
+        description="flags that drop a cell: signs of damage; the others, doublets too, only flag unless listed",
     )
 
 
@@ -212,7 +217,8 @@ class GenesConfig(Section):
     include: tuple[str, ...] = Field((), description="always selected: ids, names, /regular expressions/ or @groups")
     exclude: tuple[str, ...] = Field(
         (),
-        description="never selected; groups: @mitochondrial @ribosomal @haemoglobin @immunoglobulin @tcr @cell_cycle",
+        description="never selected; groups: @mitochondrial @ribosomal @haemoglobin @immunoglobulin @tcr @nuclear "
+        "@cell_cycle",
     )
 
     @field_validator("n_top")

@@ -149,8 +149,8 @@ def train(
     Returns
     -------
     int
-        Exit code: 0, or :data:`scvi_core.parallel.RUN_AGAIN` after SIGTERM, SIGUSR1 or Ctrl-C (a checkpoint was written), or
-        :data:`scvi_core.parallel.LOST`, or that of the processes it has started.
+        Exit code: 0, or :data:`scvi_core.parallel.RUN_AGAIN` after SIGTERM, SIGUSR1 or Ctrl-C (a checkpoint was
+        written), or :data:`scvi_core.parallel.LOST`, or that of the processes it has started.
     """
     planned = plan(store, settings)
     checkpoint = None if checkpoints is None else checkpoints / f"{planned.fingerprint}.safetensors"

@@ -17,7 +17,7 @@ from scvi_core.files.checksum import (
     stamp,
     verify,
 )
-from scvi_core.files.decisions import Decision, Decisions, read_decisions
+from scvi_core.files.decisions import Decision, Decisions, decided, read_decisions
 from scvi_core.files.errors import UserError
 from scvi_core.files.formats import (
     canonical_json,

@@ -75,6 +75,11 @@ class Decisions(list[Decision]):
             seal(temporary)
 
 
+def decided(made: Decision | dict[str, Any], key: str) -> Any:
+    """One field of a decision, whether just made or as :func:`read_decisions` gives it."""
+    return made[key] if isinstance(made, dict) else getattr(made, key)
+
+
 def read_decisions(path: str | Path, by: str) -> list[dict[str, Any]]:
     """Read a file that :meth:`Decisions.write` wrote; `by` and errors as of :func:`verify`."""
     verify(path, by)

@@ -17,6 +17,7 @@ from scvi_core.config import QcConfig, name_matcher
 from scvi_core.files import Decisions, UserError
 from scvi_core.io.identity import GENOME
 from scvi_core.preprocess.cellcycle import CYCLE_OBS, G2M_PHASE, S_PHASE, cell_cycle, unscored
+from scvi_core.preprocess.limits import KIND_GENES, limits, rich_in_mitochondria
 from scvi_core.preprocess.samples import read_chunks, read_tables
 
 if TYPE_CHECKING:
@@ -24,11 +25,6 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 FLAGS = ("low_counts", "high_counts", "low_genes", "high_genes", "high_mito", "high_hb", "high_top50", "doublet")
-
-# A sample of healthy cells can have a median mitochondrial share of 1 % and a MAD of 0.3 %: 5 MADs would then
-# drop living cells at 3 %. Below 5 % nearly every tissue of man and mouse counts as healthy (Osorio & Cai,
-# Bioinformatics 2021), so the MAD threshold never goes under it; qc.max_pct_mito may.
-PCT_MITO_FLOOR = 5.0
 
 TOP = 50  # genes whose joint share is a sign of debris
 
@@ -60,6 +56,8 @@ MITOCHONDRIAL_NAMES = {
     "ATP6", "ATP8", "NDUO-1", "NDUO-2", "NDUO-3", "NDUO-4", "NDUO-5", "NDUO-6", "NDFL-4", "CTC-1", "CTC-2", "CTC-3",
     "CTB-1", "ATP-6",
 }  # fmt: skip
+# long RNA that stays in the nucleus, in most tissues of man and mouse
+GENE_GROUPS["nuclear"] = r"^(?:MALAT1|NEAT1|XIST|MEG3|SNHG11|KCNQ1OT1)$"
 GENE_GROUPS["cell_cycle"] = rf"^(?:{'|'.join(S_PHASE + G2M_PHASE)})$"
 ENOUGH_NAMES = 5  # of these, as one alone may be called so by chance
 
@@ -105,9 +103,7 @@ def in_group(
 def qc(h5ad: Path, config: QcConfig, seed: int) -> tuple[pd.DataFrame, Decisions]:
     """Judge the cells of one sample, whose counts are read chunk by chunk and never held whole.
 
-    Thresholds lie at median ± ``n_mads`` scaled median absolute deviations (of log1p for counts and genes; upper
-    side only for the mitochondrial and top-50 shares), with the fixed limits of `config` on top. Medians and MADs
-    are taken over the barcodes that pass the fixed lower limits, so that empty droplets do not set them.
+    By the limits of :mod:`scvi_core.preprocess.limits` and the scores of :mod:`scvi_core.preprocess.doublets`.
 
     Parameters
     ----------
@@ -128,12 +124,28 @@ def qc(h5ad: Path, config: QcConfig, seed: int) -> tuple[pd.DataFrame, Decisions
     obs, var, uns = read_tables(h5ad, ("barcode", "sample", "batch"))
     sample = uns["sample"]
     decisions = Decisions("qc", sample)
-    frame, totals = _metrics(h5ad, obs, var, config, decisions)
+    frame, totals, mitochondrial = _metrics(h5ad, obs, var, config, decisions)
     flags = {flag: np.zeros(len(frame), dtype=bool) for flag in FLAGS}
     members = {name: np.flatnonzero(frame["sample"] == name) for name in frame["sample"].unique()}
     for name, rows in members.items():
-        for flag, flagged in _thresholds(frame.iloc[rows], config, decisions, name).items():
+        part = frame.iloc[rows]
+        found, limit = limits(part, int(np.count_nonzero(totals)), bool(mitochondrial.any()), config, decisions, name)
+        for flag, flagged in found.items():
             flags[flag][rows] = flagged
+        if limit is not None:
+            good = np.zeros(len(frame), dtype=bool)
+            good[rows] = ~(found["low_counts"] | found["low_genes"])
+            others = _most_counted(np.where(mitochondrial, 0, totals), KIND_GENES)
+            spared = rich_in_mitochondria(h5ad, frame, good, limit, others, seed)
+            if config.max_pct_mito is not None:
+                spared &= (frame["pct_mito"] <= config.max_pct_mito).to_numpy()
+            flags["high_mito"] &= ~spared
+            if spared.any():
+                text = (
+                    f"cells have a mitochondrial share above {limit:.3g} %, but no higher than the cells that they are "
+                    "like by other genes, and as many other counts: of a kind rich in mitochondria, not flagged"
+                )
+                decisions.add("rich_in_mitochondria", int(spared.sum()), text, sample=name)
     frame["doublet_score"], frame["predicted_doublet"] = _doublets(
         h5ad, frame["n_genes"].to_numpy(), totals, members, flags, config, seed, decisions
     )
@@ -165,8 +177,8 @@ def qc(h5ad: Path, config: QcConfig, seed: int) -> tuple[pd.DataFrame, Decisions
 
 def _metrics(
     h5ad: Path, obs: pd.DataFrame, var: pd.DataFrame, config: QcConfig, decisions: Decisions
-) -> tuple[pd.DataFrame, np.ndarray]:
-    """Sums a cell, and (genes,) counts of all cells, in one reading of the file.
+) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
+    """Sums a cell, (genes,) counts of all cells, and which genes are mitochondrial, in one reading of the file.
 
     They are what ``scanpy.pp.calculate_qc_metrics`` gives (a test says so). That function sums in the type of the
     data, where 8 bits wrap round, and takes a minute to compile on a new machine.
@@ -186,6 +198,7 @@ def _metrics(
         if lost:
             text = f"none {how}: the share is 0 and no threshold on it applies; name them as qc.mitochondrial"
         decisions.add(f"{group}_genes", found, text, n_genes=found, warn=lost)
+    groups["nuclear"] = in_group("nuclear", gene_ids, gene_names)
 
     n_counts, n_top = np.zeros(len(obs), dtype=np.int64), np.zeros(len(obs), dtype=np.int64)
     n_genes, totals = np.zeros(len(obs), dtype=np.int32), np.zeros(len(var), dtype=np.int64)
@@ -206,10 +219,10 @@ def _metrics(
             **{column: obs[column].astype(str).to_numpy() for column in ("barcode", "sample", "batch")},
             "n_counts": n_counts,
             "n_genes": n_genes,
-            **dict(zip(("pct_mito", "pct_ribo", "pct_hb", "pct_top50"), shares.T, strict=True)),
+            **dict(zip(("pct_mito", "pct_ribo", "pct_hb", "pct_nuclear", "pct_top50"), shares.T, strict=True)),
         }
     )
-    return frame, totals
+    return frame, totals, groups["mitochondrial"]
 
 
 def _top_sums(counts: csr_matrix) -> np.ndarray:
@@ -219,63 +232,6 @@ def _top_sums(counts: csr_matrix) -> np.ndarray:
     values = np.sort(row << 32 | counts.data) & 0xFFFFFFFF  # sorted within each row, by one sort of them all
     total = np.concatenate([[0], np.cumsum(values)])
     return total[ends[1:]] - total[np.maximum(ends[:-1], ends[1:] - TOP)]
-
-
-def _thresholds(frame: pd.DataFrame, config: QcConfig, decisions: Decisions, sample: str) -> dict[str, np.ndarray]:
-    """(cells,) flags of one sample's cells."""
-    from scipy.stats import median_abs_deviation
-
-    flags = {flag: np.zeros(len(frame), dtype=bool) for flag in FLAGS}
-    cells = ((frame["n_counts"] >= config.min_counts) & (frame["n_genes"] >= config.min_genes)).to_numpy()
-
-    def apply(flag: str, column: str, limit: float, side: int, name: str, why: str) -> None:
-        values = frame[column].to_numpy()
-        beyond = values < limit if side < 0 else values > limit
-        flags[flag] |= beyond
-        word = "below" if side < 0 else "above"
-        text = f"{column} {word} it is flagged; {why}"
-        decisions.add(f"{flag}.{name}", round(limit, 4), text, n_cells=int(beyond.sum()), sample=sample)
-
-    def by_mad(column: str, sides: dict[int, str], log: bool = False, floor: float | None = None) -> None:
-        values = frame[column].to_numpy()[cells].astype(np.float64)
-        values = np.log1p(values) if log else values
-        if not values.size:
-            return
-        median, mad = float(np.median(values)), float(median_abs_deviation(values, scale="normal"))
-        scale = f"log1p({column})" if log else column
-        if mad == 0:
-            text = f"{scale} has MAD 0 around {median:.4g}: not applied"
-            decisions.add(f"{'/'.join(sides.values())}.mad", None, text, sample=sample)
-            return
-        for side, flag in sides.items():
-            limit = median + side * config.n_mads * mad
-            limit = float(np.expm1(limit)) if log else min(limit, 100.0)  # shares are per cent
-            sign = "-" if side < 0 else "+"
-            why = f"median {median:.4g} {sign} {config.n_mads:g} x scaled MAD {mad:.4g} of {scale}"
-            if floor is not None and limit < floor:
-                why, limit = f"{why} = {limit:.4g}, raised to the floor of {floor:g} %", floor
-            apply(flag, column, limit, side, "mad", why)
-
-    if not cells.all():
-        decisions.add(
-            "mad_cells",
-            int(cells.sum()),
-            f"medians and MADs are over cells with at least {config.min_counts} counts and {config.min_genes} genes",
-            sample=sample,
-        )
-    apply("low_counts", "n_counts", config.min_counts, -1, "min_counts", "fixed limit")
-    apply("low_genes", "n_genes", config.min_genes, -1, "min_genes", "fixed limit")
-    by_mad("n_counts", {-1: "low_counts", 1: "high_counts"}, log=True)
-    by_mad("n_genes", {-1: "low_genes", 1: "high_genes"}, log=True)
-    by_mad("pct_top50", {1: "high_top50"})
-    if config.max_counts is not None:
-        apply("high_counts", "n_counts", config.max_counts, 1, "max_counts", "fixed limit")
-    if any(d.what == "mitochondrial_genes" and d.value for d in decisions):
-        by_mad("pct_mito", {1: "high_mito"}, floor=PCT_MITO_FLOOR)
-        apply("high_mito", "pct_mito", config.max_pct_mito, 1, "max_pct_mito", "fixed limit")
-    if config.max_pct_hb is not None:
-        apply("high_hb", "pct_hb", config.max_pct_hb, 1, "max_pct_hb", "fixed limit")
-    return flags
 
 
 def _doublets(
@@ -303,7 +259,7 @@ def _doublets(
         return score, called
     poor = [flag for flag in ("low_counts", "low_genes", "high_mito", "high_hb", "high_top50") if flag in config.drop]
     good = ~np.any([flags[flag] for flag in poor], axis=0) if poor else np.ones(len(n_genes), dtype=bool)
-    genes = np.sort(np.argsort(-totals, kind="stable")[: min(DOUBLET_GENES, np.count_nonzero(totals))])
+    genes = _most_counted(totals, DOUBLET_GENES)
     rng = np.random.default_rng(seed)
     known, groups, of, expected = config.expected_doublet_rate is not None, [], [], {}
     for name, of_sample in members.items():
@@ -376,6 +332,11 @@ def _gathered(
         first = last
 
 
+def _most_counted(totals: np.ndarray, n: int) -> np.ndarray:
+    """Positions of the `n` genes with most counts, ascending; of fewer where fewer have any."""
+    return np.sort(np.argsort(-totals, kind="stable")[: min(n, np.count_nonzero(totals))])
+
+
 def _joined(flags: dict[str, np.ndarray], names: list[str] | tuple[str, ...]) -> np.ndarray:
     """(cells,) texts: the names of the flags that are set, comma-joined."""
     joined = np.full(len(next(iter(flags.values()))), "", dtype=object)
@@ -391,7 +352,7 @@ def _remedy(flag: str, config: QcConfig) -> str:
         "low_counts": f"lower qc.min_counts ({config.min_counts})",
         "low_genes": f"lower qc.min_genes ({config.min_genes})",
         "high_counts": f"raise qc.max_counts ({config.max_counts})",
-        "high_mito": f"raise qc.max_pct_mito ({config.max_pct_mito:g})",
+        "high_mito": f"raise qc.n_mads ({config.n_mads:g}) and qc.max_pct_mito ({config.max_pct_mito})",
         "high_hb": f"raise qc.max_pct_hb ({config.max_pct_hb})",
     }
     return f"{keys.get(flag, f'raise qc.n_mads ({config.n_mads:g})')}, or take {flag} out of qc.drop"

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from scvi_core.files import decided
 from scvi_core.report.style import THEMES, colours, label, png, scale_axis, short, styled
 from scvi_core.report.viewer import PALETTE, levels
 
@@ -45,7 +46,7 @@ def thresholds(decisions: Iterable[Any], sample: str | None = None) -> dict[str,
     metric = {"counts": "n_counts", "genes": "n_genes", "doublet": "doublet_score"}
     found: dict[str, list[float]] = {}
     for d in decisions:
-        what, value, of = (d.get(k) if isinstance(d, Mapping) else getattr(d, k) for k in ("what", "value", "sample"))
+        what, value, of = (decided(d, key) for key in ("what", "value", "sample"))
         match = re.fullmatch(r"(?:low_|high_)?(counts|genes|mito|hb|top50|doublet)\.\w+", str(what))
         if not match or isinstance(value, bool) or not isinstance(value, int | float):
             continue

@@ -14,7 +14,8 @@ from scvi_core.files import UserError
 from scvi_core.preprocess import qc as module
 from scvi_core.preprocess import samples
 from scvi_core.preprocess.doublets import doublet_threshold, score_doublets
-from scvi_core.preprocess.qc import FLAGS, PCT_MITO_FLOOR, in_group
+from scvi_core.preprocess.limits import PCT_MITO_FLOOR
+from scvi_core.preprocess.qc import FLAGS, in_group
 
 COLUMNS = [
     "cell_id", "barcode", "sample", "batch", "n_counts", "n_genes", "pct_mito", "pct_ribo", "pct_hb", "pct_top50",

@@ -1,0 +1,82 @@
+"""What each limit takes of a sample's cells: for a trial before anything is built, and for the page after it."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from scvi_core.config import Config, Sample
+from scvi_core.files import UserError, decided
+from scvi_core.preprocess.qc import FLAGS, qc
+from scvi_core.preprocess.samples import read_tables
+
+LIMIT = re.compile(rf"({'|'.join(FLAGS)})\.\w+")  # what such a decision is called
+
+
+def limits_table(frame: pd.DataFrame, decisions: Iterable[Any]) -> pd.DataFrame:
+    """A row a limit: ``sample``, ``limit``, ``value``, ``cells`` beyond it, and ``alone``, those with no other flag.
+
+    Parameters
+    ----------
+    frame : as :func:`scvi_core.preprocess.qc.qc` gives, or ``qc.parquet``.
+    decisions : of the qc step, as objects or as read from a file.
+    """
+    rows = []
+    texts = {name: of["flags"].value_counts() for name, of in frame.groupby("sample", sort=False, observed=True)}
+    for made in decisions:
+        what, value, sample, n_cells = (decided(made, key) for key in ("what", "value", "sample", "n_cells"))
+        if (match := LIMIT.fullmatch(str(what))) and n_cells is not None and sample in texts:
+            rows.append([sample, what, value, n_cells, int(texts[sample].get(match[1], 0))])
+    return pd.DataFrame(rows, columns=["sample", "limit", "value", "cells", "alone"])
+
+
+def labels_table(frame: pd.DataFrame, labels: Iterable[Any]) -> pd.DataFrame:
+    """A row a label: ``cells``, ``dropped``, ``per_cent``, then the cells that each flag is on; most dropped first."""
+    label = pd.Series(labels, index=frame.index).astype(object)
+    label = label.where(label.notna(), "(none)").astype(str)
+    flags = frame["flags"].str.get_dummies(",") if len(frame) else pd.DataFrame(index=frame.index)
+    flags = flags[[flag for flag in FLAGS if flag in flags]]
+    table = (
+        pd.DataFrame({"cells": 1, "dropped": (~frame["keep"].astype(bool)).astype(int), **flags}).groupby(label).sum()
+    )
+    table.insert(2, "per_cent", (100 * table["dropped"] / table["cells"]).round(1))
+    return table.rename_axis("label").sort_values(["per_cent", "cells"], ascending=[False, False], kind="stable")
+
+
+def preview(samples: Iterable[tuple[Path, Sample]], config: Config, by: list[str]) -> Iterator[str]:
+    """Yield a text a sample: what each limit would take, and of which labels; nothing is kept.
+
+    Parameters
+    ----------
+    samples : files with counts in any format, or counts.h5ad, with their rows of the sheet.
+    by : columns of the cells to count what is dropped by, besides those that the configuration carries along.
+    """
+    from scvi_core.io import ingest
+
+    drop = [flag for flag in FLAGS if flag in config.qc.drop]
+    for path, sample in samples:
+        with tempfile.TemporaryDirectory() as scratch:
+            columns = tuple(dict.fromkeys([*config.input.metadata, *by]))
+            try:
+                obs = read_tables(path, columns)[0]
+            except UserError:
+                reading = sample.reads(config.input)
+                columns = tuple(dict.fromkeys([*reading.metadata, *by]))
+                path, given = Path(scratch) / "counts.h5ad", path
+                ingest(given, path, sample, reading.model_copy(update={"metadata": columns}))
+                obs = read_tables(path, columns)[0]
+            frame, decisions = qc(path, config.qc, config.seed)
+        yield f"{sample.sample}: {int(frame['keep'].sum()):,} of {len(frame):,} cells would be kept; " + (
+            f"qc.drop is {', '.join(drop)}" if drop else "qc.drop is empty"
+        )
+        table = limits_table(frame, decisions)
+        table["drops"] = table["limit"].map(lambda limit: "yes" if limit.partition(".")[0] in drop else "")
+        yield table.drop(columns="sample" if table["sample"].nunique() == 1 else []).to_string(index=False)
+        for column in columns:
+            if not pd.api.types.is_numeric_dtype(obs[column]):
+                yield f"by {column}:\n{labels_table(frame, obs[column].to_numpy()).to_string()}"
