@@ -12,7 +12,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -52,6 +52,16 @@ RESERVED = {
     "doublet_score", "s_score", "g2m_score", "cycle_phase", "predicted_doublet", "flags", "keep", "reason", "cluster",
     "umap_1", "umap_2", "tsne_1", "tsne_2",
 }  # fmt: skip
+
+
+def is_reserved(column: str) -> bool:
+    """Whether a column is called as one of ours; case is ignored, as DuckDB and other readers of tables ignore it."""
+    return column.casefold() in RESERVED or re.fullmatch(r"cluster_r[\d.]+", column.casefold()) is not None
+
+
+def same_column(column: str, others: Iterable[str]) -> str | None:
+    """The column among others that readers which ignore case take for the same."""
+    return next((other for other in others if other.casefold() == column.casefold()), None)
 
 
 class Section(BaseModel):
@@ -755,10 +765,11 @@ def load_samples(path: str | Path) -> list[Sample]:
             near = difflib.get_close_matches(column, header, n=1)
             found = f"found '{near[0]}'" if near else f"found {', '.join(header)}"
             raise UserError(f"{path}: no column '{column}' ({found}); columns are separated by tabs")
-    for column in header:
-        if header.count(column) > 1:
-            raise UserError(f"{path}: column '{column}' appears twice; rename one")
-        if column in RESERVED or re.fullmatch(r"cluster_r[\d.]+", column):
+    for i, column in enumerate(header):
+        if (same := same_column(column, header[:i])) is not None:
+            alike = "appears twice" if same == column else f"differs from '{same}' by case alone"
+            raise UserError(f"{path}: column '{column}' {alike}; rename one")
+        if is_reserved(column):
             raise UserError(f"{path}: column '{column}' is one that scvi-core writes itself; rename it")
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_ .-]{0,63}", column):
             raise UserError(f"{path}: column name {column!r}; use letters, digits, spaces, '_', '-' and '.'")
@@ -808,6 +819,12 @@ def check_columns(config: Config, samples: list[Sample], where: str = "config") 
         For a column that neither the sheet nor `input.metadata` gives, and for one level where two are needed.
     """
     own = list(samples[0].metadata)
+    for i, name in enumerate(names := carried(config, samples)):
+        if (same := same_column(name, (*own, *names[:i]))) is not None:
+            raise UserError(
+                f"{where}: input.metadata names '{name}', and {config.samples} or itself '{same}': case is ignored in "
+                "names of columns; rename one"
+            )
     columns = {*own, *carried(config, samples), "sample", "batch", "n_counts", "n_genes", "pct_mito"}
     clusters = {"cluster", *(f"cluster_r{r:g}" for r in config.cluster.resolutions[1:])}
     asked = {

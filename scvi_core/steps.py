@@ -317,7 +317,7 @@ def de(store: Path, model: Path, cells: Path, settings: Config, out: Path) -> De
     names = fitted.gene_ids, fitted.gene_names
     frame = differential_expression(fitted.network, counts, table[groupby], *names, settings.de, settings.seed, made)
     against = "the rest" if settings.de.reference == "rest" else "each other"
-    n_groups = len(set(frame["group"]) | set(frame["reference"]) - {"rest"})
+    n_groups = len({*frame["group"], *(frame["reference"] if settings.de.reference == "pairs" else ())})
     made.add("groups compared", n_groups, f"groups of '{groupby}' against {against}")
     called = f"expected false discovery proportion {settings.de.fdr:g}"
     made.add("genes called", int(frame["is_de"].sum()), f"(group, gene) pairs, {settings.de.mode} mode, {called}")
