@@ -64,6 +64,23 @@ def same_column(column: str, others: Iterable[str]) -> str | None:
     return next((other for other in others if other.casefold() == column.casefold()), None)
 
 
+def model_name(name: str) -> str:
+    """A name that MLflow takes for a registered model, if it is one.
+
+    Raises
+    ------
+    ValueError
+        For any other, with what it may be.
+    """
+    odd = re.search(r"[/:\x00-\x1f\x7f]", name) or not 0 < len(name.strip()) <= len(name) <= 200
+    if odd or name in (".", "..") or {"'", '"'} <= {*name}:
+        raise ValueError("write a name of 200 characters at most, without '/', ':' and both kinds of quotes")
+    return name
+
+
+ModelName = Annotated[str, AfterValidator(model_name)]
+
+
 class Section(BaseModel):
     """A part of the configuration: immutable, no unknown keys."""
 
@@ -444,8 +461,12 @@ class ContrastConfig(Section):
 class RegistryConfig(Section):
     """Where models are registered and looked up."""
 
-    tracking_uri: str | None = Field(None, description="MLflow tracking URI; default: an SQLite file under results/")
-    name: Name | None = Field(None, description="registered model name; default: the atlas name")
+    tracking_uri: str | None = Field(
+        None,
+        description="MLflow tracking URI; default: MLFLOW_TRACKING_URI of the environment, then an SQLite file under "
+        "results/",
+    )
+    name: ModelName | None = Field(None, description="registered model name; default: the atlas name")
     experiment: str | None = Field(None, description="MLflow experiment; default: scvi-core/{atlas}")
     organism: str | None = Field(None, description="tag of the model version; default: guessed from gene ids")
     figures: bool = Field(True, description="log figures to the run")
@@ -512,19 +533,39 @@ class Config(Section):
 
     @property
     def tracking_uri(self) -> str:
-        """Where MLflow writes: as configured, else one SQLite file for all atlases under `results`."""
-        uri = self.registry.tracking_uri or f"sqlite:///{self.results}/mlflow.db"
-        whole = os.environ.get(TRACKING_URI, "")  # where a command line or a file has it without its secrets
-        if uri == redacted(whole):
-            return whole
-        if "://***@" in uri or "=***" in uri:
-            raise UserError(f"registry.tracking_uri: {uri} is without its password; set {TRACKING_URI} to the whole")
-        return uri
+        """Where MLflow writes, as :func:`tracking_place`."""
+        return tracking_place(None, self.registry.tracking_uri, self.results)[0]
 
     @property
     def registered_name(self) -> str:
         """The registered model's name: as configured, else the atlas'."""
         return self.registry.name or self.atlas
+
+
+def tracking_place(option: str | None, configured: str | None, results: str) -> tuple[str, str]:
+    """Where MLflow writes, and what says so: an option, the configuration, the environment, or the default.
+
+    The default is one SQLite file for all atlases under `results`.
+
+    Raises
+    ------
+    UserError
+        Where an address lacks its password, and the environment does not have it.
+    """
+    whole = os.environ.get(TRACKING_URI, "")  # where a command line or a file has it without its secrets
+    places = {
+        "--tracking-uri": option,
+        "registry.tracking_uri": configured,
+        TRACKING_URI: whole,
+        "MLFLOW_TRACKING_URI": os.environ.get("MLFLOW_TRACKING_URI"),
+        "the default": f"sqlite:///{results}/mlflow.db",
+    }
+    by, uri = next((by, uri) for by, uri in places.items() if uri)
+    if uri == redacted(whole):
+        return whole, by
+    if "://***@" in uri or "=***" in uri:
+        raise UserError(f"{by}: {uri} is without its password; set {TRACKING_URI} to the whole")
+    return uri, by
 
 
 class Sample(Section):
