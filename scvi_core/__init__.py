@@ -16,6 +16,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 _HOME = {
     "fit": "scvi_core.api",
     "load": "scvi_core.api",
+    "attach": "scvi_core.join",
     "Model": "scvi_core.api",
     "Config": "scvi_core.config",
     "ModelConfig": "scvi_core.config",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import platform
+import signal
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +27,17 @@ from scvi_core._version import __version__
 from scvi_core.config import DeConfig, ModelConfig, TrainConfig
 from scvi_core.counts import Counts, Schema, content_digest, pack
 from scvi_core.device import resolve_device
-from scvi_core.files import UserError, read_json, read_parquet, replacing, sha256_file, write_json, write_parquet
+from scvi_core.files import (
+    UserError,
+    alone,
+    read_json,
+    read_parquet,
+    replacing,
+    sha256_file,
+    sha256_text,
+    write_json,
+    write_parquet,
+)
 from scvi_core.fingerprint import fingerprint
 from scvi_core.log import log
 from scvi_core.model import SCVI, build
@@ -48,7 +61,8 @@ class Model:
     seed : of the fit.
     history : a row an epoch: epoch, seconds (NaN once loaded), train_elbo, validation_elbo, kl_weight, learning_rate.
     gene_names : names to show for the schema's gene ids.
-    card : what else ``model.json`` says: fingerprint, metrics, samples, organism, device, software.
+    card : what else ``model.json`` says: fingerprint, metrics, samples, organism, device, software; ``stopped``, the
+        step and the steps there would have been, of a fit that Ctrl-C ended.
     layer : where `fit` found the counts, so that the questions look there too.
     """
 
@@ -64,7 +78,9 @@ class Model:
 
     def __repr__(self) -> str:
         cells, genes = self.card["n_cells"], len(self.gene_ids)
-        return f"<scVI, {self.model.likelihood}, {cells} cells x {genes} genes, fingerprint {self.fingerprint[:12]}>"
+        part = ", stopped at step {step} of {steps}".format(**self.card["stopped"]) if "stopped" in self.card else ""
+        told = f"{self.model.likelihood}, {cells} cells x {genes} genes{part}"
+        return f"<scVI, {told}, fingerprint {self.fingerprint[:12]}>"
 
     @property
     def gene_ids(self) -> list[str]:
@@ -76,13 +92,18 @@ class Model:
         """SHA-256 of everything that decided the weights."""
         return self.card["fingerprint"]
 
-    def _counts(self, adata: AnnData, design: bool = True, seed: Any = 0, n_samples: Any = 1) -> Counts:
-        """The cells packed; before anything long begins, a question's other arguments are looked at."""
+    def _counts(
+        self, adata: AnnData, design: bool = True, seed: Any = 0, n_samples: Any = 1, new_batches: bool = False
+    ) -> Counts:
+        """The cells packed; before anything long begins, a question's other arguments are looked at.
+
+        `new_batches`: whether the question decodes cells under other batches than their own.
+        """
         check_arguments(adata, seed, n_samples)
         layer = self.layer if self.layer in adata.layers else None
         if layer != self.layer:
             log.warning("adata has no layer '%s', where the model's counts were; taking X", self.layer)
-        counts = pack(adata, self.schema, layer, design)
+        counts = pack(adata, self.schema, layer, design, new_batches and not self.model.encode_covariates)
         return counts.to(next(self.network.parameters()).device)
 
     def latent(self, adata: AnnData) -> np.ndarray:
@@ -125,7 +146,8 @@ class Model:
         genes : ids or names wanted; None gives all.
         library_size : counts a cell is scaled to; None gives each cell its own.
         transform_batch : decode every cell under this batch, or under each of several and average, all weighing the
-            same (``model.schema.batches`` for all); None means its own.
+            same (``model.schema.batches`` for all); None means its own. With batches named, cells may be of batches
+            that the model never met, as z does not depend on it (but for ``model.encode_covariates``).
         n_samples : posterior samples a cell.
 
         Raises
@@ -135,9 +157,8 @@ class Model:
         """
         wanted = self.gene_ids if genes is None else [genes] if isinstance(genes, str) else list(genes)
         places, batches = self.places(wanted), self.batch_codes(transform_batch)
-        values = posterior.normalized_expression(
-            self.network, self._counts(adata, True, seed, n_samples), places, library_size, batches, n_samples, seed
-        )
+        counts = self._counts(adata, True, seed, n_samples, batches is not None)
+        values = posterior.normalized_expression(self.network, counts, places, library_size, batches, n_samples, seed)
         return pd.DataFrame(values, index=adata.obs_names, columns=wanted)
 
     def expression_samples(
@@ -151,9 +172,8 @@ class Model:
     ) -> np.ndarray:
         """The samples whose mean is :meth:`normalized_expression`, (samples, cells, genes) float32."""
         places, batches = self.places(genes), self.batch_codes(transform_batch)
-        return posterior.expression_samples(
-            self.network, self._counts(adata, True, seed, n_samples), places, library_size, batches, n_samples, seed
-        )
+        counts = self._counts(adata, True, seed, n_samples, batches is not None)
+        return posterior.expression_samples(self.network, counts, places, library_size, batches, n_samples, seed)
 
     def gene_correlation(
         self,
@@ -174,9 +194,8 @@ class Model:
         if adata.n_obs < 2:
             raise UserError(f"adata: {adata.n_obs} cells; a correlation needs two or more")
         places, batches = self.places(genes), self.batch_codes(transform_batch)
-        values = posterior.gene_correlation(
-            self.network, self._counts(adata, True, seed, n_samples), places, batches, n_samples, seed
-        )
+        counts = self._counts(adata, True, seed, n_samples, batches is not None)
+        values = posterior.gene_correlation(self.network, counts, places, batches, n_samples, seed)
         names = [genes] if isinstance(genes, str) else list(genes)
         return pd.DataFrame(values, index=names, columns=names)
 
@@ -209,11 +228,11 @@ class Model:
         if transform_batch is None:
             return None
         several = isinstance(transform_batch, Iterable) and not isinstance(transform_batch, str)
-        names = [str(name) for name in (transform_batch if several else [transform_batch])]
-        for name in names or [""]:
-            if name not in self.schema.batches:
-                raise UserError(f"transform_batch: {name!r} is not one of {', '.join(self.schema.batches)}")
-        return [self.schema.batches.index(name) for name in names]
+        codes = {name: self.schema.batch_code(name) for name in (transform_batch if several else [transform_batch])}
+        for name, code in codes.items() or [("", None)]:
+            if code is None:
+                raise UserError(f"transform_batch: {str(name)!r} is not one of {', '.join(self.schema.batches)}")
+        return list(codes.values())
 
     def posterior_predictive(self, adata: AnnData, seed: int = 0) -> sp.csr_matrix:
         """One replicate of the cells' counts, drawn from the fitted model: (cells, genes of the model) int32.
@@ -238,7 +257,17 @@ class Model:
         groupby : cell column; its groups are compared as `config.reference` says.
         config : how; None takes the defaults.
         cells, reference : (cells,) masks, instead of `groupby`: one comparison, of ``group`` against ``reference``.
-            Without `reference`, all other cells.
+            Without `reference`, all other cells. Of a pandas Series the index counts, not the order; it must be that
+            of ``adata.obs``.
+
+        Cells of batches that the model never met can be compared where all are decoded under the model's
+        (``config.batches``: ``all``), but for ``model.encode_covariates``.
+
+        Raises
+        ------
+        UserError
+            For a column that is not there, a mask that does not say of each cell whether it is meant, and as the
+            method's own.
 
         See Also
         --------
@@ -252,8 +281,11 @@ class Model:
         """
         if (groupby is None) == (cells is None):
             raise UserError("differential_expression: give groupby, or a mask of cells (and one of the reference)")
+        if groupby is not None and reference is not None:
+            raise UserError("reference: goes with a mask of cells; with groupby, config.reference says what it is")
+        check_arguments(adata, seed)
         if cells is None:
-            if groupby not in adata.obs:
+            if not isinstance(groupby, str) or groupby not in adata.obs:
                 columns = ", ".join(map(str, adata.obs.columns))
                 raise UserError(f"groupby: no cell column '{groupby}' (columns: {columns})")
             config, groups = config or DeConfig(groupby=groupby), adata.obs[groupby]
@@ -261,7 +293,13 @@ class Model:
             config = (config or DeConfig()).model_copy(update={"reference": "pairs"})
             groups = pd.Series(_two_groups(adata, cells, reference), adata.obs_names, name="cells and reference")
         return de.differential_expression(
-            self.network, self._counts(adata, True, seed), groups, self.gene_ids, self.gene_names, config, seed
+            self.network,
+            self._counts(adata, True, seed, new_batches=True),
+            groups,
+            self.gene_ids,
+            self.gene_names,
+            config,
+            seed,
         )
 
     def loadings(self) -> pd.DataFrame:
@@ -396,8 +434,12 @@ def fit(
     seed: int = 0,
     device: str = "auto",
     progress: bool = True,
+    checkpoints: str | Path | None = None,
 ) -> Model:
     """Fit scVI to raw counts.
+
+    Ctrl-C, a notebook's stop button, ends it after the step it is at: the model is returned as it is then, with a
+    warning, ``card["stopped"]`` and a fingerprint of its own. A second one interrupts at once.
 
     Parameters
     ----------
@@ -409,6 +451,13 @@ def fit(
         ``train.validation_fraction`` of the cells aside at random.
     seed : of everything random. The same seed, data and configuration give the same weights on the same machine.
     device : ``auto``, ``cpu`` or ``cuda``.
+    checkpoints : folder that keeps the state of an unfinished fit, written every half minute and when it is stopped;
+        the same call goes on from there, to the weights of a fit that was not stopped. Removed when it is done.
+
+    Raises
+    ------
+    UserError
+        For arguments that cannot be, counts that are none, and a loss that is not finite.
 
     Examples
     --------
@@ -427,22 +476,70 @@ def fit(
     update = {key: (names,) if isinstance(names, str) else tuple(names) for key, names in given.items() if names}
     model = model.model_copy(update=update)
     schema = Schema.of(adata, batch_key, model.categorical_covariates, model.continuous_covariates)
-    counts = pack(adata, schema, layer)
+    counts, train = pack(adata, schema, layer), train or TrainConfig()
     names = adata.var.get("gene_name", adata.var_names)
-    fitted = fit_counts(
-        counts,
-        schema,
-        [str(name) for name in names],
-        {"cells": content_digest(adata, counts)},
-        model,
-        train or TrainConfig(),
-        holdout,
-        seed,
-        resolve_device(device),
-        progress,
-    )
+    data, held = {"cells": content_digest(adata, counts)}, _positions(holdout, len(counts))
+    with contextlib.ExitStack() as stack:
+        checkpoint = None
+        if checkpoints is not None:
+            checkpoint = _made(checkpoints) / f"{fingerprint(schema, data, model, train, seed, held)}.safetensors"
+            stack.enter_context(alone(checkpoint.with_suffix(".lock")))
+        fitted = fit_counts(
+            counts,
+            schema,
+            [str(name) for name in names],
+            data,
+            model,
+            train,
+            held,
+            seed,
+            resolve_device(device),
+            progress,
+            checkpoint=checkpoint,
+            stop=stack.enter_context(_asked_to_stop()),
+            keep=True,
+        )
+        if "stopped" in fitted.card:
+            later = (
+                f"{checkpoint} is kept, and the same call goes on" if checkpoint else "checkpoints=FOLDER lets it go on"
+            )
+            log.warning(
+                "fit: stopped at step {step} of {steps}: the model is as far as it came; %s".format(
+                    **fitted.card["stopped"]
+                ),
+                later,
+            )
+        elif checkpoint is not None:
+            checkpoint.unlink(missing_ok=True)
     fitted.layer = layer
     return fitted
+
+
+def _made(folder: str | Path) -> Path:
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"checkpoints: {folder}: cannot be made ({error.strerror}); name a folder") from None
+    return Path(folder)
+
+
+@contextlib.contextmanager
+def _asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Tell whether Ctrl-C came. Where others, or no one, take it, it is left to them."""
+    before, seen = signal.getsignal(signal.SIGINT), []
+
+    def note(number: int, _frame: Any) -> None:
+        seen.append(number)
+        signal.signal(signal.SIGINT, before)  # the second one
+
+    ours = threading.current_thread() is threading.main_thread() and before is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(seen)
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
 
 
 def fit_counts(
@@ -459,35 +556,40 @@ def fit_counts(
     checkpoint: Path | None = None,
     stop: Callable[[], bool] = lambda: False,
     about: dict[str, Any] | None = None,
+    keep: bool = False,
 ) -> Model:
     """Fit to packed counts: what :func:`fit` and ``scvi-core train`` share.
 
     Parameters
     ----------
     data : digests of the counts, for the fingerprint.
-    checkpoint, stop : see :func:`scvi_core.train.train`.
+    checkpoint, stop, keep : see :func:`scvi_core.train.train`; a model that is kept though its fit was stopped says so
+        in its card.
     about : further entries of the model card, such as samples and organism.
     """
     check_design(model, schema)
     if not 0 <= seed < 2**31:
         raise UserError(f"seed: {seed} is not within 0..{2**31 - 1}")
-    held = None if holdout is None else np.unique(np.atleast_1d(holdout))
-    if held is not None and len(held) and held.dtype.kind not in "iu":
-        raise UserError(f"holdout: {held.dtype} values; give positions of cells, such as np.flatnonzero(mask)")
-    held = None if held is None else held.astype(np.int64)
-    if held is not None and len(held) and (held[0] < 0 or held[-1] >= len(counts)):
-        raise UserError(f"holdout: positions must lie in 0..{len(counts) - 1}")
+    held = _positions(holdout, len(counts))
     identity = fingerprint(schema, data, model, train, seed, held)
     if held is None:
         held = training.hold_out(train, len(counts), seed)
     train_rows = np.setdiff1d(np.arange(len(counts)), held)
     network = _network(model, schema, seed)
-    history = training.train(
-        network, counts, train_rows, held, train, seed, device, checkpoint, identity, progress, stop
-    )
+    about = dict(about or {})
+    try:
+        history = training.train(
+            network, counts, train_rows, held, train, seed, device, checkpoint, identity, progress, stop, keep=keep
+        )
+    except training.Interrupted as error:
+        if error.history is None:
+            raise
+        history, about["stopped"] = error.history, {"step": error.step, "steps": error.steps}
+        identity = sha256_text(f"{identity} stopped at step {error.step}")  # other weights than those of the whole fit
     kept = len(history) - 1
-    if train.early_stopping and len(held):  # as training chose: the best from the end of the KL warm-up on
-        kept = history["validation_elbo"].where(history["kl_weight"] == train.kl_weight).idxmax()
+    warm = history["kl_weight"] == train.kl_weight
+    if train.early_stopping and len(held) and warm.any():  # as training chose: the best from the end of warm-up on
+        kept = history["validation_elbo"].where(warm).idxmax()
     last = history.iloc[-1]
     final = training.elbo_of(network, counts.subset(held).to(device), seed) if len(held) else math.nan
     metrics = {
@@ -509,7 +611,7 @@ def fit_counts(
         "kernels": kernels.kind(network.rho.weight)[0],
         "precision": "bf16" if network.half else "float32",
         "software": {"python": python, "torch": torch.__version__, "numpy": np.__version__},
-    } | (about or {})
+    } | about
     return Model(network, schema, model, train, seed, history, gene_names, card)
 
 
@@ -525,6 +627,11 @@ def check_arguments(adata: Any, seed: Any = 0, n_samples: Any = 1) -> None:
 
     if not isinstance(adata, AnnData):
         raise UserError(f"adata: a {type(adata).__name__}; give an anndata.AnnData, such as AnnData(frame)")
+    if torch.get_default_dtype() != torch.float32:
+        raise UserError(
+            f"torch's default dtype is {str(torch.get_default_dtype()).removeprefix('torch.')}, and scVI computes in "
+            "float32; call torch.set_default_dtype(torch.float32) first"
+        )
     for name, value, least in (("seed", seed, 0), ("n_samples", n_samples, 1)):
         if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer) or not least <= value < 2**31:
             raise UserError(f"{name}: {value!r}; give a whole number from {least} up")
@@ -557,17 +664,64 @@ def _network(model: ModelConfig, schema: Schema, seed: int) -> SCVI:
     return build(model, len(schema.gene_ids), len(schema.batches), n_covariates, seed)
 
 
+def _positions(holdout: Any, n_cells: int) -> np.ndarray | None:
+    """Positions of the cells to hold out, int64, each once and in rising order; None for None.
+
+    Raises
+    ------
+    UserError
+        For what are no positions of cells.
+    """
+    if holdout is None:
+        return None
+    if isinstance(holdout, pd.Series):  # of a column that says 0 or 1, the first two cells would be taken
+        raise UserError(
+            f"holdout: a Series; give positions of cells, such as np.flatnonzero(adata.obs[{holdout.name!r}])"
+        )
+    held = np.unique(np.atleast_1d(holdout))
+    if len(held) and held.dtype.kind not in "iu":
+        raise UserError(f"holdout: {held.dtype} values; give positions of cells, such as np.flatnonzero(mask)")
+    held = held.astype(np.int64)
+    if len(held) and (held[0] < 0 or held[-1] >= n_cells):
+        raise UserError(f"holdout: positions must lie in 0..{n_cells - 1}")
+    return held
+
+
 def _two_groups(adata: AnnData, cells: Any, reference: Any) -> np.ndarray:
     """(cells,) "group", "reference", or None for the cells of neither mask."""
-    masks = {"cells": np.asarray(cells)}
-    masks["reference"] = ~masks["cells"].astype(bool) if reference is None else np.asarray(reference)
-    for name, mask in masks.items():
-        if mask.dtype != bool or mask.shape != (adata.n_obs,):
-            raise UserError(f"{name}: give True or False for each of the {adata.n_obs} cells")
-    both = int((masks["cells"] & masks["reference"]).sum())
-    if both:
+    group_n = _mask(adata.obs_names, cells, "cells")
+    reference_n = ~group_n if reference is None else _mask(adata.obs_names, reference, "reference")
+    if both := int((group_n & reference_n).sum()):
         raise UserError(f"cells, reference: {both} cells are in both; take them out of one")
-    return np.where(masks["cells"], "group", np.where(masks["reference"], "reference", None))
+    return np.where(group_n, "group", np.where(reference_n, "reference", None))
+
+
+def _mask(cell_ids: pd.Index, given: Any, name: str) -> np.ndarray:
+    """(cells,) bool: a mask, in the order of the cells: by the index of a Series, else as it comes.
+
+    Raises
+    ------
+    UserError
+        When the index is not that of the cells, or a cell has neither True nor False.
+    """
+    if isinstance(given, pd.Series) and not given.index.equals(cell_ids):
+        given = given.set_axis(given.index.map(str))
+        absent = cell_ids.difference(given.index)
+        if len(absent) or len(given) != len(cell_ids) or cell_ids.has_duplicates:
+            such = f" ({absent[0]!r} is not in it)" if len(absent) else ""
+            raise UserError(
+                f"{name}: its index is not that of adata.obs{such}; take {name}[adata.obs_names], or "
+                f"{name}.to_numpy() where its order is that of the cells"
+            )
+        given = given[cell_ids]
+    if isinstance(given, np.ma.MaskedArray):
+        given = np.where(np.ma.getmaskarray(given), None, given.data)
+    values_n = np.asarray(given, dtype=object)
+    if values_n.shape != (len(cell_ids),) or not all(isinstance(v, bool | np.bool_) or pd.isna(v) for v in values_n):
+        raise UserError(f"{name}: give True or False for each of the {len(cell_ids)} cells")
+    if n := int(pd.isna(values_n).sum()):
+        raise UserError(f"{name}: {n} cells have neither True nor False (NA); fill them, or drop these cells")
+    return values_n.astype(bool)
 
 
 def bundle_bytes(model: Model) -> bytes:

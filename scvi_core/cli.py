@@ -16,7 +16,16 @@ import typer
 import typer.core
 
 from scvi_core._version import __version__
-from scvi_core.config import REMEDY, Config, Sample, check_columns, load_config, load_samples, parse_json
+from scvi_core.config import (
+    REMEDY,
+    Config,
+    Sample,
+    check_columns,
+    load_config,
+    load_samples,
+    parse_json,
+    tracking_place,
+)
 from scvi_core.explain import explain
 from scvi_core.files import (
     FILES,
@@ -83,8 +92,17 @@ DecisionsOption = Annotated[
     Path | None,
     typer.Option("--decisions", metavar="JSONL", help="where to write the choices made, one JSON object a line"),
 ]
-Tracking = Annotated[str, typer.Option("--tracking-uri", help="MLflow tracking URI of the registry")]
-TRACKING = "sqlite:///results/mlflow.db"
+Tracking = Annotated[
+    str | None,
+    typer.Option(
+        "--tracking-uri",
+        help="MLflow tracking URI of the registry; default: registry.tracking_uri of the configuration, then "
+        "MLFLOW_TRACKING_URI, then an SQLite file under results/",
+    ),
+]
+Configured = Annotated[
+    str | None, typer.Option("--config", help="configuration that names the registry; default: config/config.yaml")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -519,10 +537,15 @@ def why(folder: Annotated[Path, typer.Argument(help="results/{atlas}")]) -> None
 @app.command("map", cls=Step)
 def map_(
     query: Annotated[Path, typer.Argument(help="new cells, in any format that ingest reads")],
-    model: Annotated[str, typer.Option(help="a model's folder, models:/NAME/VERSION or models:/NAME@ALIAS")],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="models:/NAME/VERSION, models:/NAME@ALIAS, runs:/ID/model, or the folder of a model or atlas"
+        ),
+    ],
     out: Out,
     config: ConfigOption = "{}",
-    tracking_uri: Tracking = TRACKING,
+    tracking_uri: Tracking = None,
 ) -> None:
     """Embed new cells with a fitted model: latent.parquet of the query, in the atlas' own space.
 
@@ -535,27 +558,31 @@ def map_(
     settings = load_config(config)
     cells = read_counts(query, settings.input, Decisions("map"))
     with tempfile.TemporaryDirectory() as scratch:
-        folder = registry.resolve(tracking_uri, model, Path(scratch) / "model")
+        named = model.startswith(("models:", "runs:"))
+        at = _registry(tracking_uri, config) if named else ""
+        folder = registry.resolve(at, model, Path(scratch) / "model")
         write_parquet(out, embed(api.load(folder, settings.device), cells))
 
 
 @models.command("list")
-def models_list(tracking_uri: Tracking = TRACKING) -> None:
+def models_list(tracking_uri: Tracking = None, config: Configured = None) -> None:
     """List registered models and their versions.
 
     Example: scvi-core models list
     """
     from scvi_core.registry import list_models
 
-    frame = list_models(tracking_uri)
-    print("no models are registered" if frame.empty else frame.to_string(index=False))
+    at = _registry(tracking_uri, config)
+    frame = list_models(at)
+    print(f"no models are registered in {redacted(at)}" if frame.empty else frame.to_string(index=False))
 
 
 @models.command("show")
 def models_show(
     name: Annotated[str, typer.Argument(help="the registered model's name")],
     version: Annotated[str | None, typer.Argument(help="a version or an alias; default: the newest")] = None,
-    tracking_uri: Tracking = TRACKING,
+    tracking_uri: Tracking = None,
+    config: Configured = None,
 ) -> None:
     """Show one version of a registered model as JSON.
 
@@ -563,7 +590,7 @@ def models_show(
     """
     from scvi_core.registry import show_model
 
-    print(json.dumps(show_model(tracking_uri, name, version), indent=2, sort_keys=True))
+    print(json.dumps(show_model(_registry(tracking_uri, config), name, version), indent=2, sort_keys=True))
 
 
 @models.command("promote")
@@ -571,7 +598,8 @@ def models_promote(
     name: Annotated[str, typer.Argument(help="the registered model's name")],
     version: Annotated[str, typer.Argument(help="the version")],
     alias: Annotated[str, typer.Option(help="the alias to point at it")] = "champion",
-    tracking_uri: Tracking = TRACKING,
+    tracking_uri: Tracking = None,
+    config: Configured = None,
 ) -> None:
     """Point an alias at a version, so that models:/NAME@ALIAS finds it.
 
@@ -579,8 +607,19 @@ def models_promote(
     """
     from scvi_core.registry import promote
 
-    promote(tracking_uri, name, version, alias)
+    promote(_registry(tracking_uri, config), name, version, alias)
     log.info("models:/%s@%s is version %s", name, alias, version)
+
+
+def _registry(option: str | None, config: str | None) -> str:
+    """The registry to look in, said in the log with what names it."""
+    file = Path("config/config.yaml")
+    if config in (None, "{}"):
+        config = str(file) if file.is_file() else "{}"
+    settings = load_config(config)
+    uri, by = tracking_place(option, settings.registry.tracking_uri, settings.results)
+    log.info("registry: %s (%s)", redacted(uri), config if by == "registry.tracking_uri" else by)
+    return uri
 
 
 def _list_of(path: Path) -> str:

@@ -12,7 +12,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -53,6 +53,33 @@ RESERVED = {
     "doublet_score", "s_score", "g2m_score", "cycle_phase", "predicted_doublet", "flags", "keep", "reason", "cluster",
     "umap_1", "umap_2", "tsne_1", "tsne_2",
 }  # fmt: skip
+
+
+def is_reserved(column: str) -> bool:
+    """Whether a column is called as one of ours; case is ignored, as DuckDB and other readers of tables ignore it."""
+    return column.casefold() in RESERVED or re.fullmatch(r"cluster_r[\d.]+", column.casefold()) is not None
+
+
+def same_column(column: str, others: Iterable[str]) -> str | None:
+    """The column among others that readers which ignore case take for the same."""
+    return next((other for other in others if other.casefold() == column.casefold()), None)
+
+
+def model_name(name: str) -> str:
+    """A name that MLflow takes for a registered model, if it is one.
+
+    Raises
+    ------
+    ValueError
+        For any other, with what it may be.
+    """
+    odd = re.search(r"[/:\x00-\x1f\x7f]", name) or not 0 < len(name.strip()) <= len(name) <= 200
+    if odd or name in (".", "..") or {"'", '"'} <= {*name}:
+        raise ValueError("write a name of 200 characters at most, without '/', ':' and both kinds of quotes")
+    return name
+
+
+ModelName = Annotated[str, AfterValidator(model_name)]
 
 
 class Section(BaseModel):
@@ -438,8 +465,12 @@ class ContrastConfig(Section):
 class RegistryConfig(Section):
     """Where models are registered and looked up."""
 
-    tracking_uri: str | None = Field(None, description="MLflow tracking URI; default: an SQLite file under results/")
-    name: Name | None = Field(None, description="registered model name; default: the atlas name")
+    tracking_uri: str | None = Field(
+        None,
+        description="MLflow tracking URI; default: MLFLOW_TRACKING_URI of the environment, then an SQLite file under "
+        "results/",
+    )
+    name: ModelName | None = Field(None, description="registered model name; default: the atlas name")
     experiment: str | None = Field(None, description="MLflow experiment; default: scvi-core/{atlas}")
     organism: str | None = Field(None, description="tag of the model version; default: guessed from gene ids")
     figures: bool = Field(True, description="log figures to the run")
@@ -506,19 +537,39 @@ class Config(Section):
 
     @property
     def tracking_uri(self) -> str:
-        """Where MLflow writes: as configured, else one SQLite file for all atlases under `results`."""
-        uri = self.registry.tracking_uri or f"sqlite:///{self.results}/mlflow.db"
-        whole = os.environ.get(TRACKING_URI, "")  # where a command line or a file has it without its secrets
-        if uri == redacted(whole):
-            return whole
-        if "://***@" in uri or "=***" in uri:
-            raise UserError(f"registry.tracking_uri: {uri} is without its password; set {TRACKING_URI} to the whole")
-        return uri
+        """Where MLflow writes, as :func:`tracking_place`."""
+        return tracking_place(None, self.registry.tracking_uri, self.results)[0]
 
     @property
     def registered_name(self) -> str:
         """The registered model's name: as configured, else the atlas'."""
         return self.registry.name or self.atlas
+
+
+def tracking_place(option: str | None, configured: str | None, results: str) -> tuple[str, str]:
+    """Where MLflow writes, and what says so: an option, the configuration, the environment, or the default.
+
+    The default is one SQLite file for all atlases under `results`.
+
+    Raises
+    ------
+    UserError
+        Where an address lacks its password, and the environment does not have it.
+    """
+    whole = os.environ.get(TRACKING_URI, "")  # where a command line or a file has it without its secrets
+    places = {
+        "--tracking-uri": option,
+        "registry.tracking_uri": configured,
+        TRACKING_URI: whole,
+        "MLFLOW_TRACKING_URI": os.environ.get("MLFLOW_TRACKING_URI"),
+        "the default": f"sqlite:///{results}/mlflow.db",
+    }
+    by, uri = next((by, uri) for by, uri in places.items() if uri)
+    if uri == redacted(whole):
+        return whole, by
+    if "://***@" in uri or "=***" in uri:
+        raise UserError(f"{by}: {uri} is without its password; set {TRACKING_URI} to the whole")
+    return uri, by
 
 
 class Sample(Section):
@@ -745,10 +796,11 @@ def load_samples(path: str | Path) -> list[Sample]:
             near = difflib.get_close_matches(column, header, n=1)
             found = f"found '{near[0]}'" if near else f"found {', '.join(header)}"
             raise UserError(f"{path}: no column '{column}' ({found}); columns are separated by tabs")
-    for column in header:
-        if header.count(column) > 1:
-            raise UserError(f"{path}: column '{column}' appears twice; rename one")
-        if column in RESERVED or re.fullmatch(r"cluster_r[\d.]+", column):
+    for i, column in enumerate(header):
+        if (same := same_column(column, header[:i])) is not None:
+            alike = "appears twice" if same == column else f"differs from '{same}' by case alone"
+            raise UserError(f"{path}: column '{column}' {alike}; rename one")
+        if is_reserved(column):
             raise UserError(f"{path}: column '{column}' is one that scvi-core writes itself; rename it")
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_ .-]{0,63}", column):
             raise UserError(f"{path}: column name {column!r}; use letters, digits, spaces, '_', '-' and '.'")
@@ -796,6 +848,12 @@ def check_columns(config: Config, samples: list[Sample], where: str = "config") 
         For a column that neither the sheet nor `input.metadata` gives, and for one level where two are needed.
     """
     own = list(samples[0].metadata)
+    for i, name in enumerate(names := carried(config, samples)):
+        if (same := same_column(name, (*own, *names[:i]))) is not None:
+            raise UserError(
+                f"{where}: input.metadata names '{name}', and {config.samples} or itself '{same}': case is ignored in "
+                "names of columns; rename one"
+            )
     columns = {*own, *carried(config, samples), "sample", "batch", "n_counts", "n_genes", "pct_mito"}
     clusters = {"cluster", *(f"cluster_r{r:g}" for r in config.cluster.resolutions[1:])}
     asked = {

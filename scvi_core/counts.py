@@ -15,6 +15,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
+from scvi_core.config import level_text
 from scvi_core.files import UserError, sha256_text
 from scvi_core.kernels import Nonzeros, gpu, native
 from scvi_core.kernels.gpu import Rows
@@ -65,6 +66,10 @@ class Schema:
             categorical={column: _levels(adata, column) for column in categorical},
             continuous=moments,
         )
+
+    def batch_code(self, value: object) -> int | None:
+        """Position of a batch among the model's; None where it is none of them."""
+        return _place_of(self.batches)(value)
 
     @staticmethod
     def from_dict(value: dict[str, Any]) -> Schema:
@@ -223,7 +228,28 @@ def map_tensors(of: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     return dataclasses.replace(of, **{k: change(v) for k, v in fields.items() if isinstance(v, torch.Tensor)})
 
 
-def pack(adata: AnnData, schema: Schema, layer: str | None = None, design: bool = True) -> Counts:
+def matrix_of(adata: AnnData, layer: str | None = None) -> sp.csr_matrix:
+    """The counts of an AnnData, in memory, of whatever numbers they are.
+
+    Raises
+    ------
+    UserError
+        When there is no such layer, or what is there are no numbers.
+    """
+    if layer is not None and layer not in adata.layers:
+        raise UserError(f"adata: no layer '{layer}' (layers: {', '.join(adata.layers) or 'none'})")
+    if adata.isbacked:
+        adata = adata.to_memory()
+    x = adata.layers[layer] if layer is not None else adata.X
+    if getattr(x, "dtype", np.dtype(object)).kind not in "uibf":
+        what = "nothing" if x is None else f"{getattr(x, 'dtype', type(x).__name__)} values"
+        raise UserError(f"adata: {what} in {f'layer {layer!r}' if layer is not None else 'X'}; give raw counts")
+    return sp.csr_matrix(x.astype(np.float32) if x.dtype == np.float16 else x)  # scipy has no sparse float16
+
+
+def pack(
+    adata: AnnData, schema: Schema, layer: str | None = None, design: bool = True, new_batches: bool = False
+) -> Counts:
     """Pack the counts of an AnnData by a model's schema.
 
     Parameters
@@ -233,6 +259,8 @@ def pack(adata: AnnData, schema: Schema, layer: str | None = None, design: bool 
     schema : of the model.
     design : False leaves batch and covariates out (all zeros): the encoder does not see them, so new cells can be
         embedded whose batch and covariates the model never met.
+    new_batches : True lets cells be of batches that the model never met, or of none that is known, for questions that
+        decode them under batches of the model: they get codes beyond those of the model's.
 
     Raises
     ------
@@ -249,15 +277,7 @@ def pack(adata: AnnData, schema: Schema, layer: str | None = None, design: bool 
             f"adata: {len(missing)} of the model's {len(schema.gene_ids)} genes are missing (such as {missing[0]!r}); "
             "name genes by the model's ids, or use `scvi-core map`, which says how to fill what was not measured"
         )
-    if layer is not None and layer not in adata.layers:
-        raise UserError(f"adata: no layer '{layer}' (layers: {', '.join(adata.layers) or 'none'})")
-    if adata.isbacked:
-        adata = adata.to_memory()
-    x = adata.layers[layer] if layer is not None else adata.X
-    if getattr(x, "dtype", np.dtype(object)).kind not in "uibf":
-        what = "nothing" if x is None else f"{getattr(x, 'dtype', type(x).__name__)} values"
-        raise UserError(f"adata: {what} in {f'layer {layer!r}' if layer is not None else 'X'}; give raw counts")
-    x = sp.csr_matrix(x.astype(np.float32) if x.dtype == np.float16 else x)  # scipy has no sparse matrix of float16
+    x = matrix_of(adata, layer)
     if tuple(map(str, adata.var_names)) != schema.gene_ids:
         x = x[:, [have[gene] for gene in schema.gene_ids]]
     values = check_counts(x.data, "adata")
@@ -279,7 +299,7 @@ def pack(adata: AnnData, schema: Schema, layer: str | None = None, design: bool 
         values_m=tensor_of(values, value_type),
         library_n=torch.from_numpy(np.asarray(x.sum(1, dtype=np.float64)).ravel()),
         n_genes=len(schema.gene_ids),
-        **codes(adata, schema, design),
+        **codes(adata, schema, design, new_batches),
     )
 
 
@@ -295,14 +315,19 @@ def tensor_of(array: np.ndarray, kind: type) -> torch.Tensor:
     return torch.from_numpy(array.view(np.int16) if kind is np.uint16 else array)
 
 
-def codes(adata: AnnData, schema: Schema, design: bool = True) -> dict[str, Any]:
-    """The fields of :class:`Counts` that come from the cells' columns: batch, covariates and their levels."""
+def codes(adata: AnnData, schema: Schema, design: bool = True, new_batches: bool = False) -> dict[str, Any]:
+    """The fields of :class:`Counts` that come from the cells' columns: batch, covariates and their levels.
+
+    `design` and `new_batches` as for :func:`pack`.
+    """
     batch = np.zeros(adata.n_obs, dtype=np.int64)
     categories = np.zeros((adata.n_obs, len(schema.categorical)), dtype=np.int64)
     numbers = np.zeros((adata.n_obs, len(schema.continuous)), dtype=np.float32)
     if design:
-        if schema.batch_key is not None:
-            batch = _codes(adata, schema.batch_key, schema.batches)
+        if schema.batch_key is not None and new_batches and schema.batch_key not in adata.obs:
+            batch += len(schema.batches)
+        elif schema.batch_key is not None:
+            batch = _codes(adata, schema.batch_key, schema.batches, new_batches)
         for i, (column, levels) in enumerate(schema.categorical.items()):
             categories[:, i] = _codes(adata, column, levels)
         for i, (column, (mean, spread)) in enumerate(schema.continuous.items()):
@@ -358,6 +383,8 @@ def _column(adata: AnnData, column: str) -> Any:
         hint = f"did you mean '{near[0]}'?" if near else f"columns: {', '.join(map(str, adata.obs.columns)) or 'none'}"
         raise UserError(f"adata.obs: no column '{column}'; {hint}")
     values = adata.obs[column]
+    if values.ndim > 1:
+        raise UserError(f"adata.obs: {values.shape[1]} columns are called '{column}'; rename all but one")
     if values.isna().any():
         raise UserError(f"adata.obs['{column}']: {int(values.isna().sum())} cells have no value; fill or drop them")
     return values
@@ -367,15 +394,25 @@ def _levels(adata: AnnData, column: str) -> tuple[str, ...]:
     return tuple(sorted(set(_column(adata, column).astype(str))))
 
 
-def _codes(adata: AnnData, column: str, levels: tuple[str, ...]) -> np.ndarray:
+def _place_of(levels: tuple[str, ...]) -> Callable[[object], int | None]:
+    """Where a level stands among some; 1, 1.0 and '1' are one, unless the levels themselves tell them apart."""
     place = {level: code for code, level in enumerate(levels)}
-    values = _column(adata, column).astype(str).to_numpy()
-    unknown = sorted(set(values) - set(place))
-    if unknown:
+    texts = [level_text(level) for level in levels]
+    alike = {text: code for code, text in enumerate(texts) if texts.count(text) == 1}
+    return lambda value: place.get(str(value), alike.get(level_text(value)))
+
+
+def _codes(adata: AnnData, column: str, levels: tuple[str, ...], new: bool = False) -> np.ndarray:
+    """(cells,) int64 positions of a column's levels among `levels`; if `new`, the others' are beyond these."""
+    values, place_of = _column(adata, column).astype(str).to_numpy(), _place_of(levels)
+    place = {value: place_of(value) for value in sorted(set(values))}
+    unknown = [value for value, code in place.items() if code is None]
+    if unknown and not new:
         raise UserError(
             f"adata.obs['{column}']: {unknown[0]!r} is not one the model was trained on ({', '.join(levels[:8])}"
             + (", ...)" if len(levels) > 8 else ")")
         )
+    place |= {value: code for code, value in enumerate(unknown, len(levels))}
     return np.fromiter((place[value] for value in values), dtype=np.int64, count=len(values))
 
 

@@ -37,6 +37,7 @@ DE_COLUMNS = [
 BATCH_CAP = 100  # cells of a group and batch beyond which the batch counts no more
 CREDIBLE = 0.95  # mass of the credible interval
 TINY = 1e-8  # added to both probabilities of a Bayes factor
+REST = "rest"  # the reference of a group against all others
 TILE = 2**22  # samples × genes at a time: 16 MB, which is faster than more
 
 
@@ -102,8 +103,16 @@ def differential_expression(
     made = Decisions("de") if made is None else made
     rows_k = _groups(groups, config, made)
     batch_n = counts.batch_n.cpu().numpy()
-    n_kb = np.array([np.bincount(batch_n[rows], minlength=model.n_batches) for rows in rows_k.values()])
+    n_batches = max(model.n_batches, int(batch_n.max(initial=0)) + 1)
+    n_kb = np.array([np.bincount(batch_n[rows], minlength=n_batches) for rows in rows_k.values()])
     config = config.model_copy(update={"batches": _resolved(config, n_kb, made)})
+    if n_new := int((batch_n >= model.n_batches).sum()):
+        if config.batches != "all":
+            raise UserError(
+                f"de.batches: {config.batches!r} decodes each cell under its own batch, and {n_new} cells are of "
+                "batches that the model was not trained on; use 'all', which takes the model's"
+            )
+        made.add("new batches", n_batches - model.n_batches, "decoded under the model's batches", n_cells=n_new)
     rng = np.random.default_rng(seed)
     pool = _draw(model, counts, list(rows_k.values()), n_kb, config, rng)
     comparisons = _comparisons(list(rows_k), n_kb, pool, config, rng, made)
@@ -301,7 +310,12 @@ def _comparisons(
     """All that is to be compared, with the pairs drawn; what no lane has both sides of is left out, and said so."""
     n_groups, n_lanes = pool.start_kb.shape
     if config.reference == "rest":
-        asked = [(names[k], "rest", k, [j for j in range(n_groups) if j != k]) for k in range(n_groups)]
+        rest = REST
+        while rest in names:  # a group may be called so
+            rest = f"the {rest}"
+        if rest != REST:
+            made.add("reference", rest, f"what each group is compared with; a group is called '{REST}'")
+        asked = [(names[k], rest, k, [j for j in range(n_groups) if j != k]) for k in range(n_groups)]
     else:
         asked = [(names[k], names[j], k, [j]) for k in range(n_groups) for j in range(k + 1, n_groups)]
     found, apart, partly = [], [], []
@@ -330,7 +344,8 @@ def _comparisons(
             "de.min_cells"
         )
     if config.batches == "all":
-        absent = {name: int((row == 0).sum()) for name, row in zip(names, n_kb, strict=True) if (row == 0).any()}
+        rows = zip(names, n_kb[:, :n_lanes], strict=True)
+        absent = {name: int((row == 0).sum()) for name, row in rows if (row == 0).any()}
         across = [
             f"{one.group} against {one.reference}"
             for one in found

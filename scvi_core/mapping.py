@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from scvi_core.counts import matrix_of
 from scvi_core.files import Decisions, UserError
 from scvi_core.log import log
 
@@ -99,7 +100,7 @@ def align(adata: AnnData, gene_ids: list[str], gene_names: list[str], layer: str
         )
     if len(missing):
         log.warning("new cells: %d of the model's %d genes are missing and count as 0", len(missing), len(gene_ids))
-    x = sp.csr_matrix(adata.X if layer is None else adata.layers.get(layer, adata.X))
+    x = matrix_of(adata, layer if layer in adata.layers else None)
     # input genes × model genes, ones where they are the same: one product reorders, drops, sums and fills
     source = np.flatnonzero(best >= 0)
     kind = x.dtype if x.dtype.kind == "f" else np.int64

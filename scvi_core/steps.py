@@ -41,7 +41,7 @@ from scvi_core.files import (
     write_parquet,
 )
 from scvi_core.fingerprint import fingerprint
-from scvi_core.log import log
+from scvi_core.log import log, redacted
 from scvi_core.preprocess.store import read_store
 from scvi_core.stream import open_counts
 from scvi_core.train import Interrupted, hold_out
@@ -101,27 +101,35 @@ def lookup(store: Path, settings: Config, out: Path) -> Decisions:
     Raises
     ------
     UserError
-        When `model.reuse` is `require` and there is none.
+        When `model.reuse` is `require` and there is none that can be had.
     """
     reuse, wanted = settings.model.reuse, plan(store, settings).fingerprint
     found = None if reuse == "never" else registry.find(settings.tracking_uri, wanted)
     if found is None and reuse == "require":
         raise UserError(
-            f"model.reuse: 'require', but {settings.tracking_uri} has no model of fingerprint {wanted[:12]}...; "
-            "set model.reuse: exact to train one"
+            f"model.reuse: 'require', but {redacted(settings.tracking_uri)} has no model of fingerprint "
+            f"{wanted[:12]}...; set model.reuse: exact to train one"
         )
     made = Decisions("lookup")
-    if found is not None:
-        why = "a registered model has the same fingerprint, so it is taken instead of training"
-    elif reuse == "never":
-        why = "model.reuse: never, so the registry was not asked"
-    else:
-        why = "no registered model has this fingerprint, so one is trained"
-    made.add("model", "registered model" if found else "to be trained", why)
     with replacing(out, "LOOKUP") as folder:
         folder.mkdir()
+        gone = None
         if found is not None:
-            registry.fetch(settings.tracking_uri, found, folder / "model")
+            try:
+                registry.fetch(settings.tracking_uri, found, folder / "model")
+            except registry.Gone as error:
+                if reuse == "require":
+                    raise UserError(f"model.reuse: 'require', but the model cannot be had: {error}") from error
+                found, gone = None, error
+        if found is not None:
+            why = "a registered model has the same fingerprint, so it is taken instead of training"
+        elif reuse == "never":
+            why = "model.reuse: never, so the registry was not asked"
+        elif gone is not None:
+            why = f"a registered model has this fingerprint, but cannot be had, so one is trained: {gone}"
+        else:
+            why = "no registered model has this fingerprint, so one is trained"
+        made.add("model", "registered model" if found else "to be trained", why, warn=gone is not None)
         about = {"name": found.name, "version": str(found.version), "run_id": found.run_id} if found else None
         write_json(folder / "lookup.json", {"fingerprint": wanted, "found": about, "reuse": reuse}, checksum=True)
     return made
@@ -317,7 +325,7 @@ def de(store: Path, model: Path, cells: Path, settings: Config, out: Path) -> De
     names = fitted.gene_ids, fitted.gene_names
     frame = differential_expression(fitted.network, counts, table[groupby], *names, settings.de, settings.seed, made)
     against = "the rest" if settings.de.reference == "rest" else "each other"
-    n_groups = len(set(frame["group"]) | set(frame["reference"]) - {"rest"})
+    n_groups = len({*frame["group"], *(frame["reference"] if settings.de.reference == "pairs" else ())})
     made.add("groups compared", n_groups, f"groups of '{groupby}' against {against}")
     called = f"expected false discovery proportion {settings.de.fdr:g}"
     made.add("genes called", int(frame["is_de"].sum()), f"(group, gene) pairs, {settings.de.mode} mode, {called}")

@@ -97,7 +97,7 @@ class Stream(OnHost):
         self.slot_b[block] = slot
 
 
-def open_counts(path: Path, adata: AnnData, schema: Schema, memory_gb: float) -> Counts:
+def open_counts(path: Path, adata: AnnData, schema: Schema, memory_gb: float, new_batches: bool = False) -> Counts:
     """The counts of a store that ``preprocess.store`` wrote: in memory, or streamed where they are larger.
 
     Read block by block either way, and checked, so that no second copy is made.
@@ -106,6 +106,7 @@ def open_counts(path: Path, adata: AnnData, schema: Schema, memory_gb: float) ->
     ----------
     path : of counts.zarr. adata : its cells and genes, without counts. schema : of the model, with the store's genes.
     memory_gb : what packed counts may take, in units of 10^9 bytes.
+    new_batches : as for :func:`scvi_core.counts.pack`.
 
     Raises
     ------
@@ -113,7 +114,7 @@ def open_counts(path: Path, adata: AnnData, schema: Schema, memory_gb: float) ->
         When the counts are damaged, or the memory allowed is too little for two blocks.
     """
     try:
-        return _open_counts(path, adata, schema, memory_gb)
+        return _open_counts(path, adata, schema, memory_gb, new_batches)
     except (UserError, MemoryError):
         raise
     except Exception as error:  # zarr raises every type there is on damaged stores
@@ -121,7 +122,7 @@ def open_counts(path: Path, adata: AnnData, schema: Schema, memory_gb: float) ->
         raise UserError(f"{path}: not a whole store of scvi-core ({line}); run `scvi-core store` again") from None
 
 
-def _open_counts(path: Path, adata: AnnData, schema: Schema, memory_gb: float) -> Counts:
+def _open_counts(path: Path, adata: AnnData, schema: Schema, memory_gb: float, new_batches: bool) -> Counts:
     import zarr
 
     X = zarr.open_group(path, mode="r")["X"]
@@ -164,7 +165,7 @@ def _open_counts(path: Path, adata: AnnData, schema: Schema, memory_gb: float) -
         "values_m": values_m,
         "library_n": torch.from_numpy(library_n),
         "n_genes": n_genes,
-        **codes(adata, schema),
+        **codes(adata, schema, new_batches=new_batches),
     }
     if whole:
         log.info("counts in memory: %.2f GB packed", size * bytes_each / 1e9)

@@ -31,7 +31,7 @@ def uncertainty_table(cell_ids: Iterable[str], uncertainty_n: np.ndarray, std_nk
 
 
 def cells_table(obs: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
-    """cells.parquet: the fixed columns, the user's own, then t-SNE and further resolutions."""
+    """cells.parquet: ``cell_id`` (``{sample}:{barcode}``), its parts, fixed columns, the user's own, then the rest."""
     fixed = ["sample", "batch", "n_counts", "n_genes", "pct_mito", "doublet_score"]
     front = ["cluster", "umap_1", "umap_2"]
     own = [column for column in obs.columns if column not in fixed]
@@ -40,5 +40,7 @@ def cells_table(obs: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
     for column in table.columns:
         if isinstance(table[column].dtype, pd.CategoricalDtype):  # text reads the same in every Parquet reader
             table[column] = table[column].astype(object).where(table[column].notna(), None)
-    table.insert(0, "cell_id", [str(c) for c in obs.index])
+    ids = [str(c) for c in obs.index]
+    table.insert(0, "barcode", [i.removeprefix(f"{s}:") for i, s in zip(ids, table["sample"], strict=True)])
+    table.insert(0, "cell_id", ids)
     return table.reset_index(drop=True)

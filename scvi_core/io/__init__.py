@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from scvi_core.config import PLUGINS, RESERVED, InputConfig, Sample, level_text
+from scvi_core.config import PLUGINS, InputConfig, Sample, is_reserved, level_text, same_column
 from scvi_core.files import Decisions, UserError, replacing
 from scvi_core.io import checks, hdf5, identity, text
 from scvi_core.io.blocks import Read, Reader, Scratch, Spool, stacked, take_columns
@@ -287,15 +287,15 @@ def _cell_table(path: Path, given: pd.DataFrame, sample: Sample, config: InputCo
     names = [f"{name}:{barcode}" for name, barcode in zip(of_cell["sample"], barcodes, strict=True)]
     obs = pd.DataFrame({"barcode": barcodes}, index=pd.Index(names, name="cell_id"))
     for column, values in of_cell.items():
-        if column in RESERVED or (column in sample.metadata and column in ("sample", "batch")):
+        if column in sample.metadata and (is_reserved(column) or same_column(column, ("sample", "batch"))):
             raise UserError(f"sample sheet: column {column!r} is one that scvi-core writes itself; rename it")
         levels = sorted(set(values))
         obs[column] = pd.Categorical(values, categories=pd.Index(levels, dtype=object))
     for column in config.metadata:
-        if column in obs or column in RESERVED or re.fullmatch(r"cluster_r[\d.]+", column):
+        if is_reserved(column) or same_column(column, obs.columns):
             raise UserError(
-                f"{path}: input.metadata names {column!r}, a column that scvi-core or the sample sheet writes itself; "
-                "rename it in the file, or leave it out"
+                f"{path}: input.metadata names {column!r}, a column that scvi-core or the sample sheet writes itself "
+                "(case is ignored); rename it in the file, or leave it out"
             )
         obs[column] = _clean_column(given[column], obs.index)
     return obs

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.machinery
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -56,6 +57,9 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
 
 
 library, reason = _open()
+
+# The threads that PyTorch had before a fork are not there after it, and it would wait for them for ever.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 def serves(tensor: torch.Tensor) -> bool:

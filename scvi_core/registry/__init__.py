@@ -19,17 +19,23 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from scvi_core.config import model_name
 from scvi_core.files import UserError, replacing, sha256_file
 from scvi_core.log import log, redacted
 from scvi_core.registry.run import CARD, HISTORY, STORED, WEIGHTS, log_training, short
-from scvi_core.registry.tracking import connect, errors, exclusive, place, sqlite_path
+from scvi_core.registry.tracking import connect, errors, exclusive, place, retried, sqlite_path
 
 if TYPE_CHECKING:
     import pandas as pd
     from mlflow import MlflowClient
+    from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
 
 BUNDLE = (WEIGHTS, CARD, HISTORY)
+
+
+class Gone(UserError):  # noqa: N818 (what became of it)
+    """A registered model whose files are not there, or are no longer those that were registered."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,17 +84,30 @@ def fetch(tracking_uri: str, found: Found, out: str | Path) -> None:
 
     Raises
     ------
-    UserError
+    Gone
         When a file is missing, or the weights are not those that were registered.
     """
+    client = connect(tracking_uri)
+    with errors(tracking_uri):
+        location = client.get_model_version_download_uri(found.name, found.version)
+    label = f"models:/{found.name}/{found.version}"
+    _download(tracking_uri, client, location, label, out, found.fingerprint, found.weights_sha256)
+
+
+def _download(
+    tracking_uri: str,
+    client: MlflowClient,
+    location: str,
+    label: str,
+    out: str | Path,
+    fingerprint: str,
+    weights_sha256: str | None,
+) -> None:
+    """Put the bundle that lies at an artifact location into the folder `out`, checked, as :func:`fetch` does."""
     from mlflow.artifacts import download_artifacts
 
-    client = connect(tracking_uri)
-    label = f"{redacted(tracking_uri)}: models:/{found.name}/{found.version}"
+    label, location, out = f"{redacted(tracking_uri)}: {label}", place(tracking_uri, location), Path(out)
     remedy = "train again with model.reuse: never, which registers it anew"
-    with errors(tracking_uri):
-        location = place(tracking_uri, client.get_model_version_download_uri(found.name, found.version))
-    out = Path(out)
     with (
         replacing(out, "MODEL") as temporary,
         tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as download,
@@ -104,12 +123,15 @@ def fetch(tracking_uri: str, found: Found, out: str | Path) -> None:
                     if isinstance(error, ImportError):
                         raise UserError(f"{label}: {location} needs the package {error.name!r}; install it") from error
                     if isinstance(error, ValueError | TypeError | LookupError | AttributeError):  # of an odd address
-                        raise UserError(f"{label}: {location}: cannot be fetched ({error}); {remedy}") from error
+                        raise Gone(f"{label}: {location}: cannot be fetched ({error}); {remedy}") from error
                     if not _is_absent(error):
                         raise
-                    raise UserError(f"{label}: {file} is missing from {location}; {remedy}") from error
+                    raise Gone(f"{label}: {file} is missing from {location}; {remedy}") from error
                 shutil.move(got, temporary / file)
-        _check(temporary, label, remedy, found.fingerprint, found.weights_sha256)
+        try:
+            _check(temporary, label, remedy, fingerprint, weights_sha256)
+        except UserError as error:
+            raise Gone(str(error)) from error
 
 
 def register(
@@ -129,7 +151,8 @@ def register(
     """Record a training as an MLflow run and its model as a version of a registered model.
 
     Doing it again changes nothing: a version of the same fingerprint and weights is returned as it is (its files
-    mended from `bundle` if they are damaged), or linked to, where only another registered model has it.
+    mended from `bundle` if they are damaged), or linked to, where only another registered model has it. One whose run
+    was deleted, or whose files a server no longer has, is left as it is, and another is made.
 
     Parameters
     ----------
@@ -156,14 +179,14 @@ def register(
     UserError
         For an incomplete bundle, or a store that cannot be reached or written.
     """
-    bundle, name = Path(bundle), _checked(name)
+    bundle, _ = Path(bundle), _is_called(name)
     card = _check(bundle, str(bundle), "remove it and run again: `scvi-core train` makes it anew")
     client = connect(tracking_uri)
     with errors(tracking_uri), exclusive(tracking_uri):
-        version = _newest(client, card["fingerprint"], name, card["weights_sha256"])
+        version = _whole(tracking_uri, client, card, name)
         if version is None:
             labels = _version_tags(card, atlas, organism, tags or {})
-            same = _newest(client, card["fingerprint"], None, card["weights_sha256"])
+            same = _whole(tracking_uri, client, card)
             if same is None:
                 run_id, model = log_training(
                     client,
@@ -183,7 +206,8 @@ def register(
                 run_id, source = same.run_id, same.source
                 labels["model_id"] = same.tags.get("model_id", "")
                 log.info("models:/%s/%s has the same weights: its run and files are shared", same.name, same.version)
-            version = _first(client, _create_version(client, name, source, run_id, labels), labels)
+            made = retried(lambda: _create_version(client, name, source, run_id, labels))
+            version = _first(tracking_uri, client, made, card)
         _mend(tracking_uri, client, version, bundle)
         run = client.get_run(version.run_id)
         # ours, or that of a registration killed at its last step, or taken for one by another at the same time
@@ -246,7 +270,10 @@ def show_model(tracking_uri: str, name: str, version: str | int | None = None) -
     client, found = _lookup(tracking_uri, name, version)
     with errors(tracking_uri):
         described = _describe(found, _aliases(client, found.name))
-        described["metrics"] = dict(client.get_run(found.run_id).data.metrics) if found.run_id else {}
+        run = _run(client, found.run_id)
+        described["metrics"] = dict(run.data.metrics) if run else {}
+        if run is None:
+            log.warning("models:/%s/%s: MLflow run %s was deleted", found.name, found.version, found.run_id)
     return described
 
 
@@ -272,7 +299,8 @@ def resolve(tracking_uri: str, reference: str | Path, out: str | Path) -> Path:
     Parameters
     ----------
     tracking_uri : where to look names up.
-    reference : ``models:/name/3``, ``models:/name@champion``, ``models:/name/latest``, or a bundle's folder.
+    reference : ``models:/name/3``, ``models:/name@champion``, ``models:/name/latest``, ``models:/m-0123...`` (the id of
+        a logged model), ``runs:/0123.../model``, or the folder of a bundle or of an atlas' results.
     out : folder that a registered bundle is downloaded into.
 
     Returns
@@ -285,26 +313,84 @@ def resolve(tracking_uri: str, reference: str | Path, out: str | Path) -> Path:
     UserError
         For an unknown reference, or weights that are not those of the record.
     """
-    text = str(reference)
-    if text.startswith("models:"):
-        match = re.fullmatch(r"models:/([^/@]+)(?:/([^/@]+)|@([^/@]+))", text)
-        if match is None:
-            raise UserError(f"model '{text}': write models:/name/3, models:/name@champion or models:/name/latest")
-        name, version, alias = match.groups()
-        _, found = _lookup(tracking_uri, name, f"@{alias}" if alias else None if version == "latest" else version)
+    text, out = str(reference), Path(out)
+    scheme, colon, rest = text.partition(":/")
+    if colon and scheme == "models":
+        if re.fullmatch(r"m-[0-9a-f]{32}", rest):
+            _fetch_logged(tracking_uri, rest, text, out)
+            return out
+        name, version = _parsed(tracking_uri, text, rest)
+        _, found = _lookup(tracking_uri, name, version)
         if not {"fingerprint", "weights_sha256"} <= set(found.tags):
-            raise UserError(
-                f"model '{text}': was not registered by scvi-core; name one that `scvi-core models list` shows"
-            )
+            raise _of_others(text)
         fetch(tracking_uri, _found(found), out)
-        return Path(out)
+        return out
+    if colon and scheme == "runs":
+        _fetch_logged(tracking_uri, _model_of_run(tracking_uri, text, rest), text, out)
+        return out
     folder = Path(reference)
     if not folder.is_dir():
         raise UserError(
             f"model '{text}': no such folder; give a bundle's folder, models:/name/3 or models:/name@champion"
         )
+    if not (folder / CARD).exists() and (folder / "model" / CARD).is_file():  # an atlas' results
+        folder /= "model"
     _check(folder, text, "fetch or train it again")
     return folder
+
+
+def _parsed(tracking_uri: str, text: str, rest: str) -> tuple[str, str | None]:
+    """Name, and version, @alias or None for the newest, of what follows ``models:/``."""
+    name, slash, version = rest.partition("/")
+    if slash and name and version and "/" not in version:
+        return name, None if version.lower() == "latest" else version
+    name, at, alias = rest.rpartition("@")
+    if at and name and alias and "/" not in rest:
+        return name, f"@{alias}"
+    which = "models:/name/3, models:/name@champion or models:/name/latest"
+    if rest and "/" not in rest:
+        client, newest = _lookup(tracking_uri, rest, None)
+        aliases = "".join(f", models:/{rest}@{alias}" for alias in sorted(_aliases(client, rest)))
+        which = f"which of its versions: models:/{rest}/{newest.version} is the newest{aliases}"
+    raise UserError(f"model '{text}': write {which}")
+
+
+def _of_others(text: str) -> UserError:
+    return UserError(f"model '{text}': was not made by scvi-core; name one that `scvi-core models list` shows")
+
+
+def _model_of_run(tracking_uri: str, text: str, rest: str) -> str:
+    """The id of the model that a run logged."""
+    run_id, _, name = rest.partition("/")
+    client = _opened(tracking_uri)
+    with errors(tracking_uri):
+        run = _run(client, run_id)
+        if run is None:
+            raise UserError(f"model '{text}': {redacted(tracking_uri)} has no such run, or it was deleted")
+        ids = [output.model_id for output in (run.outputs.model_outputs if run.outputs else [])]
+        for model_id in ids:
+            if name in ("", "model", client.get_logged_model(model_id).name):
+                return model_id
+    raise _of_others(text)
+
+
+def _fetch_logged(tracking_uri: str, model_id: str, text: str, out: Path) -> None:
+    """Fetch what MLflow calls a logged model, registered or not."""
+    from mlflow.exceptions import MlflowException
+
+    client = _opened(tracking_uri)
+    with errors(tracking_uri):
+        try:
+            model = client.get_logged_model(model_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            raise UserError(f"model '{text}': {redacted(tracking_uri)} has no logged model {model_id}") from error
+        if "fingerprint" not in model.tags:
+            raise _of_others(text)
+        weights = {v.tags.get("weights_sha256") for v in _all(client, f"tag.model_id = '{model_id}'")}
+    told = weights.pop() if len(weights) == 1 else None  # of one that is not registered its own card alone tells
+    _download(tracking_uri, client, model.artifact_location, text, out, model.tags["fingerprint"], told)
 
 
 # ---- steps of a registration
@@ -325,17 +411,58 @@ def _create_version(
     )
 
 
-def _first(client: MlflowClient, made: ModelVersion, labels: dict[str, str]) -> ModelVersion:
+def _first(tracking_uri: str, client: MlflowClient, made: ModelVersion, card: dict[str, Any]) -> ModelVersion:
     """The version to keep: of those that several processes make of one model at once, a server taking no locks."""
-    same = _all(client, f"tag.fingerprint = '{labels['fingerprint']}' and name = '{made.name}'")
-    same = [v for v in same if v.tags.get("weights_sha256") == labels["weights_sha256"]]
-    first = min(same, key=lambda v: int(v.version))
+    first = _whole(tracking_uri, client, card, made.name) or made
     if int(first.version) < int(made.version):
         client.delete_model_version(made.name, str(made.version))
         if made.run_id != first.run_id:
             client.set_terminated(made.run_id, "KILLED")
         log.info("models:/%s/%s: another process registered it at the same time", first.name, first.version)
     return first
+
+
+def _whole(
+    tracking_uri: str, client: MlflowClient, card: dict[str, Any], name: str | None = None
+) -> ModelVersion | None:
+    """The first version of a model whose run and files are there: of several made at once, the one that stays."""
+    found = _of_fingerprint(client, card["fingerprint"], name)
+    for version in sorted(found, key=lambda v: (int(v.version), v.creation_timestamp)):
+        if version.tags["weights_sha256"] != card["weights_sha256"]:
+            continue
+        if _run(client, version.run_id) is not None and _has_files(tracking_uri, client, version):
+            return version
+        log.warning("models:/%s/%s: its run or its files were deleted", version.name, version.version)
+    return None
+
+
+def _run(client: MlflowClient, run_id: str | None) -> Run | None:
+    """An MLflow run; None where it was deleted."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id) if run_id else None
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        return None
+    return run if run is not None and run.info.lifecycle_stage == "active" else None
+
+
+def _has_files(tracking_uri: str, client: MlflowClient, version: ModelVersion) -> bool:
+    """Whether a version's files are there by name, or on this disk, where :func:`_mend` puts them back."""
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    location = place(tracking_uri, client.get_model_version_download_uri(version.name, str(version.version)))
+    if sqlite_path(tracking_uri) is not None and location.startswith("file:"):
+        return True
+    try:
+        listed = get_artifact_repository(location, tracking_uri=client.tracking_uri).list_artifacts(STORED)
+    except Exception as error:
+        if not _is_absent(error):
+            raise
+        return False
+    return {*BUNDLE} <= {file.path.rpartition("/")[2] for file in listed}
 
 
 def _mend(tracking_uri: str, client: MlflowClient, version: ModelVersion, bundle: Path) -> None:
@@ -385,10 +512,14 @@ def _is_absent(error: Exception) -> bool:
     )
 
 
-def _checked(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,199}", name):
-        raise UserError(f"model name '{name}': use letters, digits, '.', '_' and '-' (first a letter or digit)")
-    return name
+def _is_called(name: str) -> str:
+    """MLflow's condition by a registered model's name."""
+    try:
+        name = model_name(name)
+    except ValueError as error:
+        raise UserError(f"model name {name!r}: {error}") from None
+    quote = '"' if "'" in name else "'"
+    return f"name = {quote}{name}{quote}"
 
 
 def _check(bundle: Path, label: str, remedy: str, fingerprint: str | None = None, weights: str | None = None) -> dict:
@@ -426,20 +557,18 @@ def _all(client: MlflowClient, condition: str) -> list[ModelVersion]:
             return versions
 
 
-def _newest(
-    client: MlflowClient, fingerprint: str, name: str | None, weights_sha256: str | None = None
-) -> ModelVersion | None:
+def _newest(client: MlflowClient, fingerprint: str, name: str | None) -> ModelVersion | None:
+    versions = _of_fingerprint(client, fingerprint, name)
+    return max(versions, key=lambda v: (v.creation_timestamp, int(v.version)), default=None)
+
+
+def _of_fingerprint(client: MlflowClient, fingerprint: str, name: str | None) -> list[ModelVersion]:
     if not re.fullmatch(r"[0-9a-f]{16,64}", fingerprint):
         raise UserError(f"fingerprint '{fingerprint}': not a SHA-256 in hexadecimal")
     condition = f"tag.fingerprint = '{fingerprint}'"
     if name is not None:
-        condition += f" and name = '{_checked(name)}'"
-    versions = [
-        v
-        for v in _all(client, condition)
-        if v.status == "READY" and "weights_sha256" in v.tags and weights_sha256 in (None, v.tags["weights_sha256"])
-    ]
-    return max(versions, key=lambda v: (v.creation_timestamp, int(v.version)), default=None)
+        condition += f" and {_is_called(name)}"
+    return [v for v in _all(client, condition) if v.status == "READY" and "weights_sha256" in v.tags]
 
 
 def _found(version: ModelVersion) -> Found:
@@ -447,15 +576,22 @@ def _found(version: ModelVersion) -> Found:
     return Found(version.name, str(version.version), version.run_id, tags["fingerprint"], tags["weights_sha256"])
 
 
+def _opened(tracking_uri: str) -> MlflowClient:
+    """The way to a store that is there."""
+    database = sqlite_path(tracking_uri)
+    if database is not None and not database.exists():
+        raise UserError(
+            f"{redacted(tracking_uri)}: no such registry; build an atlas first, or mend registry.tracking_uri"
+        )
+    return connect(tracking_uri)
+
+
 def _lookup(tracking_uri: str, name: str, version: str | int | None) -> tuple[MlflowClient, ModelVersion]:
     """Find one version by number, alias (with or without @) or None for the newest."""
     label = f"{redacted(tracking_uri)}: "
-    database = sqlite_path(tracking_uri)
-    if database is not None and not database.exists():
-        raise UserError(f"{label}no such registry; build an atlas first, or mend registry.tracking_uri")
-    client = connect(tracking_uri)
+    client = _opened(tracking_uri)
     with errors(tracking_uri):
-        versions = _all(client, f"name = '{_checked(name)}'")
+        versions = _all(client, _is_called(name))
         if not versions:
             names = sorted({v.name for v in _all(client, "tag.fingerprint LIKE '%'")})
             raise UserError(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from scvi_core._version import __version__
 from scvi_core.files import UserError, read_parquet
 from scvi_core.log import log
-from scvi_core.registry.tracking import artifact_root, sqlite_path
+from scvi_core.registry.tracking import artifact_root, retried, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -63,7 +63,10 @@ def log_training(
     fingerprint = card["fingerprint"]
     for run in client.search_runs([experiment_id], f"tags.fingerprint = '{fingerprint}' and status = 'RUNNING'"):
         client.set_terminated(run.info.run_id, "KILLED")
-        log.warning("MLflow run %s: its registration was interrupted; marked KILLED", run.info.run_id)
+        log.warning(
+            "MLflow run %s: its registration was interrupted, or another process is at it; marked KILLED",
+            run.info.run_id,
+        )
     start = _milliseconds(train_run.get("started"))
     software = {f"software.{package}": version for package, version in card.get("software", {}).items()}
     run_tags = {**labels, **software, "mlflow.source.name": "scvi-core", "mlflow.source.type": "LOCAL"}
@@ -80,8 +83,9 @@ def log_training(
         client.log_dict(run_id, dict(train_run), "train_run.json")
         for figure in figures:
             client.log_artifact(run_id, str(figure), "figures")
+        called = re.sub(r"[/:.%\"']", "_", name)  # MLflow takes fewer characters here than in a registered model's name
         model = client.create_logged_model(
-            experiment_id, name, run_id, tags={"fingerprint": fingerprint}, model_type="scvi-core"
+            experiment_id, called, run_id, tags={"fingerprint": fingerprint}, model_type="scvi-core"
         )
         _upload(client, model.model_id, run_id, bundle, card)
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
@@ -151,7 +155,8 @@ def _log_dataset(client: MlflowClient, run_id: str, dataset: Mapping[str, Any], 
         source=json.dumps({"uri": str(dataset.get("source") or "counts.zarr")}),
         profile=json.dumps(profile, default=str),
     )
-    client.log_inputs(run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "training")])])
+    inputs = [DatasetInput(data, [InputTag("mlflow.data.context", "training")])]
+    retried(lambda: client.log_inputs(run_id, inputs))
     return data
 
 

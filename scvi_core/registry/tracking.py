@@ -11,12 +11,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import random
 import re
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from scvi_core.files import UserError, replacing
 from scvi_core.log import log, redacted
@@ -24,6 +25,7 @@ from scvi_core.log import log, redacted
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+T = TypeVar("T")
 ARTIFACTS = "mlartifacts"
 LOCK_SECONDS = 600
 # read by mlflow when it is imported or when it acts; what the user has set stays
@@ -35,7 +37,7 @@ ENVIRONMENT = {
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4",  # half a minute, in which a server may start again
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
 }
 # every column in which MLflow keeps the absolute place of an artifact
@@ -93,7 +95,7 @@ def sqlite_path(tracking_uri: str) -> Path | None:
         return None
     raise UserError(
         f"registry.tracking_uri: '{redacted(tracking_uri)}' cannot be used; give sqlite:///path/to/mlflow.db "
-        "or the http(s):// address of an MLflow server"
+        "or the http(s):// address of an MLflow server (unset, it is that of the environment's MLFLOW_TRACKING_URI)"
     )
 
 
@@ -140,6 +142,25 @@ def exclusive(tracking_uri: str) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def retried(act: Callable[[], T]) -> T:
+    """Do what another process may do at the same moment.
+
+    Where both make the same row of a server's database, one is told that it exists, or that it is locked; nothing is
+    written then, and at the next try the row is found.
+    """
+    from mlflow.exceptions import MlflowException
+
+    told = r"unique constraint|integrityerror|duplicate|deadlock|is locked|could not serialize|giving up after"
+    for pause in (0.1, 0.4, 1.6, 6.4):
+        try:
+            return act()
+        except MlflowException as error:
+            if not re.search(told, str(error), re.IGNORECASE):
+                raise
+            time.sleep(pause * (0.5 + random.random()))
+    return act()
 
 
 @contextlib.contextmanager

@@ -38,7 +38,17 @@ HISTORY = ["epoch", "seconds", "train_elbo", "validation_elbo", "kl_weight", "le
 
 
 class Interrupted(Exception):  # noqa: N818 (an outcome, not a fault)
-    """Training was asked to stop; its checkpoint is written, and running again continues it."""
+    """Training was asked to stop; its checkpoint is written, and running again continues it.
+
+    Attributes
+    ----------
+    history : of a model that was to be kept as it was then, else None. Its last row is of the part of an epoch that was
+        done. step, steps : how many were done, and how many there would have been.
+    """
+
+    def __init__(self, history: pd.DataFrame | None = None, step: int = 0, steps: int = 0):
+        super().__init__()
+        self.history, self.step, self.steps = history, step, steps
 
 
 def train(
@@ -55,6 +65,7 @@ def train(
     stop: Callable[[], bool] = lambda: False,
     every: float = 30.0,
     trainable: Trainable | None = None,
+    keep: bool = False,
 ) -> pd.DataFrame:
     """Fit `model` in place: to whatever its ``loss`` is.
 
@@ -72,6 +83,7 @@ def train(
     trainable : a parameter's name -> True, or a boolean mask of its shape. What it does not name or leaves out stays as
         it is, bit for bit, and so do the moments of batch norms whose weights stay, and the prior of library sizes.
         None trains all.
+    keep : whether a fit that `stop` ends early leaves the model as after a whole one: measured, with its best weights.
 
     Returns
     -------
@@ -112,7 +124,7 @@ def train(
         state.resume(checkpoint, identity)
     run = (recorded.Recorded if recording else Plain)(state, counts, config, schedule, seed)
     threads = native.our_threads() if which == "compiled" and not model.half else contextlib.nullcontext()
-    saved = time.monotonic()
+    saved, stopping = time.monotonic(), False
     progress = progress and parallel.rank() == 0
     with (
         bar(progress, epochs, state.epoch) as show,
@@ -124,7 +136,8 @@ def train(
             began = time.perf_counter()
             order = counts.order(train_rows, np.random.default_rng([seed, state.epoch]))
             first = state.step - state.epoch * steps
-            elbo_b = run.begin(np.array_split(order, steps), first)  # a minibatch's sum each, left on the device
+            minibatches = np.array_split(order, steps)
+            elbo_b = run.begin(minibatches, first)  # a minibatch's sum each, left on the device
             state.ready()
             for i in range(first, steps):
                 due = checkpoint is not None and time.monotonic() - saved > every
@@ -137,27 +150,32 @@ def train(
                     state.save(elbo_b, checkpoint, identity)
                     saved = time.monotonic()
                 if stopping and not last:
-                    raise Interrupted
+                    if not keep:
+                        raise Interrupted
+                    break
             validation_elbo = math.nan if held is None else elbo_of(model, held, seed)
             if held is not None and not math.isfinite(validation_elbo):
                 raise UserError(diagnosis(state, config, steps - 1, steps, checkpoint))
             state.epoch += 1
-            train_elbo = (state.elbo_sum + float(parallel.summed(elbo_b).sum())) / len(train_rows)
+            n_seen = sum(map(len, minibatches[: i + 1]))
+            train_elbo = (state.elbo_sum + float(parallel.summed(elbo_b).sum())) / n_seen
             state.elbo_sum, elbo_b = 0.0, elbo_b[:0]
             seconds = time.perf_counter() - began
             kl_weight, rate = schedule.kl_weight_t[state.step - 1], schedule.rate_t[state.step - 1]
             state.history.append([state.epoch, seconds, train_elbo, validation_elbo, kl_weight, rate])
-            show(train_elbo, validation_elbo, len(train_rows) / seconds)
+            show(train_elbo, validation_elbo, n_seen / seconds)
             # the ELBO of a model still under warm-up is no measure of it, so the best is sought from its end
             warm = kl_weight == config.kl_weight
             if held is not None and config.early_stopping and warm and validation_elbo > state.best_elbo:
                 state.best_elbo, state.best_epoch = validation_elbo, state.epoch
                 state.best = {k: v.detach().clone() for k, v in model.state_dict().items()}
-            if stopping or due or state.epoch == epochs:
+            if last and (stopping or due or state.epoch == epochs):
                 state.save(elbo_b, checkpoint, identity)
                 saved = time.monotonic()
             if stopping:
-                raise Interrupted
+                if not keep:
+                    raise Interrupted
+                break
     if _has_stalled(state, config):
         log.info("early stopping after epoch %d: no better validation ELBO in %d", state.epoch, config.patience)
     if state.best:
@@ -165,7 +183,10 @@ def train(
     for p in model.parameters():
         p.grad = None
     model.requires_grad_(True).eval()
-    return pd.DataFrame(state.history, columns=HISTORY).astype({"epoch": np.int64})
+    history = pd.DataFrame(state.history, columns=HISTORY).astype({"epoch": np.int64})
+    if stopping and state.step < epochs * steps:
+        raise Interrupted(history, state.step, epochs * steps)
+    return history
 
 
 class Plain:

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import pickle
@@ -290,9 +291,15 @@ def test_list_show_promote_resolve(store, tmp_path):
         ("models:/nothing/1", "no model 'nothing' .*pancreas"),
         ("models:/pancreas/7", "no version or alias '7' .*versions: 1"),
         ("models:/pancreas@best", "no version or alias '@best'"),
-        ("models:/pancreas", "write models:/name/3"),
-        ("models:/a' or name like '%/1", "letters, digits"),
+        ("models:/pancreas", "write which of its versions: models:/pancreas/1 is the newest$"),
+        ("models:/other", "no model 'other' .*pancreas"),
+        ("models:/a' or name like '%/1", "no model "),
+        ("models:/a' or name = \"b/1", "both kinds of quotes"),
         ("models:/../../1", "write models:/name/3"),
+        ("models:/pancreas/", "write models:/name/3"),
+        (f"models:/m-{'0' * 32}", "has no logged model m-0"),
+        (f"runs:/{'0' * 32}/model", "has no such run"),
+        ("runs:/../model", "has no such run"),
         ("no/such/folder", "no such folder"),
     ],
 )
@@ -339,31 +346,216 @@ def test_stores_that_cannot_be_opened_get_one_line(tmp_path):
         raise ZeroDivisionError
 
 
-def test_four_processes_at_once(tmp_path):
-    """First use of one store by four processes that all register the same model: one version, nobody crashes."""
-    bundle, uri = make_bundle(tmp_path / "model"), f"sqlite:///{tmp_path}/store/mlflow.db"
-    # one import of mlflow, then four real processes that start together
+def eight_at_once(uri, folder):
+    """First use of one store by eight processes: three register one model, five others each their own; nobody crashes.
+
+    The five are of one dataset, as of a sweep. MLflow is silent.
+    """
+    bundles = [make_bundle(folder / f"model{i}", f"{i}a" * 32, bytes([i])) for i in (0, 0, 0, 1, 2, 3, 4, 5)]
+    # one import of mlflow, then eight real processes that start together
     code = """
 import multiprocessing, os, sys
 from scvi_core import registry
 from scvi_core.registry import tracking
 os.environ.update(tracking.ENVIRONMENT)
 import mlflow.pyfunc, mlflow.store.tracking.sqlalchemy_store
-def work(barrier):
-    more = dict(train_run={}, dataset={}, config={"seed": 0}, experiment="e", atlas="a")
+def work(bundle, barrier):
+    data = dict(name="cells", digest="c" * 64, source="here")
+    more = dict(train_run={}, dataset=data, config={"seed": 0}, experiment="eight", atlas="a")
     barrier.wait()
-    assert registry.register(sys.argv[1], "tiny", sys.argv[2], **more)["version"] == "1"
+    registry.register(sys.argv[1], "eight", bundle, **more)
 fork = multiprocessing.get_context("fork")
-barrier = fork.Barrier(4)
-workers = [fork.Process(target=work, args=(barrier,)) for _ in range(4)]
+barrier = fork.Barrier(8)
+workers = [fork.Process(target=work, args=(bundle, barrier)) for bundle in sys.argv[2:]]
 for worker in workers: worker.start()
 for worker in workers: worker.join()
 print([worker.exitcode for worker in workers])
 """
-    command = [sys.executable, "-c", code, uri, str(bundle)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert (done.stdout, done.stderr) == ("[0, 0, 0, 0]\n", "")  # and MLflow is silent
-    assert len(registry.list_models(uri)) == 1
+    command = [sys.executable, "-c", code, uri, *map(str, bundles)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.stdout == f"{[0] * 8}\n", done.stderr
+    assert all(line.startswith(("WARNING MLflow run", "INFO models:/eight")) for line in done.stderr.splitlines())
+    versions = registry.list_models(uri).query("name == 'eight'")
+    assert sorted(versions["fingerprint"]) == sorted({f"{i}a" * 32 for i in range(6)})
+    client = tracking.connect(uri)
+    assert {client.get_run(run_id).info.status for run_id in versions["run_id"]} == {"FINISHED"}
+    for i, bundle in enumerate({*bundles}):
+        registry.fetch(uri, registry.find(uri, f"{bundle.name[-1]}a" * 32), folder / f"got{i}")
+
+
+def test_eight_processes_at_once(tmp_path):
+    eight_at_once(f"sqlite:///{tmp_path}/store/mlflow.db", tmp_path)
+
+
+def test_what_another_does_at_the_same_moment_is_tried_again(tmp_path, monkeypatch):
+    """A server tells one of two that log one dataset that the row is there, with what its database says."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    log_inputs, told = MlflowClient.log_inputs, []
+
+    def late(*arguments):
+        told.append(1)
+        if len(told) < 3:
+            raise MlflowException("BAD_REQUEST: (sqlite3.IntegrityError) UNIQUE constraint failed: datasets.name")
+        return log_inputs(*arguments)
+
+    monkeypatch.setattr(MlflowClient, "log_inputs", late)
+    monkeypatch.setattr(tracking.time, "sleep", lambda _: None)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    ref = register(uri, make_bundle(tmp_path / "model"))
+    run = tracking.connect(uri).get_run(ref["run_id"])
+    assert run.info.status == "FINISHED" and len(run.inputs.dataset_inputs) == 1 and len(told) == 3
+
+    def fail(*_):
+        told.append(1)
+        raise MlflowException("something else")
+
+    monkeypatch.setattr(MlflowClient, "log_inputs", fail)
+    with pytest.raises(sv.UserError, match="something else"):
+        register(uri, make_bundle(tmp_path / "another", "56" * 32))
+    assert len(told) == 4
+
+
+def hard_delete(uri, run_id):
+    """What `mlflow gc` does of a run's record."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    tracking.connect(uri).delete_run(run_id)
+    SqlAlchemyStore(uri, str(tracking.artifact_root(tracking.sqlite_path(uri))))._hard_delete_run(run_id)
+
+
+@pytest.mark.parametrize("for_good", [False, True])
+def test_a_deleted_run_gives_way_to_a_new_one(store, tmp_path, for_good):
+    uri, bundle = store
+    run_id = registry.find(uri, FINGERPRINT).run_id
+    if for_good:
+        hard_delete(uri, run_id)
+    else:
+        tracking.connect(uri).delete_run(run_id)
+    assert registry.show_model(uri, "pancreas")["metrics"] == {}
+    assert registry.list_models(uri)["version"].tolist() == ["1"]
+    ref = register(uri, bundle)
+    assert ref["version"] == "2" and ref["run_id"] != run_id
+    assert register(uri, bundle) == ref and register(uri, bundle, name="other")["run_id"] == ref["run_id"]
+    assert registry.find(uri, FINGERPRINT, "pancreas").version == "2"
+    registry.fetch(uri, registry.find(uri, FINGERPRINT, "pancreas"), tmp_path / "out")
+    assert registry.show_model(uri, "pancreas")["metrics"]["final_validation_elbo"] == -12.5
+
+
+def test_files_that_are_gone_are_told_from_a_store_that_is(store, tmp_path):
+    uri, bundle = store
+    registry.list_models(uri)  # a copy that was moved is told so while its files are there
+    for path in (tmp_path / "copy/store/mlartifacts").iterdir():
+        shutil.rmtree(path)
+    with pytest.raises(registry.Gone, match=r"model\.safetensors is missing"):
+        registry.fetch(uri, registry.find(uri, FINGERPRINT), tmp_path / "out")
+    assert register(uri, bundle)["version"] == "1"  # and puts them back
+    registry.fetch(uri, registry.find(uri, FINGERPRINT), tmp_path / "out")
+
+
+def test_names_that_mlflow_allows(store, tmp_path):
+    from scvi_core.config import load_config
+
+    uri, _ = store
+    for i, name in enumerate(["Human pancreas (v2) [beta]", "it's", 'the "best"', "a.b%c", "Zürich=1", "@home", "-x"]):
+        bundle = make_bundle(tmp_path / f"model{i}", f"{i}c" * 32)
+        for _ in range(2):
+            ref = register(uri, bundle, name=name)
+            assert (ref["registered_name"], ref["version"]) == (name, "1")
+        assert registry.find(uri, f"{i}c" * 32, name).name == name
+        registry.promote(uri, name, 1)
+        for way in (
+            f"models:/{name}/1",
+            f"models:/{name}@champion",
+            f"models:/{name}/latest",
+            f"models:/{name}/Latest",
+        ):
+            assert registry.resolve(uri, way, tmp_path / "out") == tmp_path / "out"
+        if "@" not in name:
+            with pytest.raises(sv.UserError, match=r"/1 is the newest, models:/.*@champion$"):
+                registry.resolve(uri, f"models:/{name}", tmp_path / "out")
+        assert load_config({"registry": {"name": name}}).registered_name == name
+
+
+def test_names_that_mlflow_does_not_allow(store):
+    uri, bundle = store
+    for name in ("a/b", "a:b", "", " ", "..", "a\nb", "x" * 201, "'\""):
+        with pytest.raises(sv.UserError, match="write a name of 200 characters"):
+            register(uri, bundle, name=name)
+
+
+def test_every_way_to_name_a_model(store, tmp_path):
+    uri, bundle = store
+    found = registry.find(uri, FINGERPRINT)
+    client = tracking.connect(uri)
+    model_id = client.get_model_version("pancreas", "1").tags["model_id"]
+    for way in (
+        f"models:/{model_id}",
+        f"runs:/{found.run_id}/model",
+        f"runs:/{found.run_id}/pancreas",
+        f"runs:/{found.run_id}",
+    ):
+        out = registry.resolve(uri, way, tmp_path / "out")
+        assert (out / "model.safetensors").read_bytes() == b"weights"
+        shutil.rmtree(out)
+    assert registry.resolve(uri, bundle.parent, tmp_path / "out") == bundle  # an atlas' folder
+    with pytest.raises(sv.UserError, match="was not made by scvi-core"):
+        registry.resolve(uri, f"runs:/{found.run_id}/other", tmp_path / "out")
+    theirs = client.create_logged_model("0", "theirs")
+    run = client.create_run("0")
+    for way in (f"models:/{theirs.model_id}", f"runs:/{run.info.run_id}/model"):
+        with pytest.raises(sv.UserError, match="was not made by scvi-core"):
+            registry.resolve(uri, way, tmp_path / "out")
+    [stored] = (tmp_path / "copy/store").rglob("data/model")
+    make_bundle(stored, weights=b"evil")
+    with pytest.raises(registry.Gone, match="the version's tag says"):
+        registry.resolve(uri, f"models:/{model_id}", tmp_path / "out")
+
+
+def test_where_the_registry_is(monkeypatch):
+    from scvi_core.config import TRACKING_URI, tracking_place
+
+    for name in (TRACKING_URI, "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    assert tracking_place(None, None, "here") == ("sqlite:///here/mlflow.db", "the default")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://theirs")
+    assert tracking_place(None, None, "here") == ("http://theirs", "MLFLOW_TRACKING_URI")
+    monkeypatch.setenv(TRACKING_URI, "http://me:secret@ours")
+    assert tracking_place(None, None, "here") == ("http://me:secret@ours", TRACKING_URI)
+    assert tracking_place(None, "http://***@ours", "here") == ("http://me:secret@ours", "registry.tracking_uri")
+    assert tracking_place(None, "http://conf", "here") == ("http://conf", "registry.tracking_uri")
+    assert tracking_place("http://opt", "http://conf", "here") == ("http://opt", "--tracking-uri")
+    monkeypatch.delenv(TRACKING_URI)
+    with pytest.raises(sv.UserError, match=r"registry.tracking_uri: .* is without its password"):
+        tracking_place(None, "http://***@ours", "here")
+
+
+def test_models_say_where_they_look(template, tmp_path, monkeypatch, capsys):
+    from scvi_core import cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SCVI_CORE_TRACKING_URI", raising=False)
+    here = f"sqlite:///{template[0]}/store/mlflow.db"
+    empty = f"sqlite:///{tmp_path}/empty.db"
+    tracking.connect(empty)
+    (tmp_path / "mine.yaml").write_text(f"registry: {{tracking_uri: '{here}'}}")
+
+    def listed(*options):
+        monkeypatch.setattr(sys, "argv", ["scvi-core", "models", "list", *options])
+        with contextlib.suppress(SystemExit):
+            cli.main()
+        return capsys.readouterr()
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", empty)
+    said = listed()
+    assert f"no models are registered in {empty}" in said.out and "(MLFLOW_TRACKING_URI)" in said.err
+    for options, by in ((["--config", "mine.yaml"], "mine.yaml"), (["--tracking-uri", here], "--tracking-uri")):
+        said = listed(*options)
+        assert "pancreas" in said.out and f"registry: {here} ({by})" in said.err
+    (tmp_path / "config").mkdir()
+    (tmp_path / "mine.yaml").rename(tmp_path / "config/config.yaml")
+    assert "pancreas" in listed().out
 
 
 # ---- embedding new cells with a registered model
@@ -463,9 +655,14 @@ def test_no_pickle_is_ever_read(fitted, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def server_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("server")
+
+
+@pytest.fixture(scope="module")
+def server(server_folder):
     """URI of an `mlflow server` on the loopback; skips the test where it is not up within 20 seconds."""
-    folder = tmp_path_factory.mktemp("server")
+    folder = server_folder
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -505,6 +702,27 @@ def test_everything_works_with_a_server(server, tmp_path):
         from mlflow.exceptions import MlflowException
 
         raise MlflowException("403 Invalid Host header - possible DNS rebinding attack detected")
+
+
+def test_eight_processes_at_once_at_a_server(server, tmp_path):
+    eight_at_once(server, tmp_path)
+
+
+def test_files_that_a_server_lost_are_registered_anew(server, server_folder, tmp_path):
+    bundle = make_bundle(tmp_path / "model", "78" * 32)
+    first = register(server, bundle, name="lost")
+    client = tracking.connect(server)
+    [stored] = server_folder.rglob(f"{client.get_model_version('lost', '1').tags['model_id']}")
+    shutil.rmtree(stored)
+    with pytest.raises(registry.Gone, match=r"is missing"):
+        registry.fetch(server, registry.find(server, "78" * 32), tmp_path / "out")
+    again = register(server, bundle, name="lost")
+    assert (
+        again["version"] == "2"
+        and again["run_id"] != first["run_id"]
+        and register(server, bundle, name="lost") == again
+    )
+    registry.fetch(server, registry.find(server, "78" * 32), tmp_path / "out")
 
 
 def test_two_first_registrations_at_a_server_are_one_version(server, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ rule lookup:
         runtime=minutes(10, 0.02),
     params:
         store=subpath(input[0], parent=True),
-        config=part("results", "registry.tracking_uri", "seed", "model", "train"),
+        config=part("seed", "model", "train"),  # where the registry is says the environment: no matter to results
     shell:
         "scvi-core lookup --store {params.store:q} --config {params.config:q} --out {output.found:q}"
         " --decisions {output.decisions:q} 2> {log:q}"
