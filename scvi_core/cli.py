@@ -83,6 +83,7 @@ DecisionsOption = Annotated[
     typer.Option("--decisions", metavar="JSONL", help="where to write the choices made, one JSON object a line"),
 ]
 Tracking = Annotated[str, typer.Option("--tracking-uri", help="MLflow tracking URI of the registry")]
+AFTER_MODEL = ("cluster", "contrast", "criticism", "de", "report", "export")  # sections that the model does not read
 TRACKING = "sqlite:///results/mlflow.db"
 
 
@@ -467,6 +468,21 @@ def report(
     from scvi_core.report import build_report
 
     build_report(folder, load_config(config))
+
+
+@app.command(cls=Step)
+def export(
+    folder: Annotated[Path, typer.Argument(help="results/{atlas}")],
+    config: ConfigOption = "{}",
+    out: Annotated[Path | None, typer.Option("--out", metavar="H5AD", help="default: atlas.h5ad in the folder")] = None,
+) -> None:
+    """Write the whole atlas as one AnnData file, for scanpy, cellxgene and R; memory does not grow with counts.
+
+    Example: scvi-core export results/pancreas --config config/config.yaml
+    """
+    from scvi_core.export import write_h5ad
+
+    write_h5ad(out or folder / "atlas.h5ad", folder, load_config(config))
 
 
 @app.command(cls=Step)
