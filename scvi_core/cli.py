@@ -509,6 +509,21 @@ def report(
 
 
 @app.command(cls=Step)
+def export(
+    folder: Annotated[Path, typer.Argument(help="results/{atlas}")],
+    config: ConfigOption = "{}",
+    out: Annotated[Path | None, typer.Option("--out", metavar="H5AD", help="default: atlas.h5ad in the folder")] = None,
+) -> None:
+    """Write the whole atlas as one AnnData file, for scanpy, cellxgene and R; memory does not grow with counts.
+
+    Example: scvi-core export results/pancreas --config config/config.yaml
+    """
+    from scvi_core.export import write_h5ad
+
+    write_h5ad(out or folder / "atlas.h5ad", folder, load_config(config))
+
+
+@app.command(cls=Step)
 def times(folder: Annotated[Path, typer.Argument(help="results/{atlas}")]) -> None:
     """Show where the time of a build went: each rule's jobs, seconds and memory, the longest first.
 

@@ -476,6 +476,17 @@ class RegistryConfig(Section):
     figures: bool = Field(True, description="log figures to the run")
 
 
+class ExportConfig(Section):
+    """The whole atlas as one file, for scanpy, cellxgene and R: `atlas.h5ad`."""
+
+    h5ad: bool = Field(False, description="write atlas.h5ad: counts, cells, genes, embeddings, neighbour graph")
+    genes: Literal["selected", "all"] = Field("all", description="which genes it holds")
+    x: Literal["log1p", "counts"] = Field(
+        "log1p",
+        description="what its X holds: log(1 + counts per 10,000 of the cell), or the counts, which are a layer too",
+    )
+
+
 class ReportConfig(Section):
     """The page."""
 
@@ -517,6 +528,7 @@ class Config(Section):
     contrast: ContrastConfig = ContrastConfig()
     registry: RegistryConfig = RegistryConfig()
     report: ReportConfig = ReportConfig()
+    export: ExportConfig = ExportConfig()
 
     @field_validator("atlas")
     @classmethod

@@ -48,8 +48,8 @@ def write_counts(path: Path, obs: pd.DataFrame, var: pd.DataFrame, uns: Mapping[
         ),  # each block has the smallest type, so the sample has the widest of these
     }
     empty = anndata.AnnData(sp.csr_matrix((len(obs), len(var)), dtype=widest), obs=obs, var=var)
-    digest = _of_names(obs.index, var.index)
-    with _Survivor(path, "w+") as target, h5py.File(target, "w") as file:
+    digest = of_names(obs.index, var.index)
+    with Survivor(path, "w+") as target, h5py.File(target, "w") as file:
         anndata.io.write_elem(file, "/", empty, dataset_kwargs=PACKED)
         for name, (dtype, blocks) in arrays.items():
             n = len(indptr) if name == "indptr" else int(indptr[-1])
@@ -67,7 +67,7 @@ def write_counts(path: Path, obs: pd.DataFrame, var: pd.DataFrame, uns: Mapping[
     return digest.hexdigest()
 
 
-class _Survivor(FileIO):
+class Survivor(FileIO):
     """A file for h5py, of which HDF5 never learns that the disk is full: it would not survive that.
 
     The first error is kept, and nothing more is written; :meth:`check` raises it, and so does the end of the ``with``
@@ -113,14 +113,15 @@ def content_sha256(adata: anndata.AnnData) -> str:
         counts = counts.copy()
         counts.sum_duplicates()
         counts.eliminate_zeros()
-    digest = _of_names(adata.obs_names, adata.var_names)
+    digest = of_names(adata.obs_names, adata.var_names)
     for array in (counts.indptr, counts.indices, counts.data):
         for start in range(0, len(array), checks.BLOCK):
             digest.update(array[start : start + checks.BLOCK].astype("<i8"))
     return digest.hexdigest()
 
 
-def _of_names(cells: pd.Index, genes: pd.Index) -> Any:
+def of_names(cells: pd.Index, genes: pd.Index) -> Any:
+    """Begin a digest, a ``hashlib`` object, with cell and gene ids."""
     digest = hashlib.sha256()
     for names in (cells, genes):
         digest.update(f"{len(names)}\n{chr(10).join(names)}\n".encode())

@@ -121,6 +121,60 @@ def kept_chunks(sample: SampleFile, keep: np.ndarray | None = None) -> Iterator[
     return read_chunks(sample.path, sample.keep if keep is None else keep)
 
 
+def cell_blocks(
+    h5ads: Sequence[Path], cell_ids: pd.Index, gene_ids: Sequence[str], digests: list[str] | None = None
+) -> Iterator[tuple[int, csr_matrix]]:
+    """Yield the counts of an atlas' cells, in its order of cells and genes, from the samples that it is made of.
+
+    Parameters
+    ----------
+    h5ads : the samples' counts.h5ad, qc.parquet beside each, in the order of the sheet.
+    cell_ids : of cells.parquet, in its order.
+    gene_ids : of any genes of genes.parquet; one that a sample does not have is zero there.
+    digests : takes the digest of each sample's content.
+
+    Yields
+    ------
+    first : place of the block's first cell in `cell_ids`.
+    counts : (n, genes) CSR in the file's integer type, indices sorted.
+
+    Raises
+    ------
+    UserError
+        When samples and cells are not of one build.
+    """
+    import pandas as pd
+
+    position, row = {gene: i for i, gene in enumerate(gene_ids)}, 0
+    for path in h5ads:
+        qc = path.parent / "qc.parquet"
+        (sample,) = open_samples([path], [qc])  # one at a time, as each holds the names of its genes
+        if digests is not None:
+            digests.append(sample.content_sha256)
+        own = pd.Index(read_parquet(qc, "qc", ["cell_id"])["cell_id"])
+        keep = own.isin(cell_ids[row : row + len(own)])
+        column = np.array([position.get(gene, -1) for gene in sample.gene_ids], dtype=np.int64)
+        for rows, counts in kept_chunks(sample, keep):
+            if not np.array_equal(own[rows], cell_ids[row : row + len(rows)]):
+                raise UserError(f"{path}: its cells are not those of cells.parquet; run the steps after qc again")
+            yield row, take_genes(counts, column, len(gene_ids))
+            row += len(rows)
+    if row != len(cell_ids):
+        raise UserError(f"cells.parquet: {len(cell_ids) - row} of its cells are in none of the samples; name them all")
+
+
+def take_genes(counts: csr_matrix, column: np.ndarray, n_genes: int) -> csr_matrix:
+    """Some genes of a chunk, in another order: `column` has the new place of each of its genes, -1 of one left out."""
+    from scipy.sparse import csr_matrix
+
+    gene = column[counts.indices]
+    inside = gene >= 0
+    indptr = np.concatenate([[0], np.cumsum(inside)])[counts.indptr]
+    part = csr_matrix((counts.data[inside], gene[inside].astype(np.int32), indptr), (counts.shape[0], n_genes))
+    part.sort_indices()
+    return part
+
+
 def read_chunks(h5ad: Path, keep: np.ndarray) -> Iterator[tuple[np.ndarray, csr_matrix]]:
     """Yield (rows, counts): cells' positions in the file and their counts, a chunk of ``CHUNK`` at a time; say how far.
 

@@ -27,7 +27,7 @@ from scvi_core.files import (
     sha256_text,
 )
 from scvi_core.preprocess.cellcycle import CYCLE_OBS
-from scvi_core.preprocess.samples import SampleFile, kept_chunks, open_samples
+from scvi_core.preprocess.samples import SampleFile, kept_chunks, open_samples, take_genes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -96,7 +96,7 @@ def write_store(
         at = 0
         for sample, column, keep in zip(samples, columns, keeps, strict=True):
             for _, counts in kept_chunks(sample, keep):
-                part = _select(counts, column, len(chosen))
+                part = take_genes(counts, column, len(chosen))
                 data[at : at + part.nnz] = part.data.astype(dtype)
                 indices[at : at + part.nnz] = part.indices
                 at += part.nnz
@@ -200,18 +200,6 @@ def _check_rows(X: Any) -> None:
         raise ValueError("X: rows are damaged")
     if (X.data == 0).any() or (X.indices < 0).any() or (X.indices >= X.shape[1]).any():
         raise ValueError("X: counts are damaged")
-
-
-def _select(counts: Any, column: np.ndarray, n_genes: int) -> Any:
-    """The chosen genes' columns of a CSR chunk, in store order, indices sorted."""
-    from scipy.sparse import csr_matrix
-
-    gene = column[counts.indices]
-    inside = gene >= 0
-    indptr = np.concatenate([[0], np.cumsum(inside)])[counts.indptr]
-    part = csr_matrix((counts.data[inside], gene[inside].astype(np.int32), indptr), (counts.shape[0], n_genes))
-    part.sort_indices()
-    return part
 
 
 def _survey(sample: SampleFile, column: np.ndarray, decisions: Decisions) -> tuple[np.ndarray, np.ndarray, int]:

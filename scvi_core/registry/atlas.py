@@ -24,7 +24,7 @@ def register(folder: Path, settings: Config) -> dict[str, Any]:
     card = read_json(folder / "model" / "model.json", "train")
     run = read_json(folder / "logs" / "train_run.json", "train")
     # what made the model
-    config = redacted(settings.model_dump_json(exclude={"cluster", "contrast", "criticism", "de", "report"}))
+    config = redacted(settings.model_dump_json(exclude={"cluster", "contrast", "criticism", "de", "export", "report"}))
     with tempfile.TemporaryDirectory() as scratch:
         return registry.register(
             settings.tracking_uri,

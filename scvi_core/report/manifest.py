@@ -52,6 +52,8 @@ def manifest(folder: Path, config: Config, names: list[str]) -> dict[str, Any]:
         paths += ["contrast.parquet", "pseudobulk.parquet"]
     if config.criticism.enabled:
         paths += sorted(f"criticism/{path.name}" for path in folder.glob("criticism/*"))
+    if config.export.h5ad:
+        paths.append("atlas.h5ad")
     files: dict[str, dict[str, Any]] = {}
     for name in paths:
         path = folder / name

@@ -37,6 +37,7 @@ CONFIG = {
     "cluster": {"resolutions": [0.5], "tsne_perplexity": 10},
     "de": {"n_samples": 500},
     "report": {"title": "Small & <odd>", "labels": ["donor"]},
+    "export": {"h5ad": True},
 }
 SHEET = {
     "sample": ["a", "b", "c"],

@@ -108,6 +108,14 @@ def test_store(atlas):
     assert (store[store.obs["sample"] == "c"].X.toarray() == expected).all()
 
 
+def test_whole_atlas_as_one_file(atlas):
+    whole, cells = ad.read_h5ad(atlas / "atlas.h5ad"), pd.read_parquet(atlas / "cells.parquet")
+    assert list(whole.obs_names) == list(cells["cell_id"]) and list(whole.var_names) == GENES
+    barcodes = [c.removeprefix("c:") for c in whole.obs_names if c.startswith("c:")]
+    assert (whole[whole.obs["sample"] == "c"].layers["counts"].toarray() == frame(2).loc[barcodes].to_numpy()).all()
+    assert {*whole.obsm} == {"X_scVI", "X_umap", "X_tsne"} and {*whole.obsp} == {"connectivities", "distances"}
+
+
 def test_de(atlas):
     assert columns(atlas / "de.parquet") == DE
     found = types(atlas / "de.parquet")
@@ -142,7 +150,7 @@ def test_manifest_is_true(atlas):
     named |= {"model/model.json", "model/history.parquet", "metrics.json", "decisions.jsonl", "report.html"}
     named |= {f"samples/{s}/{file}" for s in "abc" for file in ("counts.h5ad", "qc.parquet")}
     named |= {f"criticism/{file}" for file in ("cells.parquet", "checks.json", "de.parquet", "genes.parquet")}
-    named |= {"criticism/groups.parquet"}
+    named |= {"criticism/groups.parquet", "atlas.h5ad"}
     assert set(manifest["files"]) == named
     for name, entry in manifest["files"].items():
         path = atlas / name
@@ -184,7 +192,7 @@ def rerun(folder):
     return {rule: int(n) for rule, n in map(str.split, rows) if rule not in ("all", "atlas", "total")}
 
 
-LATE = ["cluster", "criticism", "de", "register", "report"]
+LATE = ["cluster", "criticism", "de", "export", "register", "report"]
 FROM_LOOKUP = ["lookup", "train", "embed", *LATE]
 FROM_GENES = ["genes", "store", *FROM_LOOKUP]
 
@@ -201,7 +209,8 @@ def test_a_second_run_does_nothing(built):
     [
         ({"report__title": "Other"}, ["report"]),
         ({"de__fdr": 0.1}, ["de", "report"]),
-        ({"registry__name": "other"}, ["register", "report"]),
+        ({"registry__name": "other"}, ["export", "register", "report"]),
+        ({"export__x": "counts"}, ["export", "report"]),
         ({"cluster__resolutions": [0.5, 1.0]}, LATE),
         ({"model__n_latent": 4}, FROM_LOOKUP),
         ({"model__decoder": "linear"}, [*FROM_LOOKUP, "loadings"]),

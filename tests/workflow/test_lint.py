@@ -8,7 +8,7 @@ import pytest
 from _project import BIN, ROOT, cli, environment, here, make, snakemake
 
 COMMANDS = ["validate", "ingest", "qc", "genes", "store", "lookup", "train", "embed", "cluster", "de", "register"]
-COMMANDS += ["expression", "loadings", "contrast", "criticism", "report", "times", "map"]
+COMMANDS += ["expression", "loadings", "contrast", "criticism", "report", "export", "times", "map"]
 MODELS = ["list", "show", "promote"]
 
 

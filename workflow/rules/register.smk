@@ -18,7 +18,15 @@ rule register:
         config=part(
             *(
                 set(type(CONFIG).model_fields)
-                - {"samples", "cluster", "contrast", "criticism", "de", "report"}
+                - {
+                    "samples",
+                    "cluster",
+                    "contrast",
+                    "criticism",
+                    "de",
+                    "report",
+                    "export",
+                }
             )
         ),
     shell:

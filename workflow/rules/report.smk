@@ -15,6 +15,7 @@ rule report:
         ),
         criticism=rules.criticism.output if CONFIG.criticism.enabled else [],
         reference=rules.register.output,
+        h5ad=rules.export.output if CONFIG.export.h5ad else [],  # the manifest lists it
     output:
         page=report(
             update(f"{ATLAS}/report.html"),
