@@ -25,6 +25,7 @@ from scvi_core.io.identity import ID_COLUMNS, SYMBOL_COLUMNS, TYPE_COLUMNS, as_t
 
 MOST_TEXT = 2**28  # bytes of a table of barcodes or features: over ten million
 MOST_LINE = 2**27  # bytes of a line: names of some million cells
+MOST_SEEN = 2**30  # bytes that any file may have, however small it is packed
 EXPANDS = 200  # times its size that a file of over 2^30 bytes is: gzip packs counts to a twentieth, nothing to a 1032nd
 
 # A matrix' name, and what the tables beside it are called then: by 10x, STARsolo, BD Rhapsody and GEO; by kb, also of
@@ -393,7 +394,7 @@ class _Bounded(io.BufferedIOBase):
         self.path, self.seen = path, 0
         self.file = gzip.open(path, "rb") if zipped(path) else path.open("rb")  # noqa: SIM115 - closed by close()
         about = path.stat()
-        self.most = max(2**30, EXPANDS * min(about.st_size, 512 * about.st_blocks))
+        self.most = max(MOST_SEEN, EXPANDS * min(about.st_size, 512 * about.st_blocks))
 
     def _told(self, data: bytes) -> bytes:
         self.seen += len(data)
