@@ -48,6 +48,8 @@ REMEDY = {
 # URLs that a sample's path may be, and the storage plugin by which Snakemake fetches them
 PLUGINS = {"s3": "s3", "gs": "gcs", "az": "azure", "http": "http", "https": "http", "ftp": "ftp", "sftp": "sftp"}
 # columns of cells.parquet, latent.parquet and of the inside of the store, which a sample sheet may not redefine
+COLUMN = re.compile(r"[A-Za-z_][A-Za-z0-9_ .-]{0,63}")  # a column of the sample sheet
+COLUMN_NAMES = "use letters, digits, spaces, '_', '-' and '.'"
 RESERVED = {
     "_index", "cell_id", "barcode", "n_counts", "n_genes", "pct_mito", "pct_ribo", "pct_hb", "pct_top50",
     "doublet_score", "s_score", "g2m_score", "cycle_phase", "predicted_doublet", "flags", "keep", "reason", "cluster",
@@ -593,6 +595,16 @@ class Sample(Section):
     metadata: dict[str, str] = Field({}, description="the sheet's further columns")
     reading: dict[str, str] = Field({}, description="its columns that are called as keys of `input`")
 
+    @field_validator("metadata")
+    @classmethod
+    def _plain(cls, value: dict[str, str]) -> dict[str, str]:
+        for column, text in value.items():
+            if not COLUMN.fullmatch(column):
+                raise ValueError(f"column name {column!r}; {COLUMN_NAMES}")
+            if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", text) or len(text) > 10_000:
+                raise ValueError(f"column {column!r} has {text[:80]!r}, a control character or a text without end")
+        return value
+
     @field_validator("sample")
     @classmethod
     def _no_dots(cls, value: str) -> str:
@@ -814,8 +826,8 @@ def load_samples(path: str | Path) -> list[Sample]:
             raise UserError(f"{path}: column '{column}' {alike}; rename one")
         if is_reserved(column):
             raise UserError(f"{path}: column '{column}' is one that scvi-core writes itself; rename it")
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_ .-]{0,63}", column):
-            raise UserError(f"{path}: column name {column!r}; use letters, digits, spaces, '_', '-' and '.'")
+        if not COLUMN.fullmatch(column):
+            raise UserError(f"{path}: column name {column!r}; {COLUMN_NAMES}")
     samples: list[Sample] = []
     seen: dict[str, int] = {}
     for number, line in rows[1:]:

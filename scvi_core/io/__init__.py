@@ -34,6 +34,28 @@ __all__ = ["content_sha256", "ingest", "read_counts"]
 HDF5 = b"\x89HDF\r\n\x1a\n"
 HDF5_NAMES = (".h5", ".h5ad", ".hdf5", ".hdf", ".loom")
 TEXT_NAMES = (".csv", ".tsv", ".txt", ".tab", ".mtx")
+# How files begin that are none of ours to read, and what to do with them.
+_R = (
+    "an R object (.rds, .RData or .qs); in R, write its counts as mtx (DropletUtils::write10xCounts) or h5ad (anndataR)"
+)
+OF_OTHERS = (
+    (b"BZh", "packed by bzip2; bunzip2 it (or pack it by gzip)"),
+    (b"\xfd7zXZ\x00", "packed by xz; unxz it (or pack it by gzip)"),
+    (b"\x28\xb5\x2f\xfd", "packed by zstd; unzstd it (or pack it by gzip)"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it"),
+    (b"Rar!", "a RAR archive; unpack it"),
+    (b"\x80", "a Python pickle, which can run code when read; export it as h5ad"),
+    *((magic, _R) for magic in (b"RDX", b"RDA", b"X\n\x00\x00\x00", b"A\n2\n", b"A\n3\n", b"\x0b\x0e\x0a\x0c")),
+    (b"PAR1", "a Parquet table; write its counts as h5ad, or as CSV"),
+    (b"ARROW1", "a Feather table; write its counts as h5ad, or as CSV"),
+    (b"\x93NUMPY", "a NumPy array, which has no names of genes and cells; write it as h5ad"),
+    (b"BUS\x00", "a BUS file of kallisto's; take what `kb count` or `bustools count` writes"),
+    (b"BAM\x01", "aligned reads (BAM); count them first, with Cell Ranger, STARsolo or kb"),
+    (b"SQLite format 3", "an SQLite database; export its counts as h5ad or mtx"),
+    (b"%PDF", "a PDF"),
+    (b"<!DOCTYPE html", "a web page, not what it should be; fetch the file itself"),
+    (b"<html", "a web page, not what it should be; fetch the file itself"),
+)
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -85,18 +107,20 @@ def _open(path: Path, config: InputConfig, decisions: Decisions, scratch: Scratc
         raise UserError(
             f"{path}: no {'genes' if n_cells else 'cells'} in it; check the export, or leave the sample out"
         )
-    if len(obs) != n_cells or len(var) != n_genes:
-        raise UserError(
-            f"{path}: {n_cells:,} x {n_genes:,} counts, but {len(obs):,} cell names and {len(var):,} gene names; "
-            f"{checks.DAMAGED}"
-        )
+    checks.check_names(read.shape, len(obs), len(var), str(path))
     for name in config.cell_columns:
         if name not in obs:
             raise UserError(
                 f"{path}: the cell column {name!r} is asked for (input.metadata, batch_column, sample_column), which "
                 f"is not there{nearest(name, read.columns)}; found {listed(read.columns[:20]) or 'no columns'}"
             )
-    barcodes = as_text(obs.index)
+    given = as_text(obs.index)
+    if (barcodes := identity.unquoted(given)) is not given:
+        text = (
+            f"cells' names are in quotes, or bytes that were written as text (such as {given[0]}), which is taken off"
+        )
+        decisions.add("barcodes", "unquoted", text, n_cells=n_cells, warn=True)
+    _check_turned(path, barcodes, as_text(var.index))
     index = pd.Index(barcodes)
     apart = (
         pd.MultiIndex.from_arrays([_levels(path, obs, config.sample_column), index]) if config.sample_column else index
@@ -108,9 +132,11 @@ def _open(path: Path, config: InputConfig, decisions: Decisions, scratch: Scratc
             "name the column that tells libraries apart as input.sample_column"
             f"{f' (found {listed(read.columns[:10])})' if read.columns else ''}"
         )
-    odd = [b for b in barcodes if not b or CONTROL.search(b)]
+    odd = [b for b in barcodes if not b or CONTROL.search(b) or re.search("[\x80-\x9f]", b)]
     if odd:
         raise UserError(f"{path}: barcode {odd[0]!r} is empty or has control characters; give every cell a plain name")
+    if odd := [name for name in as_text(var.index) if CONTROL.search(name)]:
+        raise UserError(f"{path}: gene {odd[0]!r} has control characters; give every gene a plain name")
     obs.index, var.index = index, pd.Index(as_text(var.index))
     with checks.one_line(path):
         read = identity.genes_only(read, str(path), config, decisions)
@@ -120,6 +146,19 @@ def _open(path: Path, config: InputConfig, decisions: Decisions, scratch: Scratc
             yield from read.blocks
 
     return kind, dataclasses.replace(read, blocks=blocks())
+
+
+def _check_turned(path: Path, cells: np.ndarray, genes: np.ndarray) -> None:
+    """Refuse a matrix whose cells are called as genes are."""
+    if (
+        identity.looks_like_genes(cells)
+        and len(cells) > 10
+        and 5 * identity.gene_evidence(genes) < (identity.gene_evidence(cells))
+    ):
+        raise UserError(
+            f"{path}: its cells are called as genes are ({listed(cells[:2])}), and its genes {listed(genes[:2])}: the "
+            "matrix is turned; write it cells x genes (adata.T in Python)"
+        )
 
 
 def _told(
@@ -167,6 +206,8 @@ def _format(path: Path) -> tuple[str, Reader]:
             }
         )
         hint = f"; name one of the folders in it that have one: {listed(below[:6])}" if below else "; name one"
+        packed = sorted(p.name for p in path.iterdir() if re.search(r"\.mtx\.(?:bz2|xz|zst|zip|7z)$", p.name))
+        hint = f"; unpack {packed[0]} and what lies beside it, or pack them by gzip" if packed else hint
         raise UserError(f"{path}: a folder with neither matrix.mtx nor a zarr store in it (found: {found}){hint}")
     if not path.is_file():
         raise UserError(f"{path}: neither a file nor a folder; check column 'path' of the sample sheet")
@@ -178,6 +219,9 @@ def _format(path: Path) -> tuple[str, Reader]:
         with gzip.open(path) as handle:
             start = handle.read(512)
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    for magic, what in OF_OTHERS:
+        if start.startswith(magic):
+            raise UserError(f"{path}: {what}")
     if start[:8] == HDF5:
         if text.zipped(path):
             raise UserError(f"{path}: an HDF5 file that was gzipped; gunzip it first")
@@ -189,15 +233,8 @@ def _format(path: Path) -> tuple[str, Reader]:
         raise UserError(
             f"{path}: an Excel workbook; save the sheet with the counts as CSV, or better: take the original file"
         )
-    for magic, what in (
-        (b"PK\x03\x04", "a zip archive; unpack it"),
-        (b"\x80", "a Python pickle, which can run code when read; export it as h5ad"),
-        (b"RDX", "an R object; export it from R as h5ad or mtx"),
-        (b"X\n\x00\x00\x00", "an R object (.rds); export it from R as h5ad or mtx"),
-        (b"%PDF", "a PDF"),
-    ):
-        if start.startswith(magic):
-            raise UserError(f"{path}: {what}")
+    if start.startswith(b"PK\x03\x04"):
+        raise UserError(f"{path}: a zip archive; unpack it")
     if start[257:262] == b"ustar":
         raise UserError(f"{path}: a tar archive; unpack it, and name the folder or file inside")
     if suffix in HDF5_NAMES:
@@ -251,9 +288,11 @@ def ingest(path: str | Path, out: str | Path, sample: Sample, config: InputConfi
         ids, names, id_kind = identity.gene_identity(read.var, config, str(path), of_genes)
         to, ids, names = identity.merge_genes(ids, names, of_genes)
         spool, entries, left, totals = Spool(scratch), 0, 0, []
+        of_gene = np.zeros(len(ids), np.int64)
         for block in progress(read.blocks, "ingest: cells read", read.shape[0], lambda block: block.shape[0]):
             taken = take_columns(block, to, len(ids))
             spool.add(taken)
+            of_gene += np.bincount(taken.indices, taken.data, len(ids)).astype(np.int64)
             totals.append(np.asarray(block.sum(axis=1, dtype=np.int64)).ravel())
             entries, left = entries + block.nnz, left + taken.nnz
         _told(path, kind, read.shape, entries, read.field, decisions)
@@ -265,6 +304,8 @@ def ingest(path: str | Path, out: str | Path, sample: Sample, config: InputConfi
         if empty > 0.01 * len(total) and any(d.what == "layer" for d in decisions):
             text = "cells have no count in the layer that was taken; if another holds them, set input.layer"
             decisions.add("cells_without_counts", empty, text, n_cells=empty, warn=True)
+        if not identity.looks_like_genes(names) and not identity.looks_like_barcodes(obs["barcode"].to_numpy(object)):
+            _look_at_sums(total, of_gene, decisions)
         decisions.extend(of_genes)  # told after the format, which counts the entries
         if not left:
             raise UserError(f"{path}: no counts left after genes without a name were dropped; name the genes")
@@ -274,6 +315,23 @@ def ingest(path: str | Path, out: str | Path, sample: Sample, config: InputConfi
         uns = {"sample": sample.sample, "gene_ids": id_kind, "organism": organism}
         digest = write_counts(temporary, obs, var, uns, spool)
     return digest, decisions
+
+
+def _look_at_sums(of_cells: np.ndarray, of_genes: np.ndarray, decisions: Decisions) -> None:
+    """Warn of what may be a turned matrix, where names say nothing: sums of genes are the more uneven ones."""
+
+    def uneven(sums: np.ndarray) -> float:  # Gini's coefficient: 0 where all are equal, 1 where one has it all
+        ranks = np.arange(1, len(sums) + 1)
+        return float(2 * (ranks * np.sort(sums)).sum() / (len(sums) * max(1, sums.sum())) - (len(sums) + 1) / len(sums))
+
+    cells, genes = uneven(of_cells.astype(float)), uneven(of_genes.astype(float))
+    if min(len(of_cells), len(of_genes)) > 10 and cells > genes + 0.2:
+        text = (
+            f"totals of cells are more uneven (Gini {cells:.2f}, {np.mean(of_cells == 0):.0%} zero) than of genes "
+            f"({genes:.2f}, {np.mean(of_genes == 0):.0%} zero), which is the other way round in most samples: are "
+            "these cells? else see input.orientation"
+        )
+        decisions.add("turned?", round(cells - genes, 3), text, n_cells=len(of_cells), warn=True)
 
 
 def _cell_table(path: Path, given: pd.DataFrame, sample: Sample, config: InputConfig) -> pd.DataFrame:

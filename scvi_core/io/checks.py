@@ -26,6 +26,7 @@ import scipy.sparse as sp
 from scvi_core.files import UserError
 
 BLOCK = 2**22  # values read at a time: 32 MB as float64; no block of cells has more, unless it is a single cell
+MOST_ITEM = 2**16  # bytes of a stored text
 DAMAGED = "it is damaged or was made to harm; fetch or write it again"
 FIND_COUNTS = "find the raw counts, before any normalisation"
 # Counts that went through floating point (un-logged, scaled and back) are off by rounding: so far, of the value, and at
@@ -100,6 +101,14 @@ def check_size(n_values: int, stored: int, where: str) -> None:
         raise UserError(f"{where}: declares {n_values:,} values, but the file has {stored:,} bytes; {DAMAGED}")
 
 
+def check_names(shape: tuple[int, int], n_obs: int, n_var: int, where: str) -> None:
+    """Refuse counts that have other sizes than the tables beside them."""
+    if shape != (n_obs, n_var):
+        raise UserError(
+            f"{where}: {shape[0]:,} x {shape[1]:,} counts, but {n_obs:,} cell names and {n_var:,} gene names; {DAMAGED}"
+        )
+
+
 def check_hdf5(file: h5py.File, path: str | Path) -> None:
     """Walk an HDF5 file and refuse whatever reaches outside it: links, external storage, virtual datasets.
 
@@ -132,6 +141,8 @@ def check_hdf5(file: h5py.File, path: str | Path) -> None:
                 if item.is_virtual:
                     raise UserError(f"{where} is a virtual dataset, made of other files; copy the data into one file")
                 check_size(item.size or 0, stored, where)
+                if item.dtype.itemsize > MOST_ITEM and item.dtype.names is None:
+                    raise UserError(f"{where} has texts of {item.dtype.itemsize:,} bytes each; {DAMAGED}")
 
 
 def check_links(path: Path) -> None:

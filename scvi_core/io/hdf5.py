@@ -20,10 +20,10 @@ import scipy.sparse as sp
 
 from scvi_core.config import InputConfig
 from scvi_core.files import Decisions, UserError
-from scvi_core.io import checks
+from scvi_core.io import checks, packed
 from scvi_core.io.blocks import Read, Reader, Scratch, by_cell, turned
 from scvi_core.io.checks import Field, listed, nearest
-from scvi_core.io.identity import as_text
+from scvi_core.io.identity import NUMBER, as_text
 
 with contextlib.suppress(ImportError):
     import hdf5plugin  # noqa: F401 - where it is installed, HDF5 reads zstd, blosc and the like
@@ -31,6 +31,14 @@ with contextlib.suppress(ImportError):
 COUNT_LAYERS = ("counts", "raw_counts", "count", "umi", "umis", "umi_counts", "raw")  # what people call them
 RNA = ("rna", "gex", "gene_expression", "gene expression")  # the modality of a MuData file that has genes
 FILTERS = {32001: "blosc", 32004: "lz4", 32008: "bitshuffle", 32013: "zfp", 32015: "zstd", 32026: "blosc2"}
+# HDF5 files of others, by some of their keys, and what to do with them
+OF_OTHERS = (
+    ({"assays", "cell.names"}, "an h5Seurat file; in R: SeuratDisk::Convert(path, dest = 'h5ad'), and take that"),
+    ({"barcode_idx", "feature_idx"}, "Cell Ranger's molecule_info.h5; take filtered_feature_bc_matrix.h5 beside it"),
+    ({"assays", "colData"}, "an R object in HDF5 (SingleCellExperiment); in R, write it as h5ad (anndataR)"),
+    ({"assay001"}, "an R object's counts (saveHDF5SummarizedExperiment), without names; in R, write it as h5ad"),
+    ({"droplet_latents"}, "CellBender's latents without the counts; take its output _filtered.h5"),
+)
 LOOKED_AT = 100_000  # values, twice, by which a matrix is taken for one of counts; all are checked when it is read
 
 
@@ -49,6 +57,9 @@ def hdf5_format(path: Path) -> tuple[str, Reader]:
             return "AnnData h5ad", read_h5ad
         if any("barcodes" in file[key] and "genes" in file[key] for key in groups):
             return "10x h5 (v2)", read_10x_v2
+        for keys, what in OF_OTHERS:
+            if keys <= set(file):
+                raise UserError(f"{path}: {what}")
         raise UserError(
             f"{path}: an HDF5 file, but not AnnData, 10x or loom (it holds: {', '.join(sorted(file)[:8])}); "
             "export the counts as h5ad"
@@ -116,8 +127,20 @@ def _read_anndata(root: Any, where: str, config: InputConfig, decisions: Decisio
             var = whole
         elif whole.index.is_unique and var.index.isin(whole.index).all():
             var = whole.loc[var.index]
-    blocks, shape = _stored_counts(root[matrices[layer]], field, scratch)
+    if raw and layer == "raw" and _numbered(var):
+        whole, _ = _frame(root, "var", where, decisions)
+        if len(whole) == len(var) and not _numbered(whole):
+            text = "its genes are only numbered, and as many as in var, whose names are taken in that order"
+            decisions.add("raw/var", "var", text, n_genes=len(var), warn=True)
+            var = whole
+    blocks, shape = _stored_counts(root[matrices[layer]], field, (len(obs), len(var)), scratch)
     return Read(blocks, shape, obs, var, field, columns)
+
+
+def _numbered(var: pd.DataFrame) -> bool:
+    """Whether neither the index nor a column of a gene table can name genes."""
+    texts = [as_text(var.index), *(as_text(var[name]) for name in var if var[name].dtype.kind not in "biuf")]
+    return not any(len(set(names)) > 0.5 * len(names) and not all(map(NUMBER.fullmatch, names)) for names in texts)
 
 
 def _counts_layer(root: Any, matrices: dict[str, str], where: str, decisions: Decisions) -> tuple[str, str]:
@@ -146,6 +169,7 @@ def _looks_counted(item: Any) -> bool:
     """Whether a stored matrix seems to hold counts, by some of its values: whole, and not all of them 0 or 1."""
     try:
         values = item["data"] if hasattr(item, "keys") else item
+        _check_whole(values, "looked at")
         step = LOOKED_AT if len(values.shape) == 1 else -(-LOOKED_AT // max(1, values.shape[1]))
         middle, largest = values.shape[0] // 2, 0
         for part in (slice(0, step), slice(middle, middle + step)):
@@ -156,17 +180,21 @@ def _looks_counted(item: Any) -> bool:
     return largest > 1
 
 
-def _stored_counts(item: Any, field: Field, scratch: Scratch) -> tuple[Iterator[sp.csr_matrix], tuple[int, int]]:
-    """Blocks and shape of a matrix as AnnData stores it, dense, CSR or CSC, in HDF5 or zarr."""
+def _stored_counts(
+    item: Any, field: Field, names: tuple[int, int], scratch: Scratch
+) -> tuple[Iterator[sp.csr_matrix], tuple[int, int]]:
+    """Blocks and shape of a matrix as AnnData stores it, dense, CSR or CSC, in HDF5 or zarr; `names`: cells, genes."""
     if not hasattr(item, "keys"):
         if len(item.shape) != 2:
             raise UserError(f"{field.where} has the shape {item.shape}; counts are cells x genes")
+        checks.check_names(item.shape, *names, field.where)
         _check_whole(item, field.where)
         return checks.dense_blocks(item, field), item.shape
     shape = item.attrs.get("shape", item.attrs.get("h5sparse_shape"))
     if shape is None or len(shape) != 2 or not {"data", "indices", "indptr"} <= set(item.keys()):
         raise UserError(f"{field.where} is not a sparse matrix of AnnData; {field.remedy}")
     n_cells, n_genes = (int(n) for n in shape)
+    checks.check_names((n_cells, n_genes), *names, field.where)
     arrays = item["data"], item["indices"], item["indptr"]
     for name, array in zip(("data", "indices", "indptr"), arrays, strict=True):
         _check_whole(array, f"{field.where}/{name}")
@@ -190,12 +218,15 @@ def _check_whole(item: Any, where: str) -> None:
                     f"{where} is compressed by the HDF5 filter {called}, which is not installed here: `pip install "
                     "hdf5plugin`, or write the file again with gzip"
                 )
+        packed.check_hdf5(item, where)
     elif hasattr(item, "nchunks_initialized") and item.nchunks_initialized < item.nchunks:
         lost = item.nchunks - item.nchunks_initialized
         raise UserError(
             f"{where}: {lost:,} of {item.nchunks:,} chunks are missing, which would read as zeros; copy the whole "
             "store (if they are zeros: write it again with zarr.config.set({'array.write_empty_chunks': True}))"
         )
+    else:
+        packed.check_zarr(Path(str(item.store_path.store.root), item.path), where)
 
 
 def _encoding(item: Any) -> str:
@@ -212,13 +243,17 @@ def _frame(
     """
     table = root[key]
     if isinstance(table, h5py.Dataset):  # until anndata 0.7: one compound dataset, levels kept in uns
+        _check_whole(table, f"{where}: {key}")
         values = table[()]
         names = values.dtype.names
         frame = pd.DataFrame({name: values[name] for name in names})
         for name in frame.columns:
             if f"uns/{name}_categories" in root:
                 levels = np.append(as_text(root[f"uns/{name}_categories"][()]), None)
-                frame[name] = levels[frame[name]]
+                codes = frame[name].to_numpy()
+                if len(codes) and (codes.dtype.kind not in "iu" or codes.min() < -1 or codes.max() > len(levels) - 2):
+                    raise UserError(f"{where}: {key}/{name} has codes without a category; {checks.DAMAGED}")
+                frame[name] = levels[codes]
             elif frame[name].dtype == object:
                 frame[name] = as_text(frame[name])
         return frame.set_index(frame.columns[0]), names[1:]
@@ -270,11 +305,11 @@ def read_10x_v3(path: Path, config: InputConfig, decisions: Decisions, scratch: 
     """10x ``.h5`` of Cell Ranger 3 and later, and CellBender's: one matrix, features of several types."""
     matrix = scratch.enter_context(_hdf5(path))["matrix"]
     features = matrix["features"]
-    table = {"gene_ids": as_text(features["id"][()])}
+    table = {"gene_ids": _texts(features["id"])}
     for column in ("feature_type", "genome"):
         if column in features:
-            table[column] = as_text(features[column][()])
-    return _read_10x(matrix, Field(f"{path}: matrix"), pd.DataFrame(table, index=as_text(features["name"][()])))
+            table[column] = _texts(features[column])
+    return _read_10x(matrix, Field(f"{path}: matrix"), pd.DataFrame(table, index=_texts(features["name"])))
 
 
 def read_10x_v2(path: Path, config: InputConfig, decisions: Decisions, scratch: Scratch) -> Read:
@@ -287,18 +322,26 @@ def read_10x_v2(path: Path, config: InputConfig, decisions: Decisions, scratch: 
             f"with scanpy.read_10x_h5(path, genome={genomes[0]!r}).write_h5ad(...) and name that file"
         )
     group = file[genomes[0]]
-    var = pd.DataFrame({"gene_ids": as_text(group["genes"][()])}, index=as_text(group["gene_names"][()]))
+    var = pd.DataFrame({"gene_ids": _texts(group["genes"])}, index=_texts(group["gene_names"]))
     return _read_10x(group, Field(f"{path}: {genomes[0]}"), var)
 
 
 def _read_10x(group: h5py.Group, field: Field, var: pd.DataFrame) -> Read:
     # stored as CSC of features x barcodes, which is CSR of barcodes x features
-    n_features, n_barcodes = (int(n) for n in group["shape"][()])
+    n_features, n_barcodes = (int(n) for n in group["shape"][:2])
+    barcodes = _texts(group["barcodes"])
+    checks.check_names((n_barcodes, n_features), len(barcodes), len(var), field.where)
     arrays = group["data"], group["indices"], group["indptr"]
     for array in arrays:
         _check_whole(array, f"{field.where}/{array.name.rpartition('/')[2]}")
     blocks = checks.compressed_blocks(*arrays, (n_barcodes, n_features), field)
-    return Read(blocks, (n_barcodes, n_features), pd.DataFrame(index=as_text(group["barcodes"][()])), var, field)
+    return Read(blocks, (n_barcodes, n_features), pd.DataFrame(index=barcodes), var, field)
+
+
+def _texts(item: h5py.Dataset) -> np.ndarray:
+    """A stored array of names, looked at first."""
+    _check_whole(item, f"{item.file.filename}: {item.name.lstrip('/')}")
+    return as_text(item[()])
 
 
 def read_loom(path: Path, config: InputConfig, decisions: Decisions, scratch: Scratch) -> Read:
@@ -306,12 +349,10 @@ def read_loom(path: Path, config: InputConfig, decisions: Decisions, scratch: Sc
     with _hdf5(path) as file:
         layers = sorted(file["layers"]) if "layers" in file else []
         layer = config.layer
-        if layer == "auto":
-            named = ["X", *(name for name in layers if name.lower() in COUNT_LAYERS)]
-            layer = next((n for n in named if _looks_counted(file["matrix" if n == "X" else f"layers/{n}"])), "X")
-            if layer != "X":
-                decisions.add("layer", layer, "input.layer is auto: the matrix holds no counts, and this layer does")
-        key = "matrix" if layer == "X" else f"layers/{layer}"
+        if layer == "auto" and not _looks_counted(file["matrix"]):
+            matrices = {"X": "matrix"} | {name: f"layers/{name}" for name in layers}
+            layer, _ = _counts_layer(file, matrices, str(path), decisions)
+        key = "matrix" if layer in ("auto", "X") else f"layers/{layer}"
         remedy = (
             f"set input.layer to where the raw counts are (this file has {listed(layers)})"
             if layers
@@ -339,6 +380,7 @@ def _loom_table(group: h5py.Group, n: int) -> pd.DataFrame:
     columns = {}
     for name, item in group.items():
         if isinstance(item, h5py.Dataset) and item.shape in ((n,), (n, 1)):
+            _check_whole(item, f"{item.file.filename}: {item.name.lstrip('/')}")
             values = item[()].reshape(n)
             columns[name] = values if values.dtype.kind in "biuf" else as_text(values)
     return pd.DataFrame(columns, index=pd.RangeIndex(n))

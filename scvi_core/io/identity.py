@@ -21,9 +21,11 @@ VERSION = re.compile(rf"^({ID})\.\d+")  # what follows stays: GENCODE writes ENS
 JOINED = re.compile(
     rf"(?P<a>{ID}(?:\.\d+)?)[_|:;-]+(?P<b>.*)|(?P<d>.+?)(?:[_|:;.-]{{1,3}}| \()(?P<c>{ID}(?:\.\d+)?)\)?"
 )  # id_symbol, or turned
+PROBE = re.compile(r"\|[0-9a-f]{7}$")  # behind id and symbol, of the probes of a panel
 ACCESSION = re.compile(
     rf"{ID}.*|ENS[A-Z]*T\d{{11}}.*|[NX][MR]_\d+(?:\.\d+)?|(?:MGI|HGNC|RGD):\d+|ZDB-GENE-[\d-]+"
 )  # no symbols
+CHROMOSOME = re.compile(r"__chr(?:\w{1,2}|Un\w*|\w+_(?:random|alt|fix))$", re.IGNORECASE)  # behind a name, of CEL-Seq2
 # numbers of rows, and what R makes of them
 NUMBER = re.compile(r"(?:[XV]|row_?)?\d+(?:\.0)?", re.IGNORECASE)
 COUNTED = re.compile(r"(?:gene|feature|var)[-_ .]?\d+", re.IGNORECASE)  # names, for want of better ones
@@ -87,6 +89,7 @@ OTHERS_BY_NAME = re.compile(
     r"|(?i:.*TotalSeq.*|.*hashtag.*|.*isotype.*)"
     r"|(?i:(?:(?:rat|mouse|hamster|human)[-_ ])?IgG(?:\d[a-c]?|\d?[a-c]?[-_ ].*(?:control|ctrl)\S*))"
     r"|(?:Hu|HuMs|HuMsRt|Ms)\.[A-Z].+|(?i:.*anti[-_ .](?:human|mouse|rat).*)"
+    r"|.+_[+-]_\d+\.\d+-P1?P?2?(?:_.*)?"  # of guides, by promoter
     r"|.+:\d+-\d+|(?:chr\w+|\d\d?|[XYM]|MT|[A-Z]{2}\d{6}\.\d)[:_-]\d+[-_]\d+"  # peaks
     r"|(?i:(?:gRNA|sgRNA|guide|crispr)[-_].+|.+[-_](?:gRNA|sgRNA|sg\d)(?:[-_]?\d+)?|non[-_]?targeting.*)"  # guides
     r"|sg[A-Z][\w.-]*|(?i:(?:gspikein_)?ERCC[-_.]\d{5})"  # and spike-ins
@@ -94,6 +97,16 @@ OTHERS_BY_NAME = re.compile(
     r"|(?:__)?(?:no_feature|ambiguous|too_low_aQual|not_aligned|alignment_not_unique)"  # what htseq-count and STAR add
     r"|N_(?:unmapped|multimapping|noFeature|ambiguous)"
 )
+# Controls of screens: names of their own in each, but always a family of them. One alone may be a gene (NTC2, CTRL).
+CONTROLS = re.compile(
+    r"(?:(?:NTC|NT|NegCtrl|CTRL|control|safe|intergenic|NO[-_]?SITE)[-_.]|(?:non|no)[-_. ]?target\w*|scrambled?"
+    r"|neg(?:ative)?[-_. ](?:ctrl|ctl|control|guide)s?|safe[-_. ]?(?:target\w*|harbou?r)"
+    r"|ONE[-_](?:NON-GENE|INTERGENIC)[-_]SITE)"
+    r"(?:[-_. ]?(?:sg|g|guide|sgRNA|gRNA|control|ctrl))?[-_. ]?(?P<number>\d+)",
+    re.IGNORECASE,
+)
+GUIDE = re.compile(r"(?P<gene>.+)_(?:g|sg|guide)?\d{1,2}")  # of a gene, where such controls are there
+FAMILY = 3
 # gene names that a spreadsheet made dates or numbers of: 1-Mar, Sep-07, 2021-03-01, 2.31E+13
 MONTHS = (  # in English, German, French, Italian, Spanish and Dutch
     "(?:jan|feb|mar|apr|may|jun|jul|aug|sep|sept|oct|nov|dec|mrz|mär|mai|okt|dez|mars|avr|août|déc|gen|mag|giu|lug|ago|"
@@ -110,6 +123,8 @@ SPREADSHEET = re.compile(
 def as_text(values: object) -> np.ndarray:
     """Strings of anything: bytes decoded, missing as "", no white space around. Object array, one-dimensional."""
     array = np.asarray(pd.Series(values).astype(object) if not isinstance(values, np.ndarray) else values)
+    if array.ndim != 1:
+        raise ValueError(f"names in {array.ndim} dimensions")
     out = np.empty(len(array), object)
     for i, value in enumerate(array.tolist()):
         if isinstance(value, bytes):
@@ -233,6 +248,14 @@ def gene_identity(
     return cut, names, kind
 
 
+def unquoted(values: np.ndarray) -> np.ndarray:
+    """Texts without the quotes around nearly all of them, and the b of what Python writes of bytes."""
+    filled = [v for v in values.tolist() if v]
+    if not filled or sum(QUOTED.fullmatch(v) is not None for v in filled) < 0.9 * len(filled):
+        return values
+    return np.array([v[v[:1] == "b" and QUOTED.fullmatch(v) is not None :].strip("\"'") for v in values], object)
+
+
 def _untangled(field: str, values: np.ndarray, decisions: Decisions) -> dict[str, np.ndarray]:
     """One field of names as one or two: quotes, the name of the genome and joined ids and symbols taken apart.
 
@@ -244,10 +267,15 @@ def _untangled(field: str, values: np.ndarray, decisions: Decisions) -> dict[str
     most = 0.9 * len(filled)
     if not filled:
         return {field: values}
-    if sum(QUOTED.fullmatch(v) is not None for v in filled) >= most:
-        values = np.array([v[v[:1] == "b" and QUOTED.fullmatch(v) is not None :].strip("\"'") for v in values], object)
-        filled = [v for v in values.tolist() if v]
+    if (plain_values := unquoted(values)) is not values:
+        values, filled = plain_values, [v for v in plain_values.tolist() if v]
         decisions.add("quotes", len(filled), f"{field}: names are in quotes, which were taken off", n_genes=len(filled))
+    if sum(CHROMOSOME.search(v) is not None for v in filled) >= most:
+        values = np.array([CHROMOSOME.sub("", v) for v in values], object)
+        filled = [v for v in values.tolist() if v]
+        decisions.add(
+            "chromosomes_cut", len(filled), f"{field}: the chromosome behind names is cut", n_genes=len(filled)
+        )
     genomes = [match[1] for v in filled if (match := GENOME.match(v))]
     if len(genomes) >= most:
         cut = np.array([GENOME.sub("", v, count=1) for v in values], object)
@@ -260,6 +288,7 @@ def _untangled(field: str, values: np.ndarray, decisions: Decisions) -> dict[str
     if sum(part is not None for part in parts) >= most and not all(VERSION.match(v) for v in filled):
         ids = [(part["a"] or part["c"]) if part else v for part, v in zip(parts, values, strict=True)]
         symbols = [(part["b"] or part["d"] or "") if part else v for part, v in zip(parts, values, strict=True)]
+        symbols = [PROBE.sub("", symbol) for symbol in symbols]
         if 2 * len(set(symbols)) < len(filled):  # gene:ENSG..., human_ENSG...
             beside = listed(sorted(set(symbols))[:3])
             text = f"{field}: what stands beside ids is cut, as it is the same for many ({beside})"
@@ -410,6 +439,8 @@ def genes_only(read: Read, where: str, config: InputConfig, decisions: Decisions
     other = np.zeros(n_features, bool)
     for names in _names_of_features(var, config):
         other |= np.array([bool(matches(name)) for name in names], bool)
+        if by_name is None and told is None:
+            other |= _of_a_screen(names)
     if by_name and not other.any():
         text = f"input.not_genes ({listed(by_name[:5])}) is no feature's name; look at how they are written"
         decisions.add("features_dropped_by_name", 0, text, n_genes=0, warn=True)
@@ -470,6 +501,16 @@ def _names_of_features(var: pd.DataFrame, config: InputConfig) -> Iterator[list[
     for names in texts:
         yield names
         yield [GENOME.sub("", name.strip("\"'"), count=1) for name in names]
+
+
+def _of_a_screen(names: list[str]) -> np.ndarray:
+    """Which names are of a family of controls, such as NTC_1, NTC_2 ..., and with them of guides, such as TP53_1."""
+    controls = [CONTROLS.fullmatch(name) for name in names]
+    if len({match["number"] for match in controls if match}) < FAMILY:
+        return np.zeros(len(names), bool)
+    there = set(names)
+    guides = [match["gene"] in there if (match := GUIDE.fullmatch(name)) else False for name in names]
+    return np.array([control is not None or guide for control, guide in zip(controls, guides, strict=True)], bool)
 
 
 def _unsplit(names: np.ndarray, decisions: Decisions | None) -> np.ndarray:

@@ -23,21 +23,27 @@ from scvi_core.io.blocks import Read, Scratch, Spool, by_cell, by_row, turned
 from scvi_core.io.checks import Field, listed
 from scvi_core.io.identity import ID_COLUMNS, SYMBOL_COLUMNS, TYPE_COLUMNS, as_text
 
-MOST_TEXT = 2**30  # bytes of a table of barcodes or features, and of a line
+MOST_TEXT = 2**28  # bytes of a table of barcodes or features: over ten million
+MOST_LINE = 2**27  # bytes of a line: names of some million cells
+MOST_SEEN = 2**30  # bytes that any file may have, however small it is packed
+EXPANDS = 200  # times its size that a file of over 2^30 bytes is: gzip packs counts to a twentieth, nothing to a 1032nd
 
-# A matrix' name, and what the tables beside it are called then: by 10x, STARsolo, BD Rhapsody and GEO; by kb; by
-# alevin-fry; by Parse's split-pipe; and otherwise.
+# A matrix' name, and what the tables beside it are called then: by 10x, STARsolo, BD Rhapsody and GEO; by kb, also of
+# RNA velocity; by alevin-fry; by Parse's split-pipe; by GEO, by the Single Cell Expression Atlas; and otherwise.
 LAYOUTS = (
     (r"(?P<before>.*)matrix(?P<after>[^/]*)\.mtx", "{before}barcodes{after}",
      ("{before}features{after}", "{before}genes{after}")),
     (r"(?P<before>cells_x_[a-z]+)(?P<after>\.[a-z]+)?\.mtx", "{before}.barcodes", ("{before}.genes",)),
+    (r"(?P<before>spliced|unspliced)(?P<after>)\.mtx", "{before}.barcodes", ("{before}.genes",)),
     (r"(?P<before>.*)quants_mat(?P<after>)\.mtx", "{before}quants_mat_rows", ("{before}quants_mat_cols",)),
     (r"(?P<before>.*)(?:DGE|count_matrix)(?P<after>[^/]*)\.mtx", "{before}cell_metadata",
      ("{before}all_genes", "{before}genes")),
     (r"(?P<before>.*[_.-])counts?(?P<after>)\.mtx", "{before}barcodes", ("{before}features", "{before}genes")),
+    (r"(?P<before>.*[_.-]counts?)(?P<after>)\.mtx", "{before}.mtx_cols", ("{before}.mtx_rows",)),
     (r"(?P<before>)[^/]*(?P<after>)\.mtx", "barcodes", ("features", "genes")),
 )  # fmt: skip
-BY_CELLS = "|".join(re.sub(r"[?]P<[a-z]+>", "?:", pattern) for pattern, _, _ in LAYOUTS[1:4])  # cells are rows there
+BY_CELLS = "|".join(re.sub(r"[?]P<[a-z]+>", "?:", pattern) for pattern, _, _ in LAYOUTS[1:5])  # cells are rows there
+VELOCITY = re.compile(r"(?:spliced|unspliced|ambiguous)\.mtx|cells_x_genes\.(?!mtx|total)")  # part of what was counted
 BARCODE_COLUMNS = ("bc_wells", "cell_barcode", "barcode", "barcodes", "cell_id", "cell", "cells")
 # in the first line of a table that should have none
 HEADER = {"", "x", "0", "feature", "features", "names", *ID_COLUMNS, *SYMBOL_COLUMNS, *BARCODE_COLUMNS}
@@ -69,8 +75,14 @@ def read_mtx(path: Path, config: InputConfig, decisions: Decisions, scratch: Scr
     """Matrix Market with the barcodes and features beside it, as pipelines write them; folder or matrix."""
     found = matrices(path) if path.is_dir() else [path]
     if len(found) > 1:
-        raise UserError(f"{path}: several matrices ({listed(m.name for m in found)}); name one of them as path")
+        which = "name one of them as path"
+        if VELOCITY.match(found[0].name):
+            which = "take the export of all molecules (STARsolo's Gene or GeneFull, kb's total), or " + which
+        raise UserError(f"{path}: several matrices ({listed(m.name for m in found)}); {which}")
     matrix = found[0]
+    if VELOCITY.match(matrix.name):
+        text = "counts of some molecules only, as RNA velocity needs them; is there a matrix of all of them?"
+        decisions.add("molecules", matrix.name.partition(".")[0], text, warn=True)
     if path.is_dir():
         checks.check_links(path)
     remedy = checks.FIND_COUNTS
@@ -193,6 +205,11 @@ def _mtx_columns(text: bytes, per_line: int, matrix: Path, before: int) -> list[
         if not fields:
             continue
         try:
+            if per_line == 3 and len(fields) == 5 and number < before + 10:
+                raise UserError(
+                    f"{matrix}: Line {number}: three counts an entry, as STARsolo writes spliced, unspliced and "
+                    "ambiguous ones (Velocyto); take its folder Gene or GeneFull"
+                )
             if len(fields) != per_line:
                 raise ValueError
             rows.append([float(token) for token in fields])
@@ -238,7 +255,7 @@ def _tables_beside(matrix: Path, decisions: Decisions) -> tuple[list[list[str]],
                 there = [
                     path
                     for stem in stems
-                    for end in (".tsv", ".txt", ".csv")
+                    for end in (("",) if ".mtx_" in stem else (".tsv", ".txt", ".csv"))
                     for path in (matrix.with_name(f"{stem}{end}.gz"), matrix.with_name(f"{stem}{end}"))
                     if path.is_file()
                 ]
@@ -254,9 +271,20 @@ def _tables_beside(matrix: Path, decisions: Decisions) -> tuple[list[list[str]],
         if len(series) == 1:
             decisions.add("features", series[0].name, "the only table of features in the folder")
             tables["features"] = _rows(series[0], decisions)
+    symbols = matrix.with_name(f"{re.split(r'[.]', name)[0]}.genes.names.txt")  # of kb, the ids in the other table
+    if "features" in tables and symbols.is_file() and all(len(row) == 1 for row in tables["features"]):
+        names = _rows(symbols, decisions)
+        if len(names) != len(tables["features"]):
+            raise UserError(
+                f"{symbols}: {len(names):,} names, but {len(tables['features']):,} genes in the table beside it; put "
+                "one export's files together"
+            )
+        rows = zip(tables["features"], names, strict=True)
+        tables["features"] = [[*gene, name[0].removeprefix("nan")] for gene, name in rows]
     for kind in ("barcodes", "features"):
         if kind not in tables:
-            names = " or ".join(f"{stem}.tsv" for stem in dict.fromkeys(tried[kind]))
+            stems = dict.fromkeys(tried[kind])
+            names = " or ".join(stem if ".mtx_" in stem else f"{stem}.tsv" for stem in stems)
             raise UserError(f"{matrix}: no {names} (or .gz) beside it; put the export's files together")
     return tables["barcodes"], tables["features"]
 
@@ -359,34 +387,63 @@ def zipped(path: Path) -> bool:
         return handle.read(2) == b"\x1f\x8b"
 
 
+class _Bounded(io.BufferedIOBase):
+    """Reads as a file does, until it turns out to hold far more than is stored of it: packed zeros, and holes."""
+
+    def __init__(self, path: Path):
+        self.path, self.seen = path, 0
+        self.file = gzip.open(path, "rb") if zipped(path) else path.open("rb")  # noqa: SIM115 - closed by close()
+        about = path.stat()
+        self.most = max(MOST_SEEN, EXPANDS * min(about.st_size, 512 * about.st_blocks))
+
+    def _told(self, data: bytes) -> bytes:
+        self.seen += len(data)
+        if self.seen > self.most:
+            raise UserError(
+                f"{self.path}: unpacks to over {EXPANDS} times its size, {self.most:,} bytes; {checks.DAMAGED} (of a "
+                "table that is nearly all zeros: write it as h5ad or mtx)"
+            )
+        return data
+
+    def read(self, size: int | None = -1) -> bytes:
+        return self._told(self.file.read(size))
+
+    def readline(self, size: int | None = -1) -> bytes:
+        return self._told(self.file.readline(size))
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
 def _open(path: Path) -> BinaryIO:
     """A file's bytes, unpacked where its content (not its name) says that it is packed."""
     if not path.is_file():
         raise UserError(f"{path}: not a file; put the export's files together")
-    return cast(BinaryIO, gzip.open(path, "rb") if zipped(path) else path.open("rb"))
+    return cast(BinaryIO, _Bounded(path))
 
 
 def _line_blocks(handle: BinaryIO, path: Path, per_value: int) -> Iterator[bytes]:
     """Whole lines of a file, as many at a time as have about ``checks.BLOCK`` values of so many bytes."""
     while text := handle.read(per_value * checks.BLOCK):
-        rest = handle.readline(MOST_TEXT)
-        if len(rest) == MOST_TEXT:
-            raise UserError(f"{path}: a line of over {MOST_TEXT:,} bytes; {checks.DAMAGED}")
+        rest = handle.readline(MOST_LINE)
+        if len(rest) == MOST_LINE:
+            raise UserError(f"{path}: a line of over {MOST_LINE:,} bytes; {checks.DAMAGED}")
         yield text + rest
 
 
 def read_table(path: Path, config: InputConfig, decisions: Decisions, scratch: Scratch) -> Read:
     """A dense table, its delimiter by its name, read some rows at a time."""
     with _open(path) as handle:
-        skip, first = 0, handle.readline(MOST_TEXT)
-        second = handle.readline(MOST_TEXT)
+        skip, first = 0, handle.readline(MOST_LINE)
+        second = handle.readline(MOST_LINE)
         tab = b"\t" if b"\t" in second else b","
         # BD Rhapsody, featureCounts and Drop-seq's tools write what they did in front
         while first.startswith(b"#") and (second.startswith(b"#") or first.count(tab) < second.count(tab)):
-            skip, first, second = skip + 1, second, handle.readline(MOST_TEXT)
+            skip, first, second = skip + 1, second, handle.readline(MOST_LINE)
             tab = b"\t" if b"\t" in second else b","
-        if len(first) == MOST_TEXT:
-            raise UserError(f"{path}: a line of over {MOST_TEXT:,} bytes; {checks.DAMAGED}")
+        if MOST_LINE in (len(first), len(second)):
+            raise UserError(f"{path}: a line of over {MOST_LINE:,} bytes; {checks.DAMAGED}")
         first, second = first.decode("utf-8-sig"), second.decode("utf-8")
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if suffix not in (".csv", ".tsv", ".tab", ".txt"):
@@ -514,10 +571,12 @@ class _Table:
         empty = True
         with _open(self.path) as handle:
             for _ in range(self.before):
-                handle.readline(MOST_TEXT)
+                handle.readline(MOST_LINE)
             for text in _line_blocks(handle, self.path, 2):  # a digit and a delimiter
                 if not text.strip():
                     continue
+                if b"\0" in text:
+                    raise UserError(f"{self.path}: NUL bytes in it, which no text has; {checks.DAMAGED}")
                 chunk = pd.read_csv(
                     io.BytesIO(text),
                     sep=self.delimiter,

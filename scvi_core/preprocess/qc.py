@@ -60,6 +60,8 @@ MITOCHONDRIAL_NAMES = {
 GENE_GROUPS["nuclear"] = r"^(?:MALAT1|NEAT1|XIST|MEG3|SNHG11|KCNQ1OT1)$"
 GENE_GROUPS["cell_cycle"] = rf"^(?:{'|'.join(S_PHASE + G2M_PHASE)})$"
 ENOUGH_NAMES = 5  # of these, as one alone may be called so by chance
+ALL_NAMES = 12  # proteins that a mitochondrial genome codes for; the worm's has no ATP8
+CLONE = re.compile(r"[A-Z]{1,2}[_-]?\d{5,8}\.\d+|MTCE\.\d+|")  # names of sequences, of genes without a symbol
 
 
 @functools.cache
@@ -93,8 +95,12 @@ def in_group(
     names = [GENOME.sub("", name, count=1) for name in gene_names]
     found = np.array([matches(name) is not None for name in names], dtype=bool)
     if group == "mitochondrial":
-        found |= np.array([gene in _mitochondrial_ids() for gene in gene_ids], dtype=bool)
         bare = np.array([name.upper() in MITOCHONDRIAL_NAMES for name in names], dtype=bool)
+        by_id = np.array([gene in _mitochondrial_ids() for gene in gene_ids], dtype=bool)
+        if (found | bare).sum() >= ALL_NAMES:  # a symbol says more than an id, where a file's symbols tell these genes
+            pairs = zip(gene_ids, gene_names, strict=True)
+            by_id &= np.array([name == gene or CLONE.fullmatch(name) is not None for gene, name in pairs], dtype=bool)
+        found |= by_id
         if (found | bare).sum() >= ENOUGH_NAMES:  # some of one annotation may have names, and others ids alone
             found |= bare
     return found

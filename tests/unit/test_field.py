@@ -887,3 +887,250 @@ def test_genes_given_in_the_configuration(tmp_path):
 def test_warnings_are_logged_as_such(caplog):
     Decisions("x", "s").add("a", 1, "look", warn=True)
     assert caplog.records[0].levelname == "WARNING"
+
+
+# --- more of what public reports tell ---------------------------------------------------------------------------------
+
+
+def test_controls_and_guides_of_screens_by_their_family(tmp_path):
+    for k, controls in enumerate(
+        (
+            ["NTC_1", "NTC_2", "NTC_17"],
+            [f"neg_ctrl_{i}" for i in range(1, 5)],
+            [f"non-targeting_0{i}" for i in range(3)],
+            [f"NegCtrl-{i}_sg1"[:9] for i in range(1, 6)],
+            [f"scramble{i}" for i in (1, 2, 3)],
+            [f"safe-targeting-{i}" for i in range(4)],
+            [f"ONE_NON-GENE_SITE_{i}" for i in range(3)],
+        )
+    ):
+        others = [*controls, "ACTB_1", "ACTB_2", "B2M_g1", "LOC7_sg2", "AAAS_+_53715438.23-P1P2"]
+        x = np.hstack([X, np.full((N, len(others)), 900)])
+        path = h5ad(tmp_path / f"{k}.h5ad", x, pd.DataFrame(index=[*NAMES, *others]))
+        dropped = right(path)["features_dropped_by_name"]
+        assert dropped.n_genes == len(others) and dropped.warning
+        assert read(path, not_genes=())[0].n_vars == G + len(others)
+    like = ["NTC2", "CTRL", "NEGR1", "NT5E", "NT_1", "NT_2", "ACTB_1", "SAFB", "SCRIB1", "NEG1"]  # two are no family
+    right(h5ad(tmp_path / "like.h5ad", var=pd.DataFrame(index=[*NAMES[:-10], *like])), [*NAMES[:-10], *like])
+    x, var = with_proteins(names=("NTC_1", "NTC_2", "NTC_3"))
+    var["feature_types"] = "Gene Expression"  # as the file itself says
+    assert read(h5ad(tmp_path / "typed.h5ad", x, var))[0].n_vars == G + 3
+
+
+def test_chromosomes_behind_names(tmp_path):
+    places = [f"chr{i % 22 + 1}" if i > 12 else "chrM" for i in range(G)]
+    places[20], places[21] = "chrX", "chrUn_KI270742v1"
+    names = [f"{n}__{c}" for n, c in zip(NAMES, places, strict=True)]
+    assert right(h5ad(tmp_path / "a.h5ad", var=pd.DataFrame(index=names)))["chromosomes_cut"].value == G
+    pd.DataFrame(X.T, names, BARCODES).to_csv(tmp_path / "a.tsv", sep="\t")
+    right(tmp_path / "a.tsv")
+    twice = [*names[:-1], f"{NAMES[30]}__chrY"]  # one gene at two places
+    assert right(
+        h5ad(tmp_path / "b.h5ad", var=pd.DataFrame(index=twice)),
+        NAMES[:-1],
+        np.hstack([X[:, :30], X[:, 30:31] + X[:, -1:], X[:, 31:-1]]),
+    )["genes_merged"]
+    mixed = [*NAMES[:-1], "LOC43__chr7"]
+    right(h5ad(tmp_path / "c.h5ad", var=pd.DataFrame(index=mixed)), mixed)
+
+
+def test_barcodes_that_were_bytes_or_in_quotes(tmp_path):
+    for k, wrap in enumerate(("b'{}'", 'b"{}"', '"{}"')):
+        obs = pd.DataFrame(index=[wrap.format(b) for b in BARCODES])
+        decisions = right(h5ad(tmp_path / f"{k}.h5ad", obs=obs))
+        assert decisions["barcodes"].warning and decisions["barcodes"].n_cells == N
+    frame = pd.DataFrame(X, [f"b'{b}'" for b in BARCODES], NAMES)
+    frame.to_csv(tmp_path / "t.csv")
+    assert right(tmp_path / "t.csv")["barcodes"].warning
+    assert "barcodes" not in right(h5ad(tmp_path / "plain.h5ad"))
+
+
+def test_kb_writes_ids_and_names_in_two_tables(tmp_path):
+    names = ("cells_x_genes", "cells_x_genes.genes.txt", "cells_x_genes.barcodes.txt")
+    folder = mtx(tmp_path / "counts_unfiltered", features=IDS, names=names)
+    right(folder, IDS)
+    symbols = ["nan", *NAMES[1:]]
+    (folder / "cells_x_genes.genes.names.txt").write_text("\n".join(symbols) + "\n")
+    right(folder, [IDS[0], *NAMES[1:]])
+    assert list(read(folder)[0].var_names) == IDS
+    (folder / "cells_x_genes.genes.names.txt").write_text("\n".join(NAMES[:-2]) + "\n")
+    refused(folder, r"genes\.names\.txt: 58 names, but 60 genes")
+    (tmp_path / "kb" / "run").mkdir(parents=True)
+    folder.rename(tmp_path / "kb" / "run" / "counts_unfiltered")
+    refused(tmp_path / "kb", "name one of the folders in it that have one: run/counts_unfiltered")
+
+
+def test_parts_of_what_was_counted_are_told(tmp_path):
+    names = ("spliced", "spliced.genes.txt", "spliced.barcodes.txt")
+    folder = mtx(tmp_path / "lamanno", features=IDS, names=names)
+    assert right(folder, IDS)["molecules"].warning
+    (folder / "unspliced.mtx").write_bytes((folder / "spliced.mtx").read_bytes())
+    refused(folder, r"several matrices \(spliced\.mtx, unspliced\.mtx\); take the export of all molecules .*GeneFull")
+    star = mtx(tmp_path / "Velocyto", lambda v: f"{v} 0 1")
+    refused(star, "Line 3: three counts an entry, as STARsolo writes .*take its folder Gene or GeneFull")
+
+
+def test_the_expression_atlas_has_rows_and_columns_beside(tmp_path):
+    stem = "E-HCAD-4.aggregated_filtered_counts"
+    folder = mtx(tmp_path / "scxa", features=[f"{i}\t{i}" for i in IDS], names=(stem, f"{stem}.mtx_rows", "c"))
+    (folder / "c").rename(folder / f"{stem}.mtx_cols")
+    right(folder, IDS)
+    (folder / f"{stem}.mtx_cols").unlink()
+    refused(folder, rf"no .*{stem}\.mtx_cols")
+
+
+def test_numbered_raw_beside_named_var(tmp_path):
+    path = h5ad(tmp_path / "a.h5ad", np.log1p(X), raw=X)
+    numbered = pd.DataFrame(index=[str(i) for i in range(G)])
+    with h5py.File(path, "a") as file:
+        del file["raw/var"]
+        anndata.io.write_elem(file, "raw/var", numbered)
+    decisions = right(path)
+    assert decisions["raw/var"].warning and decisions["layer"].value == "raw"
+    with h5py.File(path, "a") as file:  # a column says it, as SeuratDisk has it
+        del file["raw/var"]
+        anndata.io.write_elem(file, "raw/var", numbered.assign(features=NAMES[::-1]))
+    right(path, NAMES[::-1])
+    more = np.hstack([X, X[:, :1]])
+    raw = anndata.AnnData(sp.csr_matrix(more), var=pd.DataFrame(index=[str(i) for i in range(G + 1)]))
+    adata = anndata.AnnData(np.log1p(X), obs=pd.DataFrame(index=BARCODES), var=pd.DataFrame(index=NAMES))
+    adata.raw = raw
+    adata.write_h5ad(path)
+    refused(path, "genes are only numbered")  # which of the 61 are the 60 that have names?
+
+
+def test_loom_without_counts_in_its_matrix(tmp_path):
+    def loom(name, matrix, **layers):
+        with h5py.File(tmp_path / name, "w") as file:
+            file["matrix"] = matrix.T
+            for layer, values in layers.items():
+                file[f"layers/{layer}"] = values.T
+            file["row_attrs/Gene"], file["col_attrs/CellID"] = np.array(NAMES, "S"), np.array(BARCODES, "S")
+        return tmp_path / name
+
+    assert right(loom("one.loom", 0 * X, raw_umis=X))["layer"].value == "raw_umis"
+    assert right(loom("named.loom", 0.0 * X, counts=X, other=X + 1))["layer"].value == "counts"
+    path = loom("two.loom", 0 * X, spliced=X, unspliced=X + 1)
+    refused(path, r"several layers hold whole numbers \(spliced, unspliced\); set input\.layer")
+    right(path, layer="spliced")
+    refused(loom("none.loom", 0 * X), "all counts are zero")
+    with h5py.File(loom("kb.loom", X), "a") as file:  # as kb writes it
+        file.move("row_attrs/Gene", "row_attrs/gene_names")
+        file.move("col_attrs/CellID", "col_attrs/barcode")
+        file["row_attrs/gene_ids"] = np.array(IDS, "S")
+    right(tmp_path / "kb.loom")
+
+
+def test_formats_of_others_are_named_with_a_remedy(tmp_path):
+    import bz2
+    import lzma
+
+    text = pd.DataFrame(X.T, NAMES, BARCODES).to_csv().encode()
+    for name, content, match in (
+        ("a.csv.bz2", bz2.compress(text), "packed by bzip2; bunzip2 it"),
+        ("a.csv.xz", lzma.compress(text), "packed by xz; unxz it"),
+        ("a.csv.zst", b"\x28\xb5\x2f\xfd" + text, "packed by zstd; unzstd it"),
+        ("a.rds", gzip.compress(b"X\n\x00\x00\x00\x03" + bytes(99)), r"an R object .*write10xCounts"),
+        ("b.rds", gzip.compress(b"A\n3\n262400\n"), "an R object"),
+        ("a.RData", gzip.compress(b"RDX3\nX\n" + bytes(99)), "an R object"),
+        ("c.rds", bz2.compress(b"X\n\x00\x00\x00\x03"), "packed by bzip2"),
+        ("a.qs", b"\x0b\x0e\x0a\x0c" + bytes(99), "an R object"),
+        ("a.parquet", b"PAR1" + bytes(99), "a Parquet table; write its counts as h5ad"),
+        ("a.feather", b"ARROW1\x00\x00" + bytes(99), "a Feather table"),
+        ("a.npy", b"\x93NUMPY" + bytes(99), "no names of genes and cells"),
+        ("output.bus", b"BUS\x00" + bytes(99), "kb count"),
+        ("a.bam", gzip.compress(b"BAM\x01" + bytes(99)), r"aligned reads \(BAM\); count them first"),
+        ("a.db", b"SQLite format 3\x00" + bytes(99), "an SQLite database"),
+        ("a.csv", b"<!DOCTYPE html><html>Not found</html>", "a web page, not what it should be"),
+        ("a.7z", b"7z\xbc\xaf\x27\x1c" + bytes(99), "a 7z archive; unpack it"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        refused(tmp_path / name, match)
+    for name, keys, match in (
+        ("a.h5Seurat", ("assays", "cell.names", "meta.data"), r"an h5Seurat file; .*dest = 'h5ad'"),
+        ("molecule_info.h5", ("barcode_idx", "feature_idx", "umi"), r"molecule_info\.h5; take filtered_feature_bc"),
+        ("latents.h5", ("droplet_latents", "metadata"), "CellBender's latents"),
+    ):
+        with h5py.File(tmp_path / name, "w") as file:
+            for key in keys:
+                file.create_group(key)
+        refused(tmp_path / name, match)
+    folder = mtx(tmp_path / "m")
+    (folder / "matrix.mtx.bz2").write_bytes(bz2.compress((folder / "matrix.mtx").read_bytes()))
+    (folder / "matrix.mtx").unlink()
+    refused(folder, r"unpack matrix\.mtx\.bz2")
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+def test_turned_matrices_are_refused(tmp_path, suffix):
+    adata = anndata.AnnData(X.T, obs=pd.DataFrame(index=NAMES), var=pd.DataFrame(index=BARCODES))
+    (adata.write_zarr if suffix == ".zarr" else adata.write_h5ad)(tmp_path / f"a{suffix}")
+    refused(tmp_path / f"a{suffix}", "its cells are called as genes are .*the matrix is turned")
+
+
+def test_sums_where_names_say_nothing(tmp_path):
+    rate = np.random.default_rng(3).gamma(0.1, 1.0, 400)
+    x = np.random.default_rng(4).poisson(rate, (60, 400))
+    x[:, 0] += 1
+    cells, genes = [f"c{i}" for i in range(60)], [f"g{i}" for i in range(400)]
+    pd.DataFrame(x, cells, genes).to_csv(tmp_path / "a.csv")
+    assert "turned?" not in right(tmp_path / "a.csv", genes, x, cells, orientation="cells_as_rows")
+    decisions = right(tmp_path / "a.csv", cells, x.T, genes, orientation="genes_as_rows")  # as told, with a warning
+    assert decisions["turned?"].warning and "see input.orientation" in decisions["turned?"].reason
+    pd.DataFrame(x, BARCODES + [f"{b}2" for b in BARCODES[:20]], genes).to_csv(tmp_path / "b.csv")
+    assert "turned?" not in read(tmp_path / "b.csv")[1]
+
+
+def test_probes_of_a_panel_are_summed_to_genes(tmp_path):
+    with h5py.File(tmp_path / "raw_probe_bc_matrix.h5", "w") as file:
+        cells = sp.csr_matrix(np.hstack([X, X]))
+        matrix = file.create_group("matrix")
+        matrix["data"], matrix["indices"], matrix["indptr"] = cells.data, cells.indices, cells.indptr
+        matrix["shape"], matrix["barcodes"] = [2 * G, N], np.array(BARCODES, "S")
+        probes = [f"{i}|{n}|{k:07x}" for k in (1, 2) for i, n in zip(IDS, NAMES, strict=True)]
+        features = {"id": probes, "name": probes, "feature_type": ["Gene Expression"] * 2 * G}
+        features |= {"gene_id": IDS * 2, "gene_name": NAMES * 2}
+        for name, values in features.items():
+            matrix[f"features/{name}"] = np.array(values, "S")
+    right(tmp_path / "raw_probe_bc_matrix.h5", x=2 * X)
+    assert list(read(tmp_path / "raw_probe_bc_matrix.h5")[0].var_names) == IDS
+
+
+def test_integers_that_ran_over_are_refused(tmp_path):
+    path = h5ad(tmp_path / "a.h5ad")
+    with h5py.File(path, "a") as file:
+        ends = file["X/indptr"][:].astype(np.int64)
+        ends[20:] -= 2**31  # as after 2^31 entries in 32 bits
+        del file["X/indptr"]
+        file["X/indptr"] = ends
+    refused(path, "indptr does not rise from 0")
+    wrapped = X.astype(np.int16)
+    wrapped[3, 3] = -536  # 65000 in 16 bits
+    adata = anndata.AnnData(wrapped, obs=pd.DataFrame(index=BARCODES), var=pd.DataFrame(index=NAMES))
+    adata.write_h5ad(tmp_path / "b.h5ad")
+    refused(tmp_path / "b.h5ad", r"negative values \(such as -536\)")
+
+
+def test_counts_in_a_layer_where_there_is_no_x(tmp_path):
+    adata = anndata.AnnData(obs=pd.DataFrame(index=BARCODES), var=pd.DataFrame({"Symbol": NAMES}, index=IDS))
+    adata.layers["counts"], adata.layers["logcounts"] = sp.csr_matrix(X), np.log1p(X)  # as zellkonverter may write it
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    assert right(tmp_path / "a.h5ad")["layer"].value == "counts"
+
+
+def test_joined_names_of_the_cell_browser(tmp_path):
+    frame = pd.DataFrame(X.T, pd.Index([f"{i}|{n}" for i, n in zip(IDS, NAMES, strict=True)], name="gene"), BARCODES)
+    with gzip.open(tmp_path / "exprMatrix.tsv.gz", "wt") as handle:
+        handle.write(frame.to_csv(sep="\t"))
+    right(tmp_path / "exprMatrix.tsv.gz")
+    assert list(read(tmp_path / "exprMatrix.tsv.gz")[0].var_names) == IDS
+
+
+def test_a_symbol_says_more_than_an_id_of_the_mitochondrion():
+    ids = [f"FBgn{13650 + i:07d}" for i in range(G)]  # some of them are mitochondrial genes' in FlyBase
+    names = [*(f"mt:{n}" for n in MITO), *(f"CG{i}" for i in range(G - 13))]
+    assert in_group("mitochondrial", np.array(ids), np.array(names)).sum() == 13
+    assert in_group("mitochondrial", np.array(ids), np.array(ids)).sum() > 5
+    zebrafish = [*(f"mt-{n.lower()}" for n in MITO), "NC_002333.4", "actb1"]
+    real = [*(f"x{i}" for i in range(13)), "ENSDARG00000083480", "y"]
+    assert in_group("mitochondrial", np.array(real), np.array(zebrafish)).sum() in (13, 14)
