@@ -400,7 +400,9 @@ def load(path: str | Path, device: str = "cpu") -> Model:
                 f"(2 and later); train the model again, or use the version in its package_version"
             )
         if sha256_file(path / "model.safetensors") != about["weights_sha256"]:
-            raise UserError(f"{path}/model.safetensors: not the weights that model.json names; fetch the model again")
+            raise UserError(
+                f"{path}/model.safetensors: not the weights that model.json names; fetch the model again, or remove it and run `scvi-core train`"
+            )
         schema = Schema.from_dict({k: about[k] for k in ("gene_ids", "batch_key", "batches")} | about["covariates"])
         model, fitted = ModelConfig(**about["model"]), TrainConfig(**about["train"])
         network = _network(model, schema, about["seed"])

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from scvi_core.files.checksum import BLANK, seal, verify
+from scvi_core.files.checksum import BLANK, damaged, seal, verify
 from scvi_core.files.formats import canonical_json
 from scvi_core.files.whole import replacing
 from scvi_core.log import log
@@ -83,6 +83,11 @@ def decided(made: Decision | dict[str, Any], key: str) -> Any:
 def read_decisions(path: str | Path, by: str) -> list[dict[str, Any]]:
     """Read a file that :meth:`Decisions.write` wrote; `by` and errors as of :func:`verify`."""
     verify(path, by)
-    made = [json.loads(line) for line in Path(path).read_bytes().split(b"\n") if line]  # other ends of lines are text
-    del made[-1]["checksum"]
+    try:
+        made = [json.loads(line) for line in Path(path).read_bytes().split(b"\n") if line]  # other ends are text
+        del made[-1]["checksum"]
+    except (ValueError, LookupError, TypeError, RecursionError):  # its checksum was put there by somebody else
+        raise damaged(path, by) from None
+    if not all(isinstance(decision, dict) for decision in made):
+        raise damaged(path, by)
     return [decision for decision in made if decision]

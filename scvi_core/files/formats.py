@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scvi_core.files.checksum import BLANK, seal, verify
+from scvi_core.files.checksum import BLANK, damaged, seal, verify
 from scvi_core.files.errors import UserError
 from scvi_core.files.whole import replacing
 
@@ -40,8 +40,11 @@ def write_json(path: str | Path, value: Any, checksum: bool = False) -> None:
 def read_json(path: str | Path, by: str) -> dict[str, Any]:
     """Read what :func:`write_json` wrote with its checksum, which is compared; `by` and errors as of :func:`verify`."""
     verify(path, by)
-    value = json.loads(Path(path).read_bytes())
-    del value["checksum"]
+    try:
+        value = json.loads(Path(path).read_bytes())
+        del value["checksum"]
+    except (ValueError, KeyError, TypeError, RecursionError):  # its checksum was put there by somebody else
+        raise damaged(path, by) from None
     return value
 
 
@@ -72,10 +75,13 @@ def read_parquet(path: str | Path, by: str, columns: Sequence[str] | None = None
 
     verify(path, by)
     try:
+        about = pq.read_metadata(path)
+        if about.num_rows * max(1, about.num_columns) > max(2**26, 5000 * Path(path).stat().st_size):
+            raise ValueError(f"it declares {about.num_rows:,} rows, which its bytes cannot hold")
         absent = [name for name in columns or () if name not in pq.read_schema(path).names]
         if not absent:
             return pd.read_parquet(path, columns=columns if columns is None else list(columns))
-    except (OSError, ValueError) as error:  # pyarrow's own are ValueErrors
+    except (OSError, ValueError, KeyError, TypeError, NotImplementedError, MemoryError) as error:  # pyarrow's, pandas'
         raise UserError(f"{path}: not a Parquet table ({error}); name one that `scvi-core {by}` wrote") from error
     raise UserError(f"{path}: no column {absent[0]!r}; name a table that `scvi-core {by}` wrote")
 
