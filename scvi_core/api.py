@@ -401,7 +401,8 @@ def load(path: str | Path, device: str = "cpu") -> Model:
             )
         if sha256_file(path / "model.safetensors") != about["weights_sha256"]:
             raise UserError(
-                f"{path}/model.safetensors: not the weights that model.json names; fetch the model again, or remove it and run `scvi-core train`"
+                f"{path}/model.safetensors: not the weights that model.json names; fetch the model again, or remove it "
+                "and run `scvi-core train`"
             )
         schema = Schema.from_dict({k: about[k] for k in ("gene_ids", "batch_key", "batches")} | about["covariates"])
         model, fitted = ModelConfig(**about["model"]), TrainConfig(**about["train"])

@@ -25,5 +25,5 @@ def test_what_is_no_result_is_found(monkeypatch):
 
     monkeypatch.setattr(fuzz, "SECONDS", 0.2)
     monkeypatch.setitem(fuzz.READERS, "sheet", (fuzz.READERS["sheet"][0], reads))
-    _, found = fuzz.run("sheet", inputs=12)
-    assert any("KeyError" in line for line in found) and any("took over" in line for line in found)
+    _, found = fuzz.run("sheet", inputs=30)
+    assert any("KeyError" in line for line in found) and any("took over" in line for line in found), found
