@@ -72,6 +72,10 @@ def replacing(path: str | Path, kind: str | None = None) -> Iterator[Path]:
             raise UserError(f"{path}: no space left on the device; free some, then run again") from error
         if code in (13, 30):  # EACCES, EROFS
             raise UserError(f"{path}: cannot be written ({error.strerror}); check the folder's permissions") from error
+        if code in (5, 27, 116, 121) and getattr(error, "filename", None) in (None, str(path)):  # EIO, EFBIG, ESTALE
+            raise UserError(
+                f"{path}: could not be written ({os.strerror(code)}); see to the disk or file system, then run again"
+            ) from error
         if temporary is None and code is not None:  # below a file, too long a name
             raise UserError(f"{path}: cannot be written ({error.strerror}); name another path") from error
         raise

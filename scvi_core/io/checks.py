@@ -14,6 +14,9 @@ import gzip
 import json
 import math
 import os
+import resource
+import signal
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,6 +29,7 @@ import scipy.sparse as sp
 from scvi_core.files import UserError
 
 BLOCK = 2**22  # values read at a time: 32 MB as float64; no block of cells has more, unless it is a single cell
+TRIAL = 10  # seconds of computing to look at an HDF5 file's objects, but not at their values
 MOST_ITEM = 2**16  # bytes of a stored text
 DAMAGED = "it is damaged or was made to harm; fetch or write it again"
 FIND_COUNTS = "find the raw counts, before any normalisation"
@@ -143,6 +147,34 @@ def check_hdf5(file: h5py.File, path: str | Path) -> None:
                 check_size(item.size or 0, stored, where)
                 if item.dtype.itemsize > MOST_ITEM and item.dtype.names is None:
                     raise UserError(f"{where} has texts of {item.dtype.itemsize:,} bytes each; {DAMAGED}")
+
+
+def try_hdf5(path: str | Path) -> None:
+    """Let a child look at all of an HDF5 file's objects, as damage can crash the library, or have it run for ever."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which the child does not use
+        child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):  # what can be said of it is said by the parent
+            resource.setrlimit(resource.RLIMIT_CPU, (TRIAL, TRIAL))
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            with h5py.File(path, "r", locking=False) as file:
+                _touch("/", file)
+                file.visititems(_touch)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        died = signal.Signals(os.WTERMSIG(status))
+        how = f"runs for over {TRIAL} s" if died in (signal.SIGXCPU, signal.SIGKILL) else f"dies of {died.name}"
+        raise UserError(f"{path}: HDF5's own library {how} on it; {DAMAGED}")
+
+
+def _touch(_: str, item: h5py.Group | h5py.Dataset) -> None:
+    with contextlib.suppress(Exception):
+        dict(item.attrs)
+    if isinstance(item, h5py.Dataset) and item.chunks is not None:
+        with contextlib.suppress(Exception):
+            item.id.get_num_chunks()
 
 
 def check_links(path: Path) -> None:

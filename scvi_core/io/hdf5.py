@@ -44,6 +44,7 @@ LOOKED_AT = 100_000  # values, twice, by which a matrix is taken for one of coun
 
 def hdf5_format(path: Path) -> tuple[str, Reader]:
     """Which of the HDF5 formats, by the keys; the file is checked for reaching outside itself on the way."""
+    checks.try_hdf5(path)
     with _hdf5(path) as file:
         checks.check_hdf5(file, path)
         groups = [key for key in file if isinstance(file.get(key), h5py.Group)]

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import struct
 import sys
 import warnings
@@ -608,3 +609,16 @@ def test_packed_sizes_are_told_right(codec):
         if len(data) > 2**17:
             with pytest.raises(UserError, match="unpacks to more than"):
                 packed._check(made, codec, len(data) // 2 - 2**17 if codec == "zstd" else len(data) - 1, "here")
+
+
+@pytest.mark.parametrize("how", ["dies of SIGTERM", "runs for over 1 s"])
+def test_hdf5_itself_may_crash_or_hang(tmp_path, monkeypatch, how):
+    def touch(*_):
+        os.kill(os.getpid(), signal.SIGTERM if "TERM" in how else 0)
+        while True:
+            pass
+
+    monkeypatch.setattr(checks, "_touch", touch)
+    monkeypatch.setattr(checks, "TRIAL", 1)
+    with pytest.raises(UserError, match=f"a.h5ad: HDF5's own library {how} on it"):
+        io.ingest(h5ad(tmp_path), tmp_path / "out.h5ad", Sample(sample="s", path="x", batch="b"), InputConfig())
