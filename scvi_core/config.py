@@ -633,7 +633,11 @@ def _checked_url(value: str) -> str:
     host, *parts = rest.split("/")
     if "@" in host:
         raise ValueError("take user and password out of the URL; Snakemake's settings have a place for them")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:-]*", host) or not parts or not {"", ".", ".."}.isdisjoint(parts):
+    if (
+        not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*(?::\d+)?", host)
+        or not parts
+        or not {"", ".", ".."}.isdisjoint(parts)
+    ):
         raise ValueError(f"write a URL as {scheme}://bucket/folder/name, without '..', '//' and a slash at its end")
     if re.search(r"[?#\\]", rest):
         raise ValueError("a URL of a plain file is needed, without '?', '#' and backslash")

@@ -215,6 +215,7 @@ URLS = [
     ("s3://cells/a.h5ad#1", "'#'"),
     ("s3://cells/..\\a.h5ad", "backslash"),
     ("https://me:secret@host/a.h5ad", "user and password"),
+    ("https://me:sec/ret@host/a.h5ad", "bucket/folder/name"),
 ]
 
 
