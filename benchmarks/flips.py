@@ -73,12 +73,22 @@ def flipped(path: Path, rng: random.Random) -> int:
     return at // 8
 
 
-def wrong(atlas: Path, flips: int, seed: int = 0) -> tuple[int, list[str]]:
-    """How many bits were flipped, and what was not as it should be; the atlas is put back after each."""
+def wrong(atlas: Path, flips: int, seed: int = 0, of_store: int | None = None) -> tuple[int, list[str]]:
+    """How many bits were flipped, and what was not as it should be; the atlas is put back after each.
+
+    Parameters
+    ----------
+    flips : a file.
+    of_store : as many files of counts.zarr, drawn at random; None: all.
+    """
     rng, tried, found = random.Random(seed), 0, []
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        for path, (maker, reads) in steps(atlas, out).items():
+        read = steps(atlas, out)
+        chunks = [path for path in read if atlas / "counts.zarr" in path.parents]
+        for path in rng.sample(chunks, len(chunks) - of_store) if of_store is not None else ():
+            del read[path]
+        for path, (maker, reads) in read.items():
             whole = path.read_bytes()
             named = atlas / "counts.zarr" if atlas / "counts.zarr" in path.parents else path
             for _ in range(flips if whole else 0):

@@ -93,7 +93,7 @@ def read_tables(h5ad: Path, columns: Sequence[str] = ()) -> tuple[pd.DataFrame, 
         var["gene_name"] = var["gene_name"].astype(str)
         if shape != (len(obs), len(var)):
             raise ValueError(f"X is {shape}, the tables {(len(obs), len(var))}")
-    except (OSError, KeyError, ValueError) as error:  # written by another version
+    except Exception as error:  # written by another version, or sealed by somebody else; h5py raises every type
         raise UserError(f"{h5ad}: not a sample that `scvi-core ingest` wrote ({error}); run ingest again") from None
     return obs, var, uns
 

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from _place import ALL
+from _place import ALL, slow
 from _project import environment, tree
 
 HERE = Path(__file__).parent
@@ -87,7 +87,7 @@ def outputs(folder: Path, paths: list[str]) -> dict[str, str | dict[str, str]]:
     }
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", [step if step == "genes" else pytest.param(step, marks=slow) for step in STEPS])
 def test_a_step_struck_at_its_system_calls(reference, tmp_path, runner, step):
     """With an earlier output in place, and without one."""
     argv, paths = STEPS[step]
@@ -99,7 +99,7 @@ def test_a_step_struck_at_its_system_calls(reference, tmp_path, runner, step):
         counted = runner.run(folder, argv, call)
         assert counted["rc"] == 0, counted["said"]
         assert outputs(folder, paths) == expected
-        for nth in sorted(rng.sample(range(1, counted["seen"] + 1), min(counted["seen"], 8 if ALL else 2))):
+        for nth in sorted(rng.sample(range(1, counted["seen"] + 1), min(counted["seen"], 8 if ALL else 1))):
             for error in (0, errno.ENOSPC if nth % 2 else errno.EIO):
                 there = rng.random() < 0.5
                 if not there:

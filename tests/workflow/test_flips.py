@@ -12,5 +12,5 @@ import flips
 def test_no_flipped_bit_is_taken(built, tmp_path, monkeypatch):
     atlas = shutil.copytree(built / "results" / "small", tmp_path / "results" / "small")
     monkeypatch.chdir(tmp_path)
-    n, bad = flips.wrong(atlas, flips=1, seed=7)
-    assert n >= 60 and bad == []
+    n, bad = flips.wrong(atlas, flips=1, seed=7, of_store=6)
+    assert n >= 30 and bad == []
