@@ -18,6 +18,7 @@ import typer.core
 from scvi_core._version import __version__
 from scvi_core.config import (
     REMEDY,
+    SHEET,
     Config,
     Sample,
     check_columns,
@@ -235,7 +236,7 @@ def genes(
     from scvi_core.preprocess.genes import select_genes
 
     settings = load_config(config)
-    files = _counts(counts, settings.samples)
+    files = _counts(counts, settings)
     frame, made = select_genes(files, _beside(files), settings.input, settings.genes)
     write_parquet(out, frame)
     made.write(decisions)
@@ -256,7 +257,7 @@ def store(
     from scvi_core.preprocess.store import write_store
 
     settings = load_config(config)
-    files = _counts(counts, settings.samples)
+    files = _counts(counts, settings)
     made = write_store(out, files, _beside(files), read_parquet(genes, "genes"), settings.input.metadata)
     made.write(decisions)
 
@@ -447,7 +448,7 @@ def contrast(
 
     settings = load_config(config)
     table, of_genes = read_parquet(cells, "cluster"), read_parquet(genes, "genes")
-    files = _counts(counts, settings.samples)
+    files = _counts(counts, settings)
     frame, bulks, made = sums.contrast(files, _beside(files), table, of_genes, settings.contrast)
     write_parquet(out, frame)
     if pseudobulk is not None:
@@ -647,8 +648,9 @@ def _list_of(path: Path) -> str:
         raise UserError(f"--genes @{path}: not UTF-8 text ({error.reason}); name a file with a gene a line") from None
 
 
-def _counts(given: list[Path], sheet: str) -> list[Path]:
+def _counts(given: list[Path], settings: Config) -> list[Path]:
     """The samples' counts.h5ad: as given, or of a folder those of all rows of the sheet, however many they are."""
+    sheet = settings.samples if "samples" in settings.model_fields_set else os.environ.get(SHEET, settings.samples)
     rows = [row.sample for row in load_samples(sheet)] if any(path.is_dir() for path in given) else []
     return [file for path in given for file in ([path / s / "counts.h5ad" for s in rows] if path.is_dir() else [path])]
 

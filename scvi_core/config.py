@@ -34,7 +34,9 @@ from scvi_core.explain import as_written, explain, refuse_truth
 from scvi_core.files import SMALL, UserError
 from scvi_core.log import redacted
 
-TRACKING_URI = "SCVI_CORE_TRACKING_URI"  # environment variable, by which a workflow hands an address with secrets on
+# environment variables, by which a workflow tells its jobs what changes no result: the registry, whose address may hold
+# secrets, and the sample sheet, which only says in which order samples come
+TRACKING_URI, SHEET = "SCVI_CORE_TRACKING_URI", "SCVI_CORE_SAMPLES"
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # names become folders and shell words: nothing else gets in
 Name = Annotated[str, Field(pattern=NAME)]
 NUMBER = r"[+-]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-][0-9]+)?"  # 007 and 1E1 are names

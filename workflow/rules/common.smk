@@ -11,6 +11,7 @@ from pathlib import Path
 from snakemake_interface_storage_plugins.registry import StoragePluginRegistry
 
 from scvi_core.config import (
+    SHEET,
     TRACKING_URI,
     carried,
     check_columns,
@@ -61,7 +62,7 @@ try:
 except UserError as error:
     stop(error)
 
-os.environ[TRACKING_URI] = CONFIG.tracking_uri
+os.environ[TRACKING_URI], os.environ[SHEET] = CONFIG.tracking_uri, CONFIG.samples
 
 ATLAS = CONFIG.folder.as_posix()
 # a sample's input: its local path, or a file that Snakemake fetches from its URL
