@@ -18,7 +18,6 @@ import typer.core
 from scvi_core._version import __version__
 from scvi_core.config import (
     REMEDY,
-    SHEET,
     Config,
     Sample,
     check_columns,
@@ -650,8 +649,7 @@ def _list_of(path: Path) -> str:
 
 def _counts(given: list[Path], settings: Config) -> list[Path]:
     """The samples' counts.h5ad: as given, or of a folder those of all rows of the sheet, however many they are."""
-    sheet = settings.samples if "samples" in settings.model_fields_set else os.environ.get(SHEET, settings.samples)
-    rows = [row.sample for row in load_samples(sheet)] if any(path.is_dir() for path in given) else []
+    rows = [row.sample for row in load_samples(settings.sheet)] if any(path.is_dir() for path in given) else []
     return [file for path in given for file in ([path / s / "counts.h5ad" for s in rows] if path.is_dir() else [path])]
 
 

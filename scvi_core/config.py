@@ -552,6 +552,11 @@ class Config(Section):
         return Path(self.results) / self.atlas
 
     @property
+    def sheet(self) -> str:
+        """The sample sheet: as configured, else as the workflow says by the environment."""
+        return self.samples if "samples" in self.model_fields_set else os.environ.get(SHEET, self.samples)
+
+    @property
     def tracking_uri(self) -> str:
         """Where MLflow writes, as :func:`tracking_place`."""
         return tracking_place(None, self.registry.tracking_uri, self.results)[0]

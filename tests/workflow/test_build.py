@@ -211,7 +211,7 @@ def test_a_second_run_does_nothing(built):
         ({"de__fdr": 0.1}, ["de", "report"]),
         ({"registry__name": "other"}, ["export", "register", "report"]),
         ({"export__x": "counts"}, ["export", "report"]),
-        ({"registry__tracking_uri": "sqlite:///elsewhere/mlflow.db"}, ["export", "register", "report"]),
+        ({"registry__tracking_uri": "sqlite:///elsewhere/mlflow.db"}, ["register", "report"]),
         ({"cluster__resolutions": [0.5, 1.0]}, LATE),
         ({"model__n_latent": 4}, FROM_LOOKUP),
         ({"model__decoder": "linear"}, [*FROM_LOOKUP, "loadings"]),
