@@ -30,6 +30,7 @@ from scvi_core.explain import explain
 from scvi_core.files import (
     FILES,
     FOLDERS,
+    Claim,
     Decisions,
     UserError,
     check_output,
@@ -547,6 +548,31 @@ def why(folder: Annotated[Path, typer.Argument(help="results/{atlas}")]) -> None
     if not (folder / "logs").is_dir():
         raise UserError(f"{folder}: has no logs/; name a folder results/ATLAS that Snakemake has built")
     print(told(folder) or f"{folder}: every step that ran ended well")
+
+
+@app.command()
+def leftovers(
+    config: ConfigOption = "config/config.yaml",
+    remove: Annotated[bool, typer.Option("--remove", help="remove them")] = False,
+) -> None:
+    """List what earlier builds left in the atlas' folder that is no part of it: of samples and steps that are no more.
+
+    Only files that scvi-core has written are looked at; your own are neither listed nor removed.
+
+    Example: scvi-core leftovers --config config/config.yaml
+    """
+    from scvi_core import leftovers as left
+
+    settings = load_config(config)
+    found = left.leftovers(settings.folder, settings, [row.sample for row in load_samples(settings.samples)])
+    for path in found:
+        print(path)
+    if remove and found:
+        claim = Claim(settings.folder)  # no build is at it
+        left.remove(found, settings.folder)
+        claim.release()
+    said = "removed" if remove else "listed; --remove removes them"
+    log.info("%s: %d files of earlier builds%s", settings.folder, len(found), f": {said}" if found else "")
 
 
 @app.command("map", cls=Step)

@@ -20,6 +20,7 @@ from scvi_core.config import (
     read_yaml,
 )
 from scvi_core.files import Claim, UserError, code_sha256, stamp, sweep
+from scvi_core.leftovers import leftovers
 from scvi_core.log import one_line, redacted
 from scvi_core.times import times_table
 from scvi_core.why import SHOWN, interrupted, loud, why
@@ -88,6 +89,11 @@ onsuccess:
     went = times_table(CONFIG.folder, BEGAN)
     if went:
         print(f"\nWhere the time went:\n{went}")
+    if left := leftovers(CONFIG.folder, CONFIG, [*SAMPLES]):
+        print(
+            f"\n{len(left)} files of earlier builds are no part of this one, such as {left[0]}. "
+            f"`scvi-core leftovers --config {' '.join(map(str, workflow.configfiles))}` lists them."
+        )
 
 
 # Ctrl-C as Snakemake's log has it: its hooks are told of nothing but a failure
