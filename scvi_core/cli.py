@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import platform
 import stat
 import sys
 import tempfile
@@ -48,6 +49,10 @@ class Step(typer.core.TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Run it, unless an output would take the place of an input, of another output or of what is not our own."""
+        if stat.S_ISREG(os.fstat(2).st_mode):  # the rule's log: a first line before imports, which take memory
+            memory = os.environ.get("SLURM_MEM_PER_NODE")
+            job = f", Slurm job {os.environ.get('SLURM_JOB_ID')}" if memory else ""
+            log.info("%s begins on %s%s%s", ctx.command.name, platform.node(), job, f", {memory} MB" if memory else "")
         outputs, taken = [], set()
         for option in self.params:
             value = ctx.params.get(option.name)
@@ -547,7 +552,8 @@ def why(folder: Annotated[Path, typer.Argument(help="results/{atlas}")]) -> None
 
     if not (folder / "logs").is_dir():
         raise UserError(f"{folder}: has no logs/; name a folder results/ATLAS that Snakemake has built")
-    print(told(folder) or f"{folder}: every step that ran ended well")
+    newest = sorted(Path(".snakemake/log").glob("*.log"))[-1:]  # Snakemake's own, where it ran here
+    print(told(folder, logs=newest) or f"{folder}: every step that ran ended well")
 
 
 @app.command()

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from snakemake.settings.types import DeploymentMethod
 from snakemake_interface_storage_plugins.registry import StoragePluginRegistry
 
 from scvi_core.config import (
@@ -60,6 +61,18 @@ try:
             raise UserError(
                 f"{CONFIG.samples}: sample '{row.sample}': no file {row.path}; mend the path"
             )
+    if (
+        DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method
+        and "://" not in IMAGE
+    ):
+        if not (shutil.which("apptainer") or shutil.which("singularity")):
+            raise UserError(
+                "apptainer: not found on PATH; install or load it, or leave out --sdm apptainer"
+            )
+        if not os.access(IMAGE, os.R_OK):
+            raise UserError(
+                f"{IMAGE}: no such image, or it cannot be read; make image, or name another by SCVI_CORE_IMAGE"
+            )
 except UserError as error:
     stop(error)
 
@@ -106,7 +119,7 @@ onerror:
     if any(CANCELLED in Path(file).read_text("utf-8", "replace") for file in log):
         told = interrupted(CONFIG.folder, BEGAN)
     else:
-        told = why(CONFIG.folder, BEGAN, SHOWN)
+        told = why(CONFIG.folder, BEGAN, SHOWN, [Path(file) for file in log])
     # last, after all that Snakemake still has to say
     if told:
         atexit.register(print, f"\n{told}", file=sys.stderr)
