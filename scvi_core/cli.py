@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import platform
 import stat
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from scvi_core.explain import explain
 from scvi_core.files import (
     FILES,
     FOLDERS,
+    Claim,
     Decisions,
     UserError,
     check_output,
@@ -47,6 +49,10 @@ class Step(typer.core.TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Run it, unless an output would take the place of an input, of another output or of what is not our own."""
+        if stat.S_ISREG(os.fstat(2).st_mode):  # the rule's log: a first line before imports, which take memory
+            memory = os.environ.get("SLURM_MEM_PER_NODE")
+            job = f", Slurm job {os.environ.get('SLURM_JOB_ID')}" if memory else ""
+            log.info("%s begins on %s%s%s", ctx.command.name, platform.node(), job, f", {memory} MB" if memory else "")
         outputs, taken = [], set()
         for option in self.params:
             value = ctx.params.get(option.name)
@@ -235,7 +241,7 @@ def genes(
     from scvi_core.preprocess.genes import select_genes
 
     settings = load_config(config)
-    files = _counts(counts, settings.samples)
+    files = _counts(counts, settings)
     frame, made = select_genes(files, _beside(files), settings.input, settings.genes)
     write_parquet(out, frame)
     made.write(decisions)
@@ -256,7 +262,7 @@ def store(
     from scvi_core.preprocess.store import write_store
 
     settings = load_config(config)
-    files = _counts(counts, settings.samples)
+    files = _counts(counts, settings)
     made = write_store(out, files, _beside(files), read_parquet(genes, "genes"), settings.input.metadata)
     made.write(decisions)
 
@@ -447,7 +453,7 @@ def contrast(
 
     settings = load_config(config)
     table, of_genes = read_parquet(cells, "cluster"), read_parquet(genes, "genes")
-    files = _counts(counts, settings.samples)
+    files = _counts(counts, settings)
     frame, bulks, made = sums.contrast(files, _beside(files), table, of_genes, settings.contrast)
     write_parquet(out, frame)
     if pseudobulk is not None:
@@ -546,7 +552,33 @@ def why(folder: Annotated[Path, typer.Argument(help="results/{atlas}")]) -> None
 
     if not (folder / "logs").is_dir():
         raise UserError(f"{folder}: has no logs/; name a folder results/ATLAS that Snakemake has built")
-    print(told(folder) or f"{folder}: every step that ran ended well")
+    newest = sorted(Path(".snakemake/log").glob("*.log"))[-1:]  # Snakemake's own, where it ran here
+    print(told(folder, logs=newest) or f"{folder}: every step that ran ended well")
+
+
+@app.command()
+def leftovers(
+    config: ConfigOption = "config/config.yaml",
+    remove: Annotated[bool, typer.Option("--remove", help="remove them")] = False,
+) -> None:
+    """List what earlier builds left in the atlas' folder that is no part of it: of samples and steps that are no more.
+
+    Only files that scvi-core has written are looked at; your own are neither listed nor removed.
+
+    Example: scvi-core leftovers --config config/config.yaml
+    """
+    from scvi_core import leftovers as left
+
+    settings = load_config(config)
+    found = left.leftovers(settings.folder, settings, [row.sample for row in load_samples(settings.samples)])
+    for path in found:
+        print(path)
+    if remove and found:
+        claim = Claim(settings.folder)  # no build is at it
+        left.remove(found, settings.folder)
+        claim.release()
+    said = "removed" if remove else "listed; --remove removes them"
+    log.info("%s: %d files of earlier builds%s", settings.folder, len(found), f": {said}" if found else "")
 
 
 @app.command("map", cls=Step)
@@ -647,9 +679,9 @@ def _list_of(path: Path) -> str:
         raise UserError(f"--genes @{path}: not UTF-8 text ({error.reason}); name a file with a gene a line") from None
 
 
-def _counts(given: list[Path], sheet: str) -> list[Path]:
+def _counts(given: list[Path], settings: Config) -> list[Path]:
     """The samples' counts.h5ad: as given, or of a folder those of all rows of the sheet, however many they are."""
-    rows = [row.sample for row in load_samples(sheet)] if any(path.is_dir() for path in given) else []
+    rows = [row.sample for row in load_samples(settings.sheet)] if any(path.is_dir() for path in given) else []
     return [file for path in given for file in ([path / s / "counts.h5ad" for s in rows] if path.is_dir() else [path])]
 
 

@@ -32,9 +32,11 @@ from yaml.constructor import ConstructorError
 
 from scvi_core.explain import as_written, explain, refuse_truth
 from scvi_core.files import SMALL, UserError
-from scvi_core.log import redacted
+from scvi_core.log import log, redacted
 
-TRACKING_URI = "SCVI_CORE_TRACKING_URI"  # environment variable, by which a workflow hands an address with secrets on
+# environment variables, by which a workflow tells its jobs what changes no result: the registry, whose address may hold
+# secrets, and the sample sheet, which only says in which order samples come
+TRACKING_URI, SHEET = "SCVI_CORE_TRACKING_URI", "SCVI_CORE_SAMPLES"
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # names become folders and shell words: nothing else gets in
 Name = Annotated[str, Field(pattern=NAME)]
 NUMBER = r"[+-]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-][0-9]+)?"  # 007 and 1E1 are names
@@ -49,7 +51,7 @@ REMEDY = {
 PLUGINS = {"s3": "s3", "gs": "gcs", "az": "azure", "http": "http", "https": "http", "ftp": "ftp", "sftp": "sftp"}
 # columns of cells.parquet, latent.parquet and of the inside of the store, which a sample sheet may not redefine
 COLUMN = re.compile(r"[A-Za-z_][A-Za-z0-9_ .-]{0,63}")  # a column of the sample sheet
-COLUMN_NAMES = "use letters, digits, spaces, '_', '-' and '.'"
+COLUMN_NAMES = "name it by letters, digits, spaces, '_', '-' and '.'"
 RESERVED = {
     "_index", "cell_id", "barcode", "n_counts", "n_genes", "pct_mito", "pct_ribo", "pct_hb", "pct_top50",
     "doublet_score", "s_score", "g2m_score", "cycle_phase", "predicted_doublet", "flags", "keep", "reason", "cluster",
@@ -550,6 +552,11 @@ class Config(Section):
         return Path(self.results) / self.atlas
 
     @property
+    def sheet(self) -> str:
+        """The sample sheet: as configured, else as the workflow says by the environment."""
+        return self.samples if "samples" in self.model_fields_set else os.environ.get(SHEET, self.samples)
+
+    @property
     def tracking_uri(self) -> str:
         """Where MLflow writes, as :func:`tracking_place`."""
         return tracking_place(None, self.registry.tracking_uri, self.results)[0]
@@ -803,11 +810,13 @@ def load_samples(path: str | Path) -> list[Sample]:
     """
     reader = csv.reader(io.StringIO(_sheet_text(path), newline=""), delimiter="\t")
     try:
-        rows = [(reader.line_num, line) for line in reader if any(map(str.strip, line)) and not line[0].startswith("#")]
+        lines = [(reader.line_num, line) for line in reader if any(map(str.strip, line))]
     except csv.Error as error:
         raise UserError(
             f"{path} line {reader.line_num}: cannot be read ({error}); columns are separated by tabs"
         ) from None
+    rows = [(number, line) for number, line in lines if not line[0].startswith("#")]
+    comments = [(number, line) for number, line in lines if line[0].startswith("#")]
     for number, line in rows:
         for cell in line:
             if re.search(r"[\x00-\x1f\x7f]", cell):
@@ -819,19 +828,30 @@ def load_samples(path: str | Path) -> list[Sample]:
         header.pop()
     if len(header) == 1 and (other := re.search("[;,]", header[0])):
         raise UserError(f"{path}: columns are separated by tabs, not {other[0]!r}; save it as tab-separated text")
+    for number, line in comments:
+        if "sample" not in header and line[0].lstrip("# ") == "sample":
+            raise UserError(f"{path} line {number}: the header begins with '#', as comments do; write 'sample'")
     for column in ("sample", "path", "batch"):
         if column not in header:
             near = difflib.get_close_matches(column, header, n=1)
             found = f"found '{near[0]}'" if near else f"found {', '.join(header)}"
             raise UserError(f"{path}: no column '{column}' ({found}); columns are separated by tabs")
-    for i, column in enumerate(header):
-        if (same := same_column(column, header[:i])) is not None:
+    columns = [column for column in header if COLUMN.fullmatch(column)]
+    for i, column in enumerate(columns):
+        if (same := same_column(column, columns[:i])) is not None:
             alike = "appears twice" if same == column else f"differs from '{same}' by case alone"
             raise UserError(f"{path}: column '{column}' {alike}; rename one")
         if is_reserved(column):
             raise UserError(f"{path}: column '{column}' is one that scvi-core writes itself; rename it")
-        if not COLUMN.fullmatch(column):
-            raise UserError(f"{path}: column name {column!r}; {COLUMN_NAMES}")
+    if left := [column for column in header if not COLUMN.fullmatch(column)]:
+        log.warning(
+            "%s: columns left out for their names: %s; to keep one, %s", path, ", ".join(map(repr, left)), COLUMN_NAMES
+        )
+    for number, line in comments:
+        if len(line) == len(header):
+            log.warning(
+                "%s line %d: %r begins with '#': skipped, as a comment; a sample's name has none", path, number, line[0]
+            )
     samples: list[Sample] = []
     seen: dict[str, int] = {}
     for number, line in rows[1:]:
@@ -839,8 +859,8 @@ def load_samples(path: str | Path) -> list[Sample]:
             line.pop()
         if len(line) != len(header):
             raise UserError(f"{path} line {number}: {len(line)} columns where the header has {len(header)}")
-        row = dict(zip(header, (cell.strip() for cell in line), strict=True))
-        row = {key: "" if value in MISSING else value for key, value in row.items()}
+        cells = zip(header, (cell.strip() for cell in line), strict=True)
+        row = {key: "" if value in MISSING else value for key, value in cells if key in columns}
         reading = {key: value for key, value in row.items() if key in READING and value}
         extra = {key: value for key, value in row.items() if key not in ("sample", "path", "batch", *READING)}
         try:

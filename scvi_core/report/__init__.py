@@ -178,8 +178,8 @@ def _parquet_columns(path: Path, by: str) -> list[str]:
 
 def sample_names(folder: Path, config: Config, cells: pd.DataFrame) -> list[str]:
     """Give the samples in the order of the sheet; where the sheet is gone, as the folder has them."""
-    if Path(config.samples).is_file():
-        return [s.sample for s in load_samples(config.samples)]
+    if Path(config.sheet).is_file():
+        return [s.sample for s in load_samples(config.sheet)]
     found = sorted(p.parent.name for p in folder.glob("samples/*/qc.parquet"))
     order = [str(sample) for sample in cells["sample"].unique()]
     return [s for s in order if s in found] + [s for s in found if s not in order]

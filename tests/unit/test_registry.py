@@ -425,6 +425,28 @@ def hard_delete(uri, run_id):
     SqlAlchemyStore(uri, str(tracking.artifact_root(tracking.sqlite_path(uri))))._hard_delete_run(run_id)
 
 
+def test_look_up_trains_where_the_model_cannot_be_had(store, tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from scvi_core import steps
+    from scvi_core.config import load_config
+
+    uri, _ = store
+    monkeypatch.setattr(steps, "plan", lambda *_: SimpleNamespace(fingerprint=FINGERPRINT))
+    asked = lambda reuse: load_config({"registry": {"tracking_uri": uri}, "model": {"reuse": reuse}})  # noqa: E731
+    [made] = steps.lookup(tmp_path, asked("exact"), tmp_path / "had")
+    assert made.value == "registered model" and (tmp_path / "had/model/model.json").exists()
+    [stored] = (tmp_path / "copy/store").rglob("data/model")
+    (stored / "model.safetensors").unlink()
+    [made] = steps.lookup(tmp_path, asked("exact"), tmp_path / "found")
+    assert made.value == "to be trained" and made.warning and "model.safetensors is missing" in made.reason
+    assert files.read_json(tmp_path / "found/lookup.json", "lookup")["found"] is None
+    assert not (tmp_path / "found/model").exists()
+    with pytest.raises(sv.UserError, match=r"reuse: 'require', but the model cannot be had: .*safetensors is missing"):
+        steps.lookup(tmp_path, asked("require"), tmp_path / "more")
+    assert not (tmp_path / "more").exists()
+
+
 @pytest.mark.parametrize("for_good", [False, True])
 def test_a_deleted_run_gives_way_to_a_new_one(store, tmp_path, for_good):
     uri, bundle = store
@@ -661,7 +683,7 @@ def server_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(server_folder):
-    """URI of an `mlflow server` on the loopback; skips the test where it is not up within 20 seconds."""
+    """URI of an `mlflow server` on the loopback; skips the test where it is not up within 60 seconds."""
     folder = server_folder
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -672,14 +694,14 @@ def server(server_folder):
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while True:
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
                 break
             except OSError:
                 if process.poll() is not None or time.monotonic() > deadline:
-                    pytest.skip("mlflow server was not up within 20 s")
+                    pytest.skip("mlflow server was not up within 60 s")
                 time.sleep(0.2)
         yield f"http://127.0.0.1:{port}"
     finally:

@@ -118,8 +118,12 @@ def changed(config, **values):
     return out
 
 
+PLACES = ("MLFLOW_TRACKING_URI", "SCVI_CORE_TRACKING_URI")  # which MLflow sets, too, in a process that uses it
+
+
 def environment():
-    return os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    own = {name: value for name, value in os.environ.items() if name not in PLACES}
+    return own | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
 def snakemake(folder, *arguments, snakefile=ROOT / "Snakefile"):
@@ -140,6 +144,8 @@ def here(folder, *arguments):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["scvi-core", *map(str, arguments)])
+        for name in PLACES:
+            patch.delenv(name, raising=False)
         try:
             main()
         except SystemExit as end:

@@ -32,8 +32,8 @@ from _project import (
 from scvi_core.files import Claim, sha256_file
 
 CELLS = (
-    "cell_id sample batch n_counts n_genes pct_mito doublet_score cluster umap_1 umap_2 donor age s_score g2m_score "
-    "cycle_phase tsne_1 tsne_2"
+    "cell_id barcode sample batch n_counts n_genes pct_mito doublet_score cluster umap_1 umap_2 donor age s_score "
+    "g2m_score cycle_phase tsne_1 tsne_2"
 )
 DE = (
     "group reference gene_id gene_name lfc_mean lfc_median lfc_std lfc_ci_low lfc_ci_high proba_de proba_not_de "
@@ -211,6 +211,7 @@ def test_a_second_run_does_nothing(built):
         ({"de__fdr": 0.1}, ["de", "report"]),
         ({"registry__name": "other"}, ["export", "register", "report"]),
         ({"export__x": "counts"}, ["export", "report"]),
+        ({"registry__tracking_uri": "sqlite:///elsewhere/mlflow.db"}, ["register", "report"]),
         ({"cluster__resolutions": [0.5, 1.0]}, LATE),
         ({"model__n_latent": 4}, FROM_LOOKUP),
         ({"model__decoder": "linear"}, [*FROM_LOOKUP, "loadings"]),

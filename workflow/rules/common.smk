@@ -8,9 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+from snakemake.settings.types import DeploymentMethod
 from snakemake_interface_storage_plugins.registry import StoragePluginRegistry
 
 from scvi_core.config import (
+    SHEET,
     TRACKING_URI,
     carried,
     check_columns,
@@ -19,6 +21,7 @@ from scvi_core.config import (
     read_yaml,
 )
 from scvi_core.files import Claim, UserError, code_sha256, stamp, sweep
+from scvi_core.leftovers import leftovers
 from scvi_core.log import one_line, redacted
 from scvi_core.times import times_table
 from scvi_core.why import SHOWN, interrupted, loud, why
@@ -58,10 +61,22 @@ try:
             raise UserError(
                 f"{CONFIG.samples}: sample '{row.sample}': no file {row.path}; mend the path"
             )
+    if (
+        DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method
+        and "://" not in IMAGE
+    ):
+        if not (shutil.which("apptainer") or shutil.which("singularity")):
+            raise UserError(
+                "apptainer: not found on PATH; install or load it, or leave out --sdm apptainer"
+            )
+        if not os.access(IMAGE, os.R_OK):
+            raise UserError(
+                f"{IMAGE}: no such image, or it cannot be read; make image, or name another by SCVI_CORE_IMAGE"
+            )
 except UserError as error:
     stop(error)
 
-os.environ[TRACKING_URI] = CONFIG.tracking_uri
+os.environ[TRACKING_URI], os.environ[SHEET] = CONFIG.tracking_uri, CONFIG.samples
 
 ATLAS = CONFIG.folder.as_posix()
 # a sample's input: its local path, or a file that Snakemake fetches from its URL
@@ -87,6 +102,11 @@ onsuccess:
     went = times_table(CONFIG.folder, BEGAN)
     if went:
         print(f"\nWhere the time went:\n{went}")
+    if left := leftovers(CONFIG.folder, CONFIG, [*SAMPLES]):
+        print(
+            f"\n{len(left)} files of earlier builds are no part of this one, such as {left[0]}. "
+            f"`scvi-core leftovers --config {' '.join(map(str, workflow.configfiles))}` lists them."
+        )
 
 
 # Ctrl-C as Snakemake's log has it: its hooks are told of nothing but a failure
@@ -99,7 +119,7 @@ onerror:
     if any(CANCELLED in Path(file).read_text("utf-8", "replace") for file in log):
         told = interrupted(CONFIG.folder, BEGAN)
     else:
-        told = why(CONFIG.folder, BEGAN, SHOWN)
+        told = why(CONFIG.folder, BEGAN, SHOWN, [Path(file) for file in log])
     # last, after all that Snakemake still has to say
     if told:
         atexit.register(print, f"\n{told}", file=sys.stderr)

@@ -21,7 +21,7 @@ rule contrast:
         samples=lambda wildcards, input: os.path.dirname(
             os.path.dirname(input.counts[0])
         ),
-        config=part("samples", "contrast"),
+        config=part("contrast"),
     shell:
         "scvi-core contrast {params.samples:q} --cells {input.cells:q} --genes {input.genes:q} --config {params.config:q}"
         " --out {output.contrast:q} --pseudobulk {output.pseudobulk:q} --decisions {output.decisions:q} 2> {log:q}"

@@ -21,7 +21,6 @@ rule export:
         folder=subpath(output[0], parent=True),
         config=part(
             "atlas",
-            "samples",
             "seed",
             "threads",
             "cluster.n_neighbors",

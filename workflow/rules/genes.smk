@@ -18,7 +18,7 @@ rule genes:
             os.path.dirname(input.counts[0])
         ),
         # not each of them: a command's line has an end
-        config=part("samples", "input.genes", "genes"),
+        config=part("input.genes", "genes"),
     shell:
         "scvi-core genes {params.samples:q} --config {params.config:q} --out {output.genes:q}"
         " --decisions {output.decisions:q} 2> {log:q}"
@@ -47,7 +47,6 @@ rule store:
         ),
         config=json.dumps(
             {
-                "samples": CONFIG.samples,
                 "input": {"metadata": carried(CONFIG, SAMPLES.values())},
             }
         ),
