@@ -11,6 +11,7 @@ from pathlib import Path
 from snakemake_interface_storage_plugins.registry import StoragePluginRegistry
 
 from scvi_core.config import (
+    ANNOTATION,
     TRACKING_URI,
     carried,
     check_columns,
