@@ -13,7 +13,6 @@ from scvi_core.files import read_json, read_parquet
 from scvi_core.log import redacted
 from scvi_core.report import figures
 
-
 AFTER = ("annotations", "cluster", "contrast", "criticism", "de", "export", "report")  # keys that make no model
 
 
