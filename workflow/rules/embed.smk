@@ -95,11 +95,3 @@ rule cells:
     shell:
         "scvi-core cells --store {params.store:q} --clusters {input.clusters:q} --config {params.config:q}"
         " --out {output.cells:q} --decisions {output.decisions:q} 2> {log:q}"
-
-
-def cells_by(*columns):
-    """The table of cells, whose time counts where a column is of the names; else clusters.parquet's, given beside it."""
-    cells = str(
-        rules.cells.output.cells
-    )  # a flag on the output itself would be everybody's
-    return cells if ANNOTATION in columns else ancient(cells)
