@@ -119,8 +119,12 @@ def validate(
     schemas: Annotated[
         Path | None, typer.Option("--schemas", help="write the JSON schemas of config and sample sheet here, no more")
     ] = None,
+    inputs: Annotated[bool, typer.Option(help="open the inputs, and look at a sample of their counts")] = True,
 ) -> None:
     """Check configuration, sample sheet and inputs; run nothing.
+
+    Inputs are opened, and of each a few million values are read: format, cells, genes, counts, organism, and whether
+    these are counts of cells at all.
 
     Example: scvi-core validate --config config/config.yaml
     """
@@ -142,6 +146,10 @@ def validate(
     design.check(table, settings)
     for remark in design.remarks(table, settings):
         log.warning("design: %s", remark)
+    if inputs:
+        from scvi_core.look import check_inputs
+
+        print(check_inputs(samples, settings), flush=True)
     batches = len({s.batch for s in samples})
     log.info("valid: atlas '%s', %d samples in %d batches", settings.atlas, len(samples), batches)
 
