@@ -18,6 +18,7 @@ import typer.core
 
 from scvi_core._version import __version__
 from scvi_core.config import (
+    ANNOTATION,
     REMEDY,
     Config,
     Sample,
@@ -124,8 +125,12 @@ def validate(
     schemas: Annotated[
         Path | None, typer.Option("--schemas", help="write the JSON schemas of config and sample sheet here, no more")
     ] = None,
+    inputs: Annotated[bool, typer.Option(help="open the inputs, and look at a sample of their counts")] = True,
 ) -> None:
     """Check configuration, sample sheet and inputs; run nothing.
+
+    Inputs are opened, and of each a few million values are read: format, cells, genes, counts, organism, and whether
+    these are counts of cells at all.
 
     Example: scvi-core validate --config config/config.yaml
     """
@@ -133,6 +138,7 @@ def validate(
         _write_schemas(schemas)
         return
     from scvi_core import design
+    from scvi_core.annotations import read_names
 
     settings = load_config(config)
     samples = load_samples(settings.samples)
@@ -140,10 +146,16 @@ def validate(
         if not sample.plugin and not Path(sample.path).exists():
             raise UserError(f"{settings.samples}: sample '{sample.sample}': no file {sample.path}; mend the path")
     check_columns(settings, samples, config if not config.lstrip().startswith("{") else "--config")
+    if settings.annotations is not None:
+        read_names(settings.annotations, ["cell_id", *settings.cluster.columns])
     table = design.sheet_table(samples, settings)
     design.check(table, settings)
     for remark in design.remarks(table, settings):
         log.warning("design: %s", remark)
+    if inputs:
+        from scvi_core.look import check_inputs
+
+        print(check_inputs(samples, settings), flush=True)
     batches = len({s.batch for s in samples})
     log.info("valid: atlas '%s', %d samples in %d batches", settings.atlas, len(samples), batches)
 
@@ -393,21 +405,49 @@ def cluster(
     config: ConfigOption = "{}",
     decisions: DecisionsOption = None,
 ) -> None:
-    """Cluster and draw the embedded cells; write the table of cells.
+    """Cluster and draw the embedded cells.
 
-    Example: scvi-core cluster --store counts.zarr --latent latent.parquet --out cells.parquet
+    Example: scvi-core cluster --store counts.zarr --latent latent.parquet --out clusters.parquet
     """
     from scvi_core import tables
     from scvi_core.cluster import cluster as group
     from scvi_core.preprocess.store import read_store
 
     settings = load_config(config)
-    obs, z = read_store(store, counts=False).obs, read_parquet(latent, "embed")
-    if list(z["cell_id"]) != list(obs.index):
+    ids, z = read_store(store, counts=False).obs_names, read_parquet(latent, "embed")
+    if list(z["cell_id"]) != list(ids):
         raise UserError(f"{latent}: its cells are not those of {store}; run `scvi-core embed` again")
     made = Decisions("cluster")
     latent_nk = z.drop(columns="cell_id").to_numpy("float32")
     found = group(latent_nk, settings.cluster, settings.seed, settings.threads, made)
+    write_parquet(out, tables.clusters_table(ids, found))
+    made.write(decisions)
+
+
+@app.command(cls=Step)
+def cells(
+    store: Annotated[Path, typer.Option(help="counts.zarr")],
+    clusters: Annotated[Path, typer.Option(help="clusters.parquet")],
+    out: Out,
+    config: ConfigOption = "{}",
+    decisions: DecisionsOption = None,
+) -> None:
+    """Write the table of cells: what is known of them, their clusters, and the names that you gave (`annotations`).
+
+    Example: scvi-core cells --store counts.zarr --clusters clusters.parquet --config config/config.yaml
+    --out cells.parquet
+    """
+    from scvi_core import tables
+    from scvi_core.annotations import annotate
+    from scvi_core.preprocess.store import read_store
+
+    settings = load_config(config)
+    obs, found = read_store(store, counts=False).obs, read_parquet(clusters, "cluster")
+    if list(found["cell_id"]) != list(obs.index):
+        raise UserError(f"{clusters}: its cells are not those of {store}; run `scvi-core cluster` again")
+    made = Decisions("cells")
+    if settings.annotations is not None:
+        found[ANNOTATION] = annotate(settings.annotations, found, made)
     write_parquet(out, tables.cells_table(obs, found))
     made.write(decisions)
 
@@ -452,7 +492,7 @@ def contrast(
     from scvi_core import pseudobulk as sums
 
     settings = load_config(config)
-    table, of_genes = read_parquet(cells, "cluster"), read_parquet(genes, "genes")
+    table, of_genes = read_parquet(cells, "cells"), read_parquet(genes, "genes")
     files = _counts(counts, settings)
     frame, bulks, made = sums.contrast(files, _beside(files), table, of_genes, settings.contrast)
     write_parquet(out, frame)

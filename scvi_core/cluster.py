@@ -70,8 +70,7 @@ def cluster(
     graph, weights = _graph(connectivities(near_nk, distance_nk))
     iterations = -1 if n_cells <= EXACT_CELLS else ITERATIONS
     out = {}
-    for i, resolution in enumerate(config.resolutions):
-        name = "cluster" if i == 0 else f"cluster_r{resolution:g}"
+    for name, resolution in zip(config.columns, config.resolutions, strict=True):
         out[name] = leiden(graph, weights, resolution, iterations, seed)
         until = "until nothing improves" if iterations < 0 else f"{iterations} iterations"
         text = f"Leiden clusters at resolution {resolution:g}, {config.n_neighbors} neighbours, {until}"

@@ -58,6 +58,8 @@ RESERVED = {
     "umap_1", "umap_2", "tsne_1", "tsne_2",
 }  # fmt: skip
 
+ANNOTATION = "annotation"  # the column of cells.parquet with the names that users give to clusters or cells
+
 
 def is_reserved(column: str) -> bool:
     """Whether a column is called as one of ours; case is ignored, as DuckDB and other readers of tables ignore it."""
@@ -373,6 +375,11 @@ class ClusterConfig(Section):
     tsne: bool | Literal["auto"] = Field("auto", description="draw a t-SNE; auto: up to 10,000 cells, as it is slow")
     tsne_perplexity: float = Field(30.0, ge=1, le=1000, description="of the t-SNE; lowered where cells are too few")
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of clusters, one a resolution."""
+        return ("cluster", *(f"cluster_r{resolution:g}" for resolution in self.resolutions[1:]))
+
 
 class DeConfig(Section):
     """Differential expression by sampling the posterior."""
@@ -504,6 +511,11 @@ class Config(Section):
 
     atlas: Name = Field("atlas", description="names the results folder and the registered model")
     samples: str = Field("config/samples.tsv", description="the sample sheet: sample, path, batch, further columns")
+    annotations: Plain | None = Field(
+        None,
+        description="table of names for clusters or cells, tab-separated: cluster (or cell_id), name; gives the column "
+        "`annotation`, without training or clustering anew",
+    )
     results: Plain = Field("results", description="folder that holds {atlas}/")
     seed: int = Field(0, ge=0, lt=2**31, description="of everything random")
     threads: int = Field(
@@ -555,6 +567,11 @@ class Config(Section):
     def sheet(self) -> str:
         """The sample sheet: as configured, else as the workflow says by the environment."""
         return self.samples if "samples" in self.model_fields_set else os.environ.get(SHEET, self.samples)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The cell columns that the report colours embeddings by: the names first."""
+        return tuple(dict.fromkeys([ANNOTATION] * (self.annotations is not None) + [*self.report.labels]))
 
     @property
     def tracking_uri(self) -> str:
@@ -774,16 +791,16 @@ def level_text(value: object) -> str:
 MISSING = ("NA", "N/A", "n/a", "#N/A", "NaN", "nan", "<NA>")  # what spreadsheets and R write where nothing is known
 
 
-def _sheet_text(path: str | Path) -> str:
-    """A sample sheet as text, or what it is instead."""
+def sheet_text(path: str | Path, what: str) -> str:
+    """Read a user's table as text, or say what it is instead; `what` should be there."""
     if not os.path.exists(path):
-        raise UserError(f"{path}: no such sample sheet; it has the columns sample, path, batch")
+        raise UserError(f"{path}: no such {what}")
     if not os.path.isfile(path):
-        raise UserError(f"{path}: not a file; name the sample sheet")
+        raise UserError(f"{path}: not a file; name a {what}")
     try:
         content = Path(path).read_bytes()
         if content.startswith(b"PK\x03\x04"):
-            raise UserError(f"{path}: an Excel workbook; save the sheet as tab-separated text")
+            raise UserError(f"{path}: an Excel workbook; save it as tab-separated text")
         if content.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise UserError(f"{path}: UTF-16 text, as spreadsheets save 'Unicode text'; save it as UTF-8")
         return content.decode("utf-8-sig")
@@ -808,7 +825,8 @@ def load_samples(path: str | Path) -> list[Sample]:
     UserError
         Naming the line, column and value that is wrong.
     """
-    reader = csv.reader(io.StringIO(_sheet_text(path), newline=""), delimiter="\t")
+    text = sheet_text(path, "sample sheet; it has the columns sample, path, batch")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t")
     try:
         lines = [(reader.line_num, line) for line in reader if any(map(str.strip, line))]
     except csv.Error as error:
@@ -903,7 +921,13 @@ def check_columns(config: Config, samples: list[Sample], where: str = "config") 
                 "names of columns; rename one"
             )
     columns = {*own, *carried(config, samples), "sample", "batch", "n_counts", "n_genes", "pct_mito"}
-    clusters = {"cluster", *(f"cluster_r{r:g}" for r in config.cluster.resolutions[1:])}
+    clusters = set(config.cluster.columns)
+    if config.annotations is not None:
+        if not os.path.isfile(config.annotations):
+            raise UserError(f"{where}: annotations: no file {config.annotations}; mend the path")
+        if ANNOTATION in columns:
+            raise UserError(f"{where}: annotations: the samples have a column '{ANNOTATION}' of their own; rename it")
+        clusters.add(ANNOTATION)
     asked = {
         "model.categorical_covariates": (config.model.categorical_covariates, columns),
         "model.continuous_covariates": (config.model.continuous_covariates, columns),
@@ -920,6 +944,11 @@ def check_columns(config: Config, samples: list[Sample], where: str = "config") 
         for name in names:
             if name not in allowed:
                 near = difflib.get_close_matches(name, sorted(allowed), n=1, cutoff=0.5)
+                if name == ANNOTATION and name not in carried(config, samples):
+                    raise UserError(
+                        f"{where}: {key}: no column '{name}'; name clusters in a table, and the table by "
+                        "the key annotations"
+                    )
                 hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(sorted(allowed))};"
                 raise UserError(
                     f"{where}: {key}: no cell column '{name}'; {hint} mend it, or add the column to {config.samples} "

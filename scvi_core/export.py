@@ -51,7 +51,7 @@ def write_h5ad(out: Path, folder: Path, config: Config) -> None:
     import h5py
     from anndata.io import write_elem
 
-    cells = read_parquet(folder / "cells.parquet", "cluster")
+    cells = read_parquet(folder / "cells.parquet", "cells")
     paths = [folder / "samples" / name / "counts.h5ad" for name in sample_names(folder, config, cells)]
     genes = read_parquet(folder / "genes.parquet", "genes")
     if config.export.genes == "selected":

@@ -55,7 +55,7 @@ def attach(
 
     check_arguments(adata)
     results = Path(results)
-    cells = read_parquet(results / "cells.parquet", "cluster")
+    cells = read_parquet(results / "cells.parquet", "cells")
     latent = read_parquet(results / "latent.parquet", "embed")
     if list(latent["cell_id"]) != list(cells["cell_id"]):
         raise UserError(f"{results}/latent.parquet: its cells are not those of cells.parquet; build the atlas again")

@@ -320,7 +320,7 @@ def de(store: Path, model: Path, cells: Path, settings: Config, out: Path) -> De
     fitted = api.load(model, settings.device)
     cell_ids, counts = open_store(store, fitted, settings.train.memory_gb)
     if list(table["cell_id"]) != list(cell_ids):
-        raise UserError(f"{cells}: its cells are not those of {store}; run `scvi-core cluster` again")
+        raise UserError(f"{cells}: its cells are not those of {store}; run `scvi-core cells` again")
     made = Decisions("de")
     names = fitted.gene_ids, fitted.gene_names
     frame = differential_expression(fitted.network, counts, table[groupby], *names, settings.de, settings.seed, made)
@@ -370,7 +370,7 @@ def criticism(store: Path, model: Path, cells: Path, settings: Config, out: Path
 
 def read_cells(path: Path, settings: Config) -> tuple[pd.DataFrame, str]:
     """The table of cells, and the name of its column that `de.groupby` asks for."""
-    table, groupby = read_parquet(path, "cluster"), settings.de.groupby
+    table, groupby = read_parquet(path, "cells"), settings.de.groupby
     if groupby not in table:
         raise UserError(f"de.groupby: no column '{groupby}' in {path} (columns: {', '.join(table.columns)})")
     return table, groupby

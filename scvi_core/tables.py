@@ -30,12 +30,24 @@ def uncertainty_table(cell_ids: Iterable[str], uncertainty_n: np.ndarray, std_nk
     return frame
 
 
+def clusters_table(cell_ids: Iterable[str], found: pd.DataFrame) -> pd.DataFrame:
+    """clusters.parquet: ``cell_id``, then clusters by resolution and the coordinates of UMAP and t-SNE."""
+    frame = found.reset_index(drop=True)
+    frame.insert(0, "cell_id", [str(c) for c in cell_ids])
+    return frame
+
+
 def cells_table(obs: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
-    """cells.parquet: ``cell_id`` (``{sample}:{barcode}``), its parts, fixed columns, the user's own, then the rest."""
+    """cells.parquet: ``cell_id`` (``{sample}:{barcode}``), its parts, fixed columns, the user's own, then the rest.
+
+    Parameters
+    ----------
+    obs : of the store. found : clusters.parquet, and columns that were made from it, in the same order.
+    """
     fixed = ["sample", "batch", "n_counts", "n_genes", "pct_mito", "doublet_score"]
     front = ["cluster", "umap_1", "umap_2"]
     own = [column for column in obs.columns if column not in fixed]
-    found = found.set_index(obs.index)
+    found = found.drop(columns="cell_id").set_index(obs.index)
     table = pd.concat([obs[fixed], found[front], obs[own], found.drop(columns=front)], axis=1)
     for column in table.columns:
         if isinstance(table[column].dtype, pd.CategoricalDtype):  # text reads the same in every Parquet reader

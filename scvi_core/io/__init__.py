@@ -29,7 +29,7 @@ from scvi_core.io.identity import as_text
 from scvi_core.io.write import content_sha256, write_counts
 from scvi_core.log import progress
 
-__all__ = ["content_sha256", "ingest", "read_counts"]
+__all__ = ["content_sha256", "ingest", "open_input", "read_counts"]
 
 HDF5 = b"\x89HDF\r\n\x1a\n"
 HDF5_NAMES = (".h5", ".h5ad", ".hdf5", ".hdf", ".loom")
@@ -83,7 +83,7 @@ def read_counts(path: str | Path, config: InputConfig, decisions: Decisions) -> 
     """
     path = Path(path)
     with Scratch() as scratch:
-        kind, read = _open(path, config, decisions, scratch)
+        kind, read = open_input(path, config, decisions, scratch)
         counts = stacked(read.blocks, read.shape[1])
     _told(path, kind, read.shape, counts.nnz, read.field, decisions)
     with warnings.catch_warnings():
@@ -91,7 +91,7 @@ def read_counts(path: str | Path, config: InputConfig, decisions: Decisions) -> 
         return anndata.AnnData(counts, obs=read.obs, var=read.var)
 
 
-def _open(path: Path, config: InputConfig, decisions: Decisions, scratch: Scratch) -> tuple[str, Read]:
+def open_input(path: Path, config: InputConfig, decisions: Decisions, scratch: Scratch) -> tuple[str, Read]:
     """An input's format, and what its reader gives, checked but for the counts, which are checked as they are read."""
     with checks.one_line(path):
         kind, reader = _format(path)
@@ -283,7 +283,7 @@ def ingest(path: str | Path, out: str | Path, sample: Sample, config: InputConfi
     path = Path(path)
     decisions, of_genes = Decisions("ingest", sample.sample), Decisions("ingest", sample.sample)
     with replacing(out) as temporary, Scratch(temporary.parent) as scratch:
-        kind, read = _open(path, config, decisions, scratch)
+        kind, read = open_input(path, config, decisions, scratch)
         obs = _cell_table(path, read.obs, sample, config)
         ids, names, id_kind = identity.gene_identity(read.var, config, str(path), of_genes)
         to, ids, names = identity.merge_genes(ids, names, of_genes)

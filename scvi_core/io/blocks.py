@@ -52,11 +52,17 @@ class Scratch(contextlib.ExitStack):
     Parameters
     ----------
     folder : for the files; the system's place for them if None.
+    most : entries after which a reader that has to read ahead may stop, as only a sample is wanted; None: all.
     """
 
-    def __init__(self, folder: Path | None = None):
+    def __init__(self, folder: Path | None = None, most: int | None = None):
         super().__init__()
-        self.folder = folder
+        self.folder, self.most, self.read = folder, most, 0
+
+    def enough(self, entries: int) -> bool:
+        """Count entries that were read; whether these are enough."""
+        self.read += entries
+        return self.most is not None and self.read >= self.most
 
 
 Reader = Callable[[Path, InputConfig, Decisions, Scratch], Read]
@@ -152,6 +158,8 @@ def by_cell(stripes: Iterable[sp.csr_matrix], n_cells: int, where: str, scratch:
     for stripe in stripes:
         spool.add(stripe)
         before.append(stripe.indptr[edges].astype(np.int64))
+        if scratch.enough(stripe.nnz):
+            break
 
     def gathered() -> Iterator[sp.csr_matrix]:
         for first, last in checks.stretches(np.sum(before, axis=0)) if before else ():

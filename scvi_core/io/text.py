@@ -502,6 +502,8 @@ class _Table:
             spool = Spool(scratch)
             for block in read:
                 spool.add(block)
+                if scratch.enough(block.nnz):
+                    break
             counts, rows = spool, np.array(self.rows, object)
         else:
             counts = by_cell(turned(read), len(columns), str(self.path), scratch)

@@ -13,6 +13,8 @@ from scvi_core.files import read_json, read_parquet
 from scvi_core.log import redacted
 from scvi_core.report import figures
 
+AFTER = ("annotations", "cluster", "contrast", "criticism", "de", "export", "report")  # keys that make no model
+
 
 def register(folder: Path, settings: Config) -> dict[str, Any]:
     """Register an atlas' model with its metrics and figures; what :func:`scvi_core.registry.register` says of it.
@@ -24,7 +26,7 @@ def register(folder: Path, settings: Config) -> dict[str, Any]:
     card = read_json(folder / "model" / "model.json", "train")
     run = read_json(folder / "logs" / "train_run.json", "train")
     # what made the model
-    config = redacted(settings.model_dump_json(exclude={"cluster", "contrast", "criticism", "de", "export", "report"}))
+    config = redacted(settings.model_dump_json(exclude={*AFTER}))
     with tempfile.TemporaryDirectory() as scratch:
         return registry.register(
             settings.tracking_uri,
@@ -42,7 +44,7 @@ def register(folder: Path, settings: Config) -> dict[str, Any]:
 
 def _pictures(folder: Path, card: dict[str, Any], scratch: Path) -> list[Path]:
     """Draw what a registered version shows: the training, and clusters and batches where there is a UMAP."""
-    cells = read_parquet(folder / "cells.parquet", "cluster")
+    cells = read_parquet(folder / "cells.parquet", "cells")
     history = read_parquet(folder / "model" / "history.parquet", "train")
     drawn = {"training": figures.training_figure(history, card["metrics"]["kept_epoch"])}
     if cells["umap_1"].notna().any():

@@ -27,7 +27,7 @@ import pandas as pd
 import yaml
 
 from scvi_core._version import __version__
-from scvi_core.config import Config, load_samples
+from scvi_core.config import ANNOTATION, Config, load_samples
 from scvi_core.files import (
     Decisions,
     UserError,
@@ -45,7 +45,7 @@ from scvi_core.report.sentences import kept_epoch, model_card, snippets, trainin
 from scvi_core.report.viewer import CELL_COLUMNS, MISSING, NAMED_CELLS, continuous, label_table, levels, viewer_data
 
 BEFORE = ("ingest", "qc", "genes", "store")  # steps, around training
-AFTER = ("embed", "cluster", "de", "contrast", "criticism", "report")
+AFTER = ("embed", "cluster", "cells", "de", "contrast", "criticism", "report")
 TOLD = ("mitochondrial_genes", "ribosomal_genes", "haemoglobin_genes", "genes_harmonised")  # counted, yet no loss
 TABLE_MARKERS = 25  # genes a group in the page's table
 FACTOR_GENES = 10  # genes a factor and direction
@@ -69,7 +69,7 @@ def build_report(folder: Path, config: Config) -> None:
     folder = Path(folder)
     data = read_atlas(folder, config)
     own = Decisions("report")
-    viewer = viewer_data(data["cells"], config.report.labels, own)
+    viewer = viewer_data(data["cells"], config.labels, own)
     own.write(folder / "decisions" / "report.jsonl")
     decisions = data["decisions"] = collect_decisions(folder, data["names"], data["model"], config)
     with replacing(folder / "decisions.jsonl", "JSONL") as temporary:
@@ -95,7 +95,7 @@ def read_atlas(folder: Path, config: Config) -> dict[str, Any]:
     """
     from scvi_core.de import weakest  # loads torch, which qc, who needs the figures alone, does without
 
-    cells = _read(folder / "cells.parquet", "cluster", ids=NAMED_CELLS)
+    cells = _read(folder / "cells.parquet", "cells", ids=NAMED_CELLS)
     names = sample_names(folder, config, cells)
     for column in config.report.labels:
         if column not in cells:
@@ -256,7 +256,7 @@ def _metrics(data: dict[str, Any], config: Config) -> dict[str, Any]:
         "labels": {
             c: agreement(cells["cluster"], cells[c])
             | {"of_samples": bool((cells.groupby("sample", observed=True)[c].nunique() <= 1).all())}
-            for c in config.report.labels
+            for c in config.labels
             if not continuous(cells[c])
         },
         "de": {
@@ -353,7 +353,7 @@ def draw(folder: Path, data: dict[str, Any], config: Config) -> dict[str, dict[s
     add("training", figures.training_figure, data["history"], kept_epoch(data["model"]))
     for basis in ("umap", "tsne"):
         if f"{basis}_1" in cells and cells[f"{basis}_1"].notna().any():
-            for column in dict.fromkeys(["cluster", "sample", "batch", *config.report.labels]):
+            for column in dict.fromkeys(["cluster", "sample", "batch", *config.labels]):
                 if not continuous(cells[column]):
                     add(f"{basis}_{slug(column)}", figures.umap_figure, cells, column, basis)
     for column in ("sample", "batch"):
@@ -433,6 +433,8 @@ def render(
     env.filters["num"] = lambda n, digits=2: "-" if n is None or not np.isfinite(n) else f"{n:,.{digits}f}"
     env.filters["slug"] = slug
     cells, decisions = data["cells"], data["decisions"]
+    names = cluster_names(cells)
+    env.filters["named"] = lambda group, by: f"{group}: {names[group]}" if by == "cluster" and group in names else group
     top = markers(data["de"], TABLE_MARKERS)
     limits = {s: figures.thresholds([d for d in decisions if d["step"] == "qc"], s) for s in data["qc"]}
     pairs = cells[["sample", "batch"]].drop_duplicates().astype(str)
@@ -458,6 +460,15 @@ def render(
         software=software_versions(), package_version=__version__,
         settings=yaml.safe_dump(public_config(config), sort_keys=False, allow_unicode=True),
     )  # fmt: skip
+
+
+def cluster_names(cells: pd.DataFrame) -> dict[str, str]:
+    """The names that users gave to clusters: of each that has one name, which is not its number."""
+    if ANNOTATION not in cells:
+        return {}
+    pairs = cells[["cluster", ANNOTATION]].dropna().drop_duplicates().astype(str)
+    once = pairs[~pairs["cluster"].duplicated(keep=False)]
+    return {cluster: name for cluster, name in once.itertuples(index=False) if name != cluster}
 
 
 def _phases(cells: pd.DataFrame) -> list[str]:

@@ -17,8 +17,8 @@ PACKAGES = (
 
 
 def public_config(config: Config) -> dict[str, Any]:
-    """Give the configuration without places (results, sample sheet, tracking URI), which differ between machines."""
-    out = config.model_dump(mode="json", exclude={"results", "samples"})
+    """Give the configuration without places: files, folders and addresses, which differ between machines."""
+    out = config.model_dump(mode="json", exclude={"results", "samples", "annotations"})
     del out["registry"]["tracking_uri"]
     return out
 

@@ -76,11 +76,6 @@ TABLE = [
     ("contrast: {within: 3}", 'contrast.within: give a text: "3", in quotes, as YAML takes it for a number'),
     ("input: {metadata: 5}", "input.metadata: give a list: [5]"),
     ("input: {layer: }", "input.layer: is empty; give a text, or leave it out"),
-    (
-        "yes: 1",
-        "unknown key '1'; valid keys: atlas, samples, results, seed, threads, device, devices, input, qc, genes, "
-        "model, train, cluster, de, criticism, contrast, registry, report",
-    ),
     ("device: gpu", "device: give auto, cpu or cuda; did you mean cpu? (got gpu)"),
     ("cluster:\n\tumap: true", "line 2: not valid YAML (a tab; indent with spaces)"),
     (

@@ -481,7 +481,7 @@ def few(request, monkeypatch):
 
 def read_blocks(path, **config):
     with blocks.Scratch() as scratch:
-        return list(io._open(path, InputConfig(**config), Decisions("ingest"), scratch)[1].blocks)
+        return list(io.open_input(path, InputConfig(**config), Decisions("ingest"), scratch)[1].blocks)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -192,7 +192,7 @@ def rerun(folder):
     return {rule: int(n) for rule, n in map(str.split, rows) if rule not in ("all", "atlas", "total")}
 
 
-LATE = ["cluster", "criticism", "de", "export", "register", "report"]
+LATE = ["cluster", "cells", "criticism", "de", "export", "register", "report"]
 FROM_LOOKUP = ["lookup", "train", "embed", *LATE]
 FROM_GENES = ["genes", "store", *FROM_LOOKUP]
 
@@ -228,6 +228,17 @@ def test_a_changed_value_reruns_what_depends_on_it(as_built, change, expected):
     jobs = rerun(as_built)
     assert sorted(jobs) == sorted(expected)
     assert all(n == (3 if rule in ("ingest", "qc") else 1) for rule, n in jobs.items())
+
+
+def test_another_name_reruns_what_shows_it(as_built, tmp_path):
+    names = tmp_path / "names.tsv"
+    names.write_text("cluster\tname\n0\tB cell\n")
+    older(names)
+    named = changed(CONFIG, annotations=str(names))
+    write_config(as_built, named)
+    assert rerun(as_built) == {"cells": 1, "export": 1, "report": 1}
+    write_config(as_built, changed(named, de__groupby="annotation"))
+    assert rerun(as_built) == dict.fromkeys(["cells", "criticism", "de", "export", "report"], 1)
 
 
 def test_one_samples_metadata_reruns_from_its_ingest(as_built):
@@ -297,6 +308,7 @@ def test_a_flipped_bit_between_two_steps_is_refused_by_name(copy):
         "model/history.parquet": ["register", at, *out],
         "logs/train_run.json": ["register", at, *out],
         "latent.parquet": ["cluster", *store, "--latent", f"{at}/latent.parquet", *out],
+        "clusters.parquet": ["cells", *store, "--clusters", f"{at}/clusters.parquet", *out],
         "cells.parquet": ["de", *store, *model, "--cells", f"{at}/cells.parquet", *out],
         "de.parquet": ["report", at, "--config", "config/config.yaml"],
         "criticism/checks.json": ["report", at, "--config", "config/config.yaml"],

@@ -12,6 +12,7 @@ from snakemake.settings.types import DeploymentMethod
 from snakemake_interface_storage_plugins.registry import StoragePluginRegistry
 
 from scvi_core.config import (
+    ANNOTATION,
     SHEET,
     TRACKING_URI,
     carried,
@@ -33,6 +34,10 @@ def stop(error):
     raise SystemExit(1)
 
 
+def no_file(row):
+    return f"{CONFIG.samples}: sample '{row.sample}': no file {row.path}; mend the path"
+
+
 os.environ.update(
     SCVI_CORE_CODE=code_sha256()
 )  # an image that holds other code refuses
@@ -45,10 +50,7 @@ try:
     CONFIG = load_config(config, ", ".join(map(str, workflow.configfiles)) or "config")
     SAMPLES = {row.sample: row for row in load_samples(CONFIG.samples)}
     check_columns(CONFIG, list(SAMPLES.values()))
-    # a vanished input is an error: Snakemake would go on in silence with what it gave earlier. One that never was there
-    # is an error too, unless the workflow around this one makes it, or a storage provider has it
-    mine = workflow.modifier.namespace is None
-    here = mine and not workflow.storage_settings.default_storage_provider
+    # a vanished input is an error: Snakemake would go on in silence with what it gave earlier
     for row in SAMPLES.values():
         earlier = CONFIG.folder / "samples" / row.sample / "counts.h5ad"
         if row.plugin:
@@ -57,10 +59,8 @@ try:
                     f"{CONFIG.samples}: sample '{row.sample}': {row.path} needs a storage plugin; "
                     f"pip install snakemake-storage-plugin-{row.plugin}"
                 )
-        elif not os.path.exists(row.path) and (here or earlier.exists()):
-            raise UserError(
-                f"{CONFIG.samples}: sample '{row.sample}': no file {row.path}; mend the path"
-            )
+        elif not os.path.exists(row.path) and earlier.exists():
+            raise UserError(no_file(row))
     if (
         DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method
         and "://" not in IMAGE
@@ -84,6 +84,21 @@ SOURCES = {
     name: getattr(storage, row.plugin)(row.path) if row.plugin else row.path
     for name, row in SAMPLES.items()
 }
+
+
+# a workflow around this one may make inputs, and a storage provider have them
+MADE_ELSEWHERE = (
+    workflow.modifier.namespace is not None
+    or workflow.storage_settings.default_storage_provider
+)
+
+
+def source(wildcards):
+    """A sample's input; where it is not there, the end, in a line that says so."""
+    row = SAMPLES[wildcards.sample]
+    if not row.plugin and not os.path.exists(row.path) and not MADE_ELSEWHERE:
+        stop(no_file(row))
+    return SOURCES[wildcards.sample]
 
 
 def given(wildcards):
@@ -172,6 +187,12 @@ def reading(wildcards):
     asked = SAMPLES[wildcards.sample].reads(CONFIG.input).model_dump(mode="json")
     del asked["genes"]
     return json.dumps({"input": asked}, sort_keys=True)
+
+
+def cells_by(*columns):
+    """The table of cells, whose time counts where a column is of the names; else clusters.parquet's, given beside it."""
+    cells = f"{ATLAS}/cells.parquet"
+    return cells if ANNOTATION in columns else ancient(cells)
 
 
 # Only training asks for a GPU. By `device: cuda` the rules after it take one if there is one, as by `auto`.

@@ -4,7 +4,8 @@ rule contrast:
         counts=expand(rules.ingest.output.counts, sample=SAMPLES),
         qc=expand(rules.qc.output.qc, sample=SAMPLES),
         genes=rules.genes.output.genes,
-        cells=rules.cluster.output.cells,
+        cells=cells_by(CONFIG.contrast.within),
+        clusters=rules.cluster.output.clusters,
     output:
         contrast=update(f"{ATLAS}/contrast.parquet"),
         pseudobulk=update(f"{ATLAS}/pseudobulk.parquet"),

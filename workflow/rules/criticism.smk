@@ -2,7 +2,8 @@ rule criticism:
     input:
         store=rules.store.output.store,
         model=rules.train.output.weights,
-        cells=rules.cluster.output.cells,
+        cells=cells_by(CONFIG.de.groupby),
+        clusters=rules.cluster.output.clusters,
     output:
         checks=update(f"{ATLAS}/criticism/checks.json"),
         genes=update(f"{ATLAS}/criticism/genes.parquet"),

@@ -2,7 +2,8 @@ rule de:
     input:
         store=rules.store.output.store,
         model=rules.train.output.weights,
-        cells=rules.cluster.output.cells,
+        cells=cells_by(CONFIG.de.groupby),
+        clusters=rules.cluster.output.clusters,
     output:
         de=update(f"{ATLAS}/de.parquet"),
         decisions=update(f"{ATLAS}/decisions/de.jsonl"),

@@ -53,7 +53,7 @@ rule cluster:
         store=rules.store.output.store,
         latent=rules.embed.output[0],
     output:
-        cells=update(f"{ATLAS}/cells.parquet"),
+        clusters=update(f"{ATLAS}/clusters.parquet"),
         decisions=update(f"{ATLAS}/decisions/cluster.jsonl"),
     log:
         f"{ATLAS}/logs/cluster.log",
@@ -68,4 +68,30 @@ rule cluster:
         config=part("seed", "threads", "cluster"),
     shell:
         "scvi-core cluster --store {params.store:q} --latent {input.latent:q} --config {params.config:q}"
+        " --out {output.clusters:q} --decisions {output.decisions:q} 2> {log:q}"
+
+
+# apart from clustering, so that another name clusters nothing anew
+rule cells:
+    input:
+        store=rules.store.output.store,
+        clusters=rules.cluster.output.clusters,
+        names=CONFIG.annotations or [],
+    output:
+        cells=update(f"{ATLAS}/cells.parquet"),
+        decisions=update(f"{ATLAS}/decisions/cells.jsonl"),
+    log:
+        f"{ATLAS}/logs/cells.log",
+    benchmark:
+        f"{ATLAS}/benchmarks/cells.tsv"
+    threads: 1
+    resources:
+        mem_mb=megabytes(300, (40, ANY), of="clusters"),
+        runtime=minutes(10, 0.05),
+    params:
+        store=subpath(input.store, parent=True),
+        config=part("annotations"),
+        given=stamp(CONFIG.annotations) if CONFIG.annotations else "",  # as of ingest
+    shell:
+        "scvi-core cells --store {params.store:q} --clusters {input.clusters:q} --config {params.config:q}"
         " --out {output.cells:q} --decisions {output.decisions:q} 2> {log:q}"

@@ -6,7 +6,7 @@ rule export:
         genes=rules.genes.output.genes,
         model=rules.train.output.card,
         latent=rules.embed.output[0],
-        cells=rules.cluster.output.cells,
+        cells=rules.cells.output.cells,
     output:
         update(f"{ATLAS}/atlas.h5ad"),
     log:

@@ -1,6 +1,6 @@
 rule ingest:
     input:
-        lambda wildcards: SOURCES[wildcards.sample],
+        source,
     output:
         counts=update(f"{ATLAS}/samples/{{sample}}/counts.h5ad"),
         decisions=update(f"{ATLAS}/decisions/ingest.{{sample}}.jsonl"),

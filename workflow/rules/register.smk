@@ -2,7 +2,8 @@ rule register:
     input:
         model=rules.train.output.weights,
         run=rules.train.output.run,
-        cells=rules.cluster.output.cells,
+        cells=cells_by(),
+        clusters=rules.cluster.output.clusters,
     output:
         update(f"{ATLAS}/model_ref.json"),
     log:
@@ -20,6 +21,7 @@ rule register:
                 set(type(CONFIG).model_fields)
                 - {
                     "samples",
+                    "annotations",
                     "cluster",
                     "contrast",
                     "criticism",

@@ -6,7 +6,7 @@ rule report:
         model=rules.train.output.weights,
         latent=rules.embed.output,
         loadings=rules.loadings.output if CONFIG.model.decoder == "linear" else [],
-        cells=rules.cluster.output.cells,
+        cells=rules.cells.output.cells,
         de=rules.de.output.de,
         contrast=(
             [rules.contrast.output.contrast, rules.contrast.output.pseudobulk]
