@@ -216,8 +216,8 @@ class QcConfig(Section):
     expected_doublet_rate: float | None = Field(
         None,
         gt=0,
-        lt=1,
-        description="share of a sample's cells; default: 0.008 per 1,000 cells captured, 0.08 at most",
+        lt=0.5,
+        description="share of a sample's cells; default: told by the scores, beside 0.008 per 1,000 cells captured",
     )
     mitochondrial: Names | None = Field(
         None,

@@ -18,6 +18,8 @@ ARTIFICIAL = 0.8  # artificial doublets a cell
 FEWEST_ARTIFICIAL = 1500
 ROUNDS = 3
 UNSURE = 0.1  # share of cells by which a rate that goes by their number may be off
+CLEAR = 0.4  # share of artificial doublets by whose scores the rate is told
+HIGHEST_RATE = 0.4
 
 
 def score_doublets(counts_ng: csr_matrix, expected: float, known: bool, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -26,7 +28,7 @@ def score_doublets(counts_ng: csr_matrix, expected: float, known: bool, seed: in
     Parameters
     ----------
     counts_ng : (cells, genes) counts of a capture, of genes seen in many cells.
-    expected, known : as of :func:`doublet_threshold`.
+    expected, known : share of cells that are doublets, and whether that is more than a guess.
     seed : of the pairs and of the randomised singular value decomposition.
 
     Returns
@@ -48,7 +50,11 @@ def score_doublets(counts_ng: csr_matrix, expected: float, known: bool, seed: in
         features, score = _features(counts_ng, artificial, rng)
         for _ in range(ROUNDS):
             # cells that pass for doublets would teach the trees that doublets are cells
-            learn = artificial | (score <= doublet_threshold(score[~artificial], score[artificial], expected, known))
+            scores = score[~artificial], score[artificial]
+            limit = doublet_threshold(*scores, expected, 0 if known else UNSURE)
+            if not known:
+                limit = min(limit, doublet_threshold(*scores, doublet_rate(*scores)))
+            learn = artificial | (score <= limit)
             trees = HistGradientBoostingClassifier(
                 learning_rate=0.1, max_iter=60, max_depth=4, l2_regularization=1, early_stopping=False, random_state=0
             )
@@ -104,21 +110,36 @@ def _coexpression(seen_ng: np.ndarray, artificial: np.ndarray) -> np.ndarray:
     return np.einsum("ng,ng->n", seen_ng @ weight.astype(np.float32), seen_ng)
 
 
-def doublet_threshold(cells: np.ndarray, artificial: np.ndarray, expected: float, known: bool) -> float:
+def doublet_rate(cells: np.ndarray, artificial: np.ndarray) -> float:
+    """Share of cells that are doublets, told by the scores that :func:`score_doublets` gives.
+
+    Cells that are doublets score as artificial ones do, the others hardly ever as the clearest of these. So the share
+    of cells above a score, over that of artificial doublets, comes down to the rate as the score goes up.
+    """
+    scores = np.quantile(artificial, np.linspace(0, 1 - CLEAR, 200)) - 1e-9  # of equal scores, all are above
+    cells_above, artificial_above = _above(cells, scores), _above(artificial, scores)
+    at_least = (cells_above + 1 / len(cells)) / np.maximum(artificial_above, 1 / len(artificial))
+    return float(min(at_least.min(), HIGHEST_RATE))
+
+
+def doublet_threshold(cells: np.ndarray, artificial: np.ndarray, rate: float, unsure: float = 0) -> float:
     """The score above which a cell is called a doublet.
 
-    It minimises the share of artificial doublets at or below it plus the share of cells above it, as if none were a
-    doublet, plus the squared deviation of the latter from what is expected: in units of that where it is known, of
-    ``UNSURE`` more where it is guessed, so that the scores decide.
+    It minimises the share of artificial doublets at or below it, plus the share of cells above it, as if none were a
+    doublet, plus twice the squared deviation of the latter from what the rate and the artificial doublets above it let
+    expect, in units of the rate.
 
     Parameters
     ----------
     cells, artificial : scores, as :func:`score_doublets` gives.
-    expected : share of cells that are doublets.
-    known : whether `expected` is more than a guess.
+    rate : share of cells that are doublets.
+    unsure : by how much it may be off, which makes deviations from it cheaper.
     """
     candidates = np.unique(np.quantile(np.concatenate([cells, artificial]), np.linspace(0, 1, 2001)))
-    called = 1 - np.searchsorted(np.sort(cells), candidates, side="right") / len(cells)
-    missed = np.searchsorted(np.sort(artificial), candidates, side="right") / len(artificial)
-    deviation = (called - expected) / (expected if known else expected + UNSURE)
-    return float(candidates[np.argmin(missed + called + deviation**2)])
+    called, caught = _above(cells, candidates), _above(artificial, candidates)
+    return float(candidates[np.argmin(1 - caught + called + 2 * ((called - rate * caught) / (rate + unsure)) ** 2)])
+
+
+def _above(values: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    """Share of `values` above each limit."""
+    return 1 - np.searchsorted(np.sort(values), limits, side="right") / len(values)

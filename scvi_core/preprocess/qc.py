@@ -38,6 +38,7 @@ GATHERED = 200_000_000  # stored counts whose cells are gathered in one reading 
 # more than 10,000 comes of a chemistry with half that rate, or of several captures, each with a rate of its own.
 RATE_PER_CELL = 0.008 / 1000
 HIGHEST_RATE = 0.08
+ODD_RATE = 5  # times off what is expected, and worth a look
 
 # Gene groups by name, any species' capitals (MT-ND1, mt-Nd1). The patterns leave out genes that merely look alike:
 # RPS6KA1 (kinase) and RPS19BP1, HBEGF and HBP1, IGHMBP2 (helicase), TRADD and TRAF1.
@@ -256,7 +257,7 @@ def _doublets(
     too many counts or genes stay in: that is what doublets look like. A large sample is scored in random groups, so
     that memory does not grow with it; one threshold, over all groups of a sample, calls.
     """
-    from scvi_core.preprocess.doublets import doublet_threshold, score_doublets
+    from scvi_core.preprocess.doublets import doublet_rate, doublet_threshold, score_doublets
 
     score = np.full(len(n_genes), np.nan, dtype=np.float32)
     called = np.zeros(len(n_genes), dtype=bool)
@@ -267,7 +268,7 @@ def _doublets(
     good = ~np.any([flags[flag] for flag in poor], axis=0) if poor else np.ones(len(n_genes), dtype=bool)
     genes = _most_counted(totals, DOUBLET_GENES)
     rng = np.random.default_rng(seed)
-    known, groups, of, expected = config.expected_doublet_rate is not None, [], [], {}
+    given, groups, of, expected = config.expected_doublet_rate, [], [], {}
     for name, of_sample in members.items():
         rows = of_sample[good[of_sample]]
         if len(rows) < MIN_DOUBLET_CELLS or len(genes) < MIN_DOUBLET_GENES:
@@ -275,20 +276,20 @@ def _doublets(
                 "doublets",
                 "undecidable",
                 f"{len(rows)} cells and {len(genes)} genes to judge by, where {MIN_DOUBLET_CELLS} and "
-                f"{MIN_DOUBLET_GENES} are needed; not scored",
+                f"{MIN_DOUBLET_GENES} are needed; none is scored or called",
                 sample=name,
+                warn=True,
             )
             continue
-        expected[name], why = config.expected_doublet_rate, "as qc.expected_doublet_rate says"
-        if not known:
-            expected[name] = min(RATE_PER_CELL * len(rows), HIGHEST_RATE)
-            why = f"{100_000 * RATE_PER_CELL:g} % per 1,000 cells captured"
-            if expected[name] == HIGHEST_RATE:
-                why += (
-                    f", {100 * HIGHEST_RATE:g} % at most, as more cells come of several captures or a newer chemistry"
-                )
-        text = f"share of {len(rows)} cells: {why}"
-        decisions.add("doublets_expected", round(expected[name], 4), text, sample=name)
+        expected[name] = min(RATE_PER_CELL * len(rows), HIGHEST_RATE)
+        text = f"share of {len(rows)} cells: {100_000 * RATE_PER_CELL:g} % per 1,000 cells captured"
+        odd = given is not None and not 1 / ODD_RATE < given / expected[name] < ODD_RATE and len(rows) > 1000
+        if given is not None:
+            text = f"share of {len(rows)} cells, as qc.expected_doublet_rate says; by their number {expected[name]:.3g}"
+            expected[name] = given
+        elif expected[name] == HIGHEST_RATE:
+            text += f", {100 * HIGHEST_RATE:g} % at most, as more cells come of several captures or a newer chemistry"
+        decisions.add("doublets_expected", round(expected[name], 4), text, sample=name, warn=odd)
         parts = [np.sort(part) for part in np.array_split(rng.permutation(rows), -(-len(rows) // GROUP_CELLS))]
         if len(parts) > 1:
             text = f"of {len(rows)} cells: random groups of {len(parts[0])} are scored alone, so that memory is bounded"
@@ -297,11 +298,18 @@ def _doublets(
         of += [name] * len(parts)
     artificial: dict[str, list[np.ndarray]] = {name: [] for name in expected}
     for i, (group, counts) in enumerate(_gathered(h5ad, groups, n_genes, genes)):
-        score[group], of_artificial = score_doublets(counts, expected[of[i]], known, seed + i)
+        score[group], of_artificial = score_doublets(counts, expected[of[i]], given is not None, seed + i)
         artificial[of[i]].append(of_artificial.astype(np.float32))
     for name, share in expected.items():
         rows = members[name][good[members[name]]]
-        threshold = doublet_threshold(score[rows], np.concatenate(artificial[name]), share, known)
+        scores = score[rows], np.concatenate(artificial[name])
+        rate = doublet_rate(*scores)
+        threshold = doublet_threshold(*scores, rate if given is None else given)
+        text = f"share of {len(rows)} cells, told by how many score as artificial doublets do"
+        off = rate > ODD_RATE * max(share, 0.01)
+        if off:
+            text += f", {rate / share:.3g} times what was expected: look whether cells between two types are called"
+        decisions.add("doublets_estimated", round(rate, 4), text, sample=name, warn=off)
         called[rows] = score[rows] > threshold
         decisions.add(
             "doublet.threshold",

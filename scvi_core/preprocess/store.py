@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 ZARR_CHUNK = 1 << 20  # values a file of the store
 FIXED_OBS = ("sample", "batch", "n_counts", "n_genes", "pct_mito", "doublet_score")
+JUDGED_OBS = (*CYCLE_OBS, "predicted_doublet")  # of QC, too, after the further columns
 
 
 def write_store(
@@ -236,10 +237,10 @@ def _cell_table(
 
     tables, further = [], {}
     for sample, table, keep in zip(samples, qcs, keeps, strict=True):
-        judged = read_parquet(table, "qc", ["cell_id", *FIXED_OBS, *CYCLE_OBS])[keep]
+        judged = read_parquet(table, "qc", ["cell_id", *FIXED_OBS, *JUDGED_OBS])[keep]
         with h5py.File(sample.path, locking=False) as file:
             own = read_elem(file["obs"])[keep]
-        own = own.drop(columns=[c for c in (*FIXED_OBS, *CYCLE_OBS, "barcode") if c in own])
+        own = own.drop(columns=[c for c in (*FIXED_OBS, *JUDGED_OBS, "barcode") if c in own])
         further.update(dict.fromkeys(own.columns))
         own.index = judged.index
         tables.append(pd.concat([judged, own.astype({c: object for c in own if own[c].dtype == "category"})], axis=1))
@@ -259,7 +260,7 @@ def _cell_table(
         obs[column] = pd.Categorical(obs[column].astype(str), categories=obs[column].astype(str).unique())
     for column in further:
         obs[column] = typed(column, obs[column], column in metadata, decisions)
-    return obs[[*FIXED_OBS, *further, *CYCLE_OBS]]
+    return obs[[*FIXED_OBS, *further, *JUDGED_OBS]]
 
 
 def typed(column: str, values: pd.Series, own: bool, decisions: Decisions) -> pd.Series:

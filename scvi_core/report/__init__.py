@@ -451,7 +451,7 @@ def render(
         limits=limits,
         losses=[d for d in decisions if (d["n_cells"] or d["n_genes"]) and d["what"] not in TOLD],
         kept_epoch=kept_epoch(data["model"]),
-        tables={c: label_table(cells, c) for c in [*numbers["labels"], *_phases(cells)]},
+        tables={c: label_table(cells, c) for c in [*numbers["labels"], *_scored(cells)]},
         stability=sorted(numbers["clusters"]["stability"].items(), key=lambda item: float(item[0])),
         factors=data["factors"], contrasts=data["contrasts"],
         markers=[row for frame in top.values() for row in frame.to_dict("records")],
@@ -471,9 +471,13 @@ def cluster_names(cells: pd.DataFrame) -> dict[str, str]:
     return {cluster: name for cluster, name in once.itertuples(index=False) if name != cluster}
 
 
-def _phases(cells: pd.DataFrame) -> list[str]:
-    """The column of cell cycle phases, where cells were scored."""
-    return ["cycle_phase"] if "cycle_phase" in cells and cells["cycle_phase"].astype(str).str.len().any() else []
+def _scored(cells: pd.DataFrame) -> list[str]:
+    """The columns of cell cycle phases and of called doublets, where there are any."""
+    found = [
+        ("cycle_phase", lambda values: values.str.len() > 0),
+        ("predicted_doublet", lambda values: values == "True"),
+    ]
+    return [name for name, given in found if name in cells and given(cells[name].astype(str)).any()]
 
 
 def _text(value: Any) -> str:

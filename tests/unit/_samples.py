@@ -49,6 +49,7 @@ def judged(adata, keep=None):
             "s_score": np.full(n, np.nan, np.float32),
             "g2m_score": np.full(n, np.nan, np.float32),
             "cycle_phase": "",
+            "predicted_doublet": False,
         }
     )
 

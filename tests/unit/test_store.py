@@ -64,7 +64,7 @@ def test_store_holds_kept_cells_and_selected_genes(tmp_path, two):
     assert (made.obs["n_counts"] == totals).all() and made.obs["n_counts"].dtype == np.int64
     assert list(made.obs.columns) == [
         *(*store.FIXED_OBS, "age", "dose", "site", "score", "label"),
-        *store.CYCLE_OBS,
+        *store.JUDGED_OBS,
     ]
     assert list(made.obs["batch"].cat.categories) == ["x", "y"] and list(made.obs["sample"].cat.categories) == [
         "s2",

@@ -33,7 +33,7 @@ from scvi_core.files import Claim, sha256_file
 
 CELLS = (
     "cell_id barcode sample batch n_counts n_genes pct_mito doublet_score cluster umap_1 umap_2 donor age s_score "
-    "g2m_score cycle_phase tsne_1 tsne_2"
+    "g2m_score cycle_phase predicted_doublet tsne_1 tsne_2"
 )
 DE = (
     "group reference gene_id gene_name lfc_mean lfc_median lfc_std lfc_ci_low lfc_ci_high proba_de proba_not_de "
