@@ -340,7 +340,7 @@ class Genes:
     @staticmethod
     def of(counts: Counts, rng: np.random.Generator) -> Genes:
         """Of all cells, or of some where they are many."""
-        from sklearn.utils.extmath import randomized_svd
+        from scipy.sparse.linalg import svds
 
         most = max(100, MOST_NUMBERS // counts.n_genes)
         some = np.sort(rng.permutation(len(counts))[:most])
@@ -350,7 +350,8 @@ class Genes:
         scale_g = np.sqrt(np.maximum(square_g - mean_g**2, 0)) + 0.1  # so that no gene of few counts weighs much
         dense_ng = ((expression_ng.toarray() - mean_g) / scale_g).astype(np.float32)
         n = min(N_COMPONENTS, min(dense_ng.shape) - 1)
-        _, _, component_cg = randomized_svd(dense_ng, n, n_iter=3, random_state=0)
+        _, _, component_cg = svds(dense_ng, n, tol=1e-3, v0=np.ones(min(dense_ng.shape)))
+        component_cg = component_cg[::-1]  # the largest first
         first = float((dense_ng @ component_cg[0]).std()) + 1e-9
         return Genes(mean_g, scale_g, component_cg.T.astype(np.float64) / first)
 
