@@ -61,7 +61,7 @@ parity: .venv/installed
 	[ -x .venv-peer/bin/python ] || "$(PYTHON)" -m venv .venv-peer
 	.venv-peer/bin/pip install --quiet "$$(grep -m1 -oE '^torch==[0-9.]+' envs/cpu.lock)" 'scvi-tools>=1.4,<1.5' \
 	    pydantic pyyaml rich pyarrow safetensors pytest
-	OMP_NUM_THREADS=1 PYTHONPATH=. .venv-peer/bin/python -m pytest -q tests/unit/test_parity.py
+	OMP_NUM_THREADS=1 PYTHONPATH=. .venv-peer/bin/python -m pytest -q tests/unit/test_parity.py tests/unit/test_parity_labels.py
 
 # the GPU's kernels, run by Triton's interpreter on the CPU, and the whole path of a GPU on a fake one;
 # Triton in a folder of its own

@@ -21,10 +21,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from scvi_core import de, kernels, posterior
+from scvi_core import annotation, de, kernels, posterior, scanvi
 from scvi_core import train as training
 from scvi_core._version import __version__
-from scvi_core.config import DeConfig, ModelConfig, TrainConfig
+from scvi_core.annotation import Annotator
+from scvi_core.config import AnnotateConfig, DeConfig, ModelConfig, TrainConfig
 from scvi_core.counts import Counts, Schema, content_digest, pack
 from scvi_core.device import resolve_device
 from scvi_core.files import (
@@ -39,13 +40,17 @@ from scvi_core.files import (
     write_parquet,
 )
 from scvi_core.fingerprint import fingerprint
+from scvi_core.labels import Known, read_tree
 from scvi_core.log import log
 from scvi_core.model import SCVI, build
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-FORMAT_VERSION = 4  # 4: checksums; 3: norms, and what the encoder sees; 2: the encoder's first layer as (genes, hidden)
+FORMAT_VERSION = (
+    5  # 5: labels; 4: checksums; 3: norms, and what the encoder sees; 2: the encoder's first layer as (genes, hidden)
+)
+ANNOTATION = "annotation."  # prefix of the annotator's tensors among the weights
 BUNDLE = ("model.safetensors", "model.json", "history.parquet")
 
 
@@ -64,6 +69,7 @@ class Model:
     card : what else ``model.json`` says: fingerprint, metrics, samples, organism, device, software; ``stopped``, the
         step and the steps there would have been, of a fit that Ctrl-C ended.
     layer : where `fit` found the counts, so that the questions look there too.
+    annotator : cell types, of a model that was fitted with labels.
     """
 
     network: SCVI
@@ -75,6 +81,7 @@ class Model:
     gene_names: list[str]
     card: dict[str, Any]
     layer: str | None = None
+    annotator: Annotator | None = None
 
     def __repr__(self) -> str:
         cells, genes = self.card["n_cells"], len(self.gene_ids)
@@ -302,6 +309,54 @@ class Model:
             seed,
         )
 
+    def annotate(self, adata: AnnData) -> pd.DataFrame:
+        """The cell type of every cell, how sure it is, and whether it is any of those known.
+
+        Any batch will do, but for ``model.encode_covariates``.
+
+        Returns
+        -------
+        pandas.DataFrame
+            A row a cell, index as ``adata.obs_names``:
+
+            ``label`` : the most probable leaf. ``probability`` : its probability; among cells of a batch that the model
+            did not see and that is like those it saw, a share of that size is right. It is calibrated on average over
+            cells, not for each label, and given that the cell is of one of the known types.
+            ``label_set`` : a list of leaves, which holds the true one for a share ``annotate.coverage`` of such cells.
+            It may be empty: where no leaf is as probable as the true one is for all but 1 - coverage of them.
+            ``safe_label`` : the smallest node of the taxonomy above all leaves of the set; of an empty set, the
+            smallest whose probability is ``coverage`` or more; None where there is none.
+            ``safe_probability`` : its probability, the sum over its leaves.
+            ``novelty`` : 0..1, the share of held-out cells of known types that seem less strange, by how unsure the
+            label is and how far the cell lies from all labels' centres in the latent space.
+            ``is_novel`` : whether novelty is above 1 - ``annotate.max_false_novel``, which is as often as that so for
+            cells of known types; how often for others depends on how they differ.
+
+        Raises
+        ------
+        UserError
+            When the model was fitted without labels.
+        """
+        z_nk, counts, annotator = self._to_annotate(adata)
+        return annotator.calls(z_nk, counts, adata.obs_names)
+
+    def label_probabilities(self, adata: AnnData, level: str = "leaf") -> pd.DataFrame:
+        """Calibrated probabilities, float64: cells x leaves, whose sum is 1, or at level ``all`` every node's.
+
+        A node's probability is the sum over the set of leaves under it, so a parent is as probable as its child or
+        more. What a probability means: see :meth:`annotate`.
+        """
+        if level not in ("leaf", "all"):
+            raise UserError(f"level: {level!r}; give 'leaf' or 'all'")
+        z_nk, counts, annotator = self._to_annotate(adata)
+        return annotator.node_probabilities(annotator.probabilities(z_nk, counts)[0], level, adata.obs_names)
+
+    def _to_annotate(self, adata: AnnData) -> tuple[np.ndarray, Counts, Annotator]:
+        if self.annotator is None:
+            raise UserError("the model was fitted without labels; fit it with label_key to have cell types")
+        counts = self._counts(adata, self.model.encode_covariates)
+        return posterior.latent(self.network, counts), counts, self.annotator
+
     def loadings(self) -> pd.DataFrame:
         """The linear decoder's matrix, a row a gene in the model's order; columns as ``loadings.parquet``.
 
@@ -334,6 +389,8 @@ class Model:
         with replacing(path, "MODEL") as folder:
             folder.mkdir()
             weights = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
+            tensors, labels = self.annotator.save() if self.annotator else ({}, None)
+            weights |= {f"{ANNOTATION}{name}": value for name, value in tensors.items()}
             save_file(weights, folder / "model.safetensors")
             write_parquet(folder / "history.parquet", self.history.drop(columns="seconds"))
             schema = dataclasses.asdict(self.schema)
@@ -350,6 +407,7 @@ class Model:
                 "covariates": schema,
                 "n_genes": len(self.gene_ids),
                 "layer": self.layer,
+                "annotation": labels,
                 "weights_sha256": sha256_file(folder / "model.safetensors"),
             }
             write_json(folder / "model.json", self.card | about, checksum=True)
@@ -406,8 +464,12 @@ def load(path: str | Path, device: str = "cpu") -> Model:
             )
         schema = Schema.from_dict({k: about[k] for k in ("gene_ids", "batch_key", "batches")} | about["covariates"])
         model, fitted = ModelConfig(**about["model"]), TrainConfig(**about["train"])
+        labels, weights = about.get("annotation"), load_file(path / "model.safetensors")
+        tensors = {k.removeprefix(ANNOTATION): weights.pop(k) for k in list(weights) if k.startswith(ANNOTATION)}
+        annotator = Annotator.load(tensors, labels) if labels else None
         network = _network(model, schema, about["seed"])
-        weights = load_file(path / "model.safetensors")
+        if annotator is not None and annotator.config.method != "frozen":
+            network = scanvi.like(network, annotator.taxonomy.reach_vy)
         odd = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
         if odd:
             raise UserError(
@@ -420,9 +482,11 @@ def load(path: str | Path, device: str = "cpu") -> Model:
         raise UserError(f"{path}: not a whole model ({reason}); fetch or train it again") from error
     history.insert(1, "seconds", np.nan)
     known = {"model", "train", "seed", "gene_ids", "gene_names", "batches", "batch_key", "covariates", "layer"}
+    known.add("annotation")
     card = {k: v for k, v in about.items() if k not in known}
     network.eval().to(resolve_device(device) if device != "cpu" else "cpu")
-    return Model(network, schema, model, fitted, about["seed"], history, gene_names, card, about.get("layer"))
+    layer = about.get("layer")
+    return Model(network, schema, model, fitted, about["seed"], history, gene_names, card, layer, annotator)
 
 
 def fit(
@@ -438,8 +502,12 @@ def fit(
     device: str = "auto",
     progress: bool = True,
     checkpoints: str | Path | None = None,
+    label_key: str | None = None,
+    unknown_label: str | None = "unknown",
+    label_tree: str | Path | Sequence[tuple[str, str]] | None = None,
+    annotate: AnnotateConfig | None = None,
 ) -> Model:
-    """Fit scVI to raw counts.
+    """Fit scVI to raw counts; with `label_key`, learn cell types too.
 
     Ctrl-C, a notebook's stop button, ends it after the step it is at: the model is returned as it is then, with a
     warning, ``card["stopped"]`` and a fingerprint of its own. A second one interrupts at once.
@@ -454,6 +522,11 @@ def fit(
         ``train.validation_fraction`` of the cells aside at random.
     seed : of everything random. The same seed, data and configuration give the same weights on the same machine.
     device : ``auto``, ``cpu`` or ``cuda``.
+    label_key : cell column that holds the types of some cells, word for word: leaves of the taxonomy or inner nodes.
+    unknown_label : its value for cells without a label; no value says the same.
+    label_tree : the taxonomy: a file of two tab-separated columns, child and parent, an ontology's ``.obo``, or pairs.
+    annotate : how cell types are learned; None takes the defaults. Its ``label``, ``unknown`` and ``tree`` are those
+        given here.
     checkpoints : folder that keeps the state of an unfinished fit, written every half minute and when it is stopped;
         the same call goes on from there, to the weights of a fit that was not stopped. Removed when it is done.
 
@@ -466,12 +539,15 @@ def fit(
     --------
     >>> model = sv.fit(adata, batch_key="donor")
     >>> adata.obsm["X_scvi"] = model.latent(adata)
+    >>> model = sv.fit(adata, batch_key="donor", label_key="cell_type")
+    >>> adata.obs["found"] = model.annotate(adata)["label"]
     """
     check_arguments(adata, seed)
     seed = int(seed)
     if batch_key is not None and not isinstance(batch_key, str):
         raise UserError(f"batch_key: {batch_key!r}; give the name of one cell column")
-    for name, given, kind in (("model", model, ModelConfig), ("train", train, TrainConfig)):
+    kinds = ("model", model, ModelConfig), ("train", train, TrainConfig), ("annotate", annotate, AnnotateConfig)
+    for name, given, kind in kinds:
         if not isinstance(given, kind | None):
             raise UserError(f"{name}: a {type(given).__name__}; give a {kind.__name__}, such as {kind.__name__}()")
     model = model or ModelConfig()
@@ -481,7 +557,17 @@ def fit(
     schema = Schema.of(adata, batch_key, model.categorical_covariates, model.continuous_covariates)
     counts, train = pack(adata, schema, layer), train or TrainConfig()
     names = adata.var.get("gene_name", adata.var_names)
+    known = None
+    if label_key is not None:
+        edges = read_tree(label_tree) if isinstance(label_tree, str | Path) else list(label_tree or ())
+        given = {"label": label_key, "unknown": unknown_label, "tree": None}
+        config = AnnotateConfig(**((annotate or AnnotateConfig()).model_dump() | given))
+        known = Known.of(adata.obs, config, edges, adata.obs.get(batch_key))
+    elif label_tree is not None:
+        raise UserError("label_tree: given without label_key, the cell column that holds the labels")
     data, held = {"cells": content_digest(adata, counts)}, _positions(holdout, len(counts))
+    if known is not None:
+        data["labels"] = known.digest
     with contextlib.ExitStack() as stack:
         checkpoint = None
         if checkpoints is not None:
@@ -501,6 +587,7 @@ def fit(
             checkpoint=checkpoint,
             stop=stack.enter_context(_asked_to_stop()),
             keep=True,
+            known=known,
         )
         if "stopped" in fitted.card:
             later = (
@@ -560,15 +647,17 @@ def fit_counts(
     stop: Callable[[], bool] = lambda: False,
     about: dict[str, Any] | None = None,
     keep: bool = False,
+    known: Known | None = None,
 ) -> Model:
     """Fit to packed counts: what :func:`fit` and ``scvi-core train`` share.
 
     Parameters
     ----------
-    data : digests of the counts, for the fingerprint.
+    data : digests of the counts, and of the labels where there are any, for the fingerprint.
     checkpoint, stop, keep : see :func:`scvi_core.train.train`; a model that is kept though its fit was stopped says so
         in its card.
     about : further entries of the model card, such as samples and organism.
+    known : the cells' labels.
     """
     check_design(model, schema)
     if not 0 <= seed < 2**31:
@@ -615,7 +704,33 @@ def fit_counts(
         "precision": "bf16" if network.half else "float32",
         "software": {"python": python, "torch": torch.__version__, "numpy": np.__version__},
     } | about
-    return Model(network, schema, model, train, seed, history, gene_names, card)
+    fitted = Model(network, schema, model, train, seed, history, gene_names, card)
+    if known is not None:
+        fitted.network, fitted.annotator = _annotated(fitted, counts, known, train_rows, held, device)
+    return fitted
+
+
+def _annotated(
+    fitted: Model, counts: Counts, known: Known, rows: np.ndarray, held: np.ndarray, device: torch.device
+) -> tuple[SCVI, Annotator]:
+    """The network, shown the labels where the method says so, and the annotator on its latent space."""
+    first, method, seed, networks = fitted.network, known.config.method, fitted.seed, []
+    if method == "frozen":
+        z_nk = posterior.latent(first, counts.to(device))
+
+    def latents(node_n: np.ndarray) -> np.ndarray:
+        if method == "frozen":
+            return z_nk
+        start = first if method == "two-stage" else _network(fitted.model, fitted.schema, fitted.seed)
+        networks.append(
+            scanvi.supervised(
+                start, counts, node_n, known.taxonomy.reach_vy, fitted.train, method, rows, held, seed, device
+            )
+        )
+        return posterior.latent(networks[-1], counts.to(device))
+
+    annotator = annotation.learn(latents, counts, known.node_n, known.taxonomy, known.config, seed)
+    return networks[0] if networks else first, annotator
 
 
 def check_arguments(adata: Any, seed: Any = 0, n_samples: Any = 1) -> None:

@@ -381,6 +381,25 @@ class ClusterConfig(Section):
         return ("cluster", *(f"cluster_r{resolution:g}" for resolution in self.resolutions[1:]))
 
 
+class AnnotateConfig(Section):
+    """Cell types: known for some cells, wanted for all."""
+
+    label: str | None = Field(None, description="cell column that holds known cell types; without it, no cell types")
+    unknown: str = Field("unknown", description="its value for cells without a label; no value says the same")
+    tree: str | None = Field(
+        None, description="file of the taxonomy: two tab-separated columns, child and parent, or an ontology's .obo"
+    )
+    coverage: float = Field(0.9, ge=0.5, lt=1, description="share of cells whose set of labels is to hold the true one")
+    max_false_novel: float = Field(
+        0.05, gt=0, le=0.5, description="share of cells of known types that may be called novel"
+    )
+    method: Literal["frozen", "two-stage", "joint"] = Field(
+        "frozen",
+        description="frozen leaves the embedding as scVI finds it; two-stage goes on from it with scANVI's loss, joint "
+        "begins with that",
+    )
+
+
 class DeConfig(Section):
     """Differential expression by sampling the posterior."""
 

@@ -93,12 +93,14 @@ class Minibatch:
     library_n : (cells,) float32, total counts over the model's genes.
     batch_n : (cells,) int64 batch codes.
     covariates_nc : (cells, columns) float32: one-hot categorical covariates, then standardised continuous ones.
+    label_n : (cells,) int64 nodes of a taxonomy, -1 without a label; None for a model without labels.
     """
 
     x: Nonzeros | Rows
     library_n: torch.Tensor
     batch_n: torch.Tensor
     covariates_nc: torch.Tensor
+    label_n: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Minibatch:
         """The same cells on another device."""
@@ -119,6 +121,7 @@ class Counts:
     library_n : (cells,) float64 total counts of each cell.
     batch_n : (cells,) int64. categories_nc : (cells, covariates) int64. continuous_nc : (cells, covariates) float32.
     n_genes : columns. levels : number of categories of each categorical covariate.
+    label_n : (cells,) int64 nodes of a taxonomy, -1 without a label; None for a model without labels.
     """
 
     indptr_n: torch.Tensor
@@ -130,6 +133,7 @@ class Counts:
     continuous_nc: torch.Tensor
     n_genes: int
     levels: tuple[int, ...]
+    label_n: torch.Tensor | None = dataclasses.field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.indptr_n) - 1
@@ -154,7 +158,13 @@ class Counts:
         """Some of the cells, by position or by a mask, packed and in memory."""
         rows = np.flatnonzero(rows) if np.asarray(rows).dtype == bool else np.asarray(rows, dtype=np.int64)
         rows_n = torch.from_numpy(rows).to(self.indptr_n.device)
-        columns = ("library_n", "batch_n", "categories_nc", "continuous_nc")
+        columns = [
+            "library_n",
+            "batch_n",
+            "categories_nc",
+            "continuous_nc",
+            *(["label_n"] * (self.label_n is not None)),
+        ]
         taken = {name: getattr(self, name)[rows_n] for name in columns}
         return Counts(*self.nonzeros(rows_n, packed=True), **taken, n_genes=self.n_genes, levels=self.levels)
 
@@ -185,6 +195,7 @@ class Counts:
             library_n=self.library_n[rows_n].float(),
             batch_n=self.batch_n[rows_n],
             covariates_nc=torch.cat([*one_hots, self.continuous_nc[rows_n]], 1),
+            label_n=None if self.label_n is None else self.label_n[rows_n],
         )
 
 

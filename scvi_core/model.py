@@ -163,7 +163,7 @@ class SCVI(nn.Module):
         library_variance_s: torch.Tensor,
     ):
         super().__init__()
-        self.config, self.n_batches = config, n_batches
+        self.config, self.n_batches, self.n_covariates = config, n_batches, n_covariates
         # a single batch tells the decoder nothing
         n_design = (n_batches if n_batches > 1 else 0) + n_covariates
         n_encoded = n_design if config.encode_covariates else 0
@@ -255,12 +255,15 @@ class SCVI(nn.Module):
         z_nk, log_library_n = self.sample(cells, q, noise)
         reconstruction_n = self.log_likelihood(cells, z_nk, log_library_n)
         kl_z_n = 0.5 * (q.mean_nk**2 + q.variance_nk - 1 - q.variance_nk.log()).sum(1)
+        return reconstruction_n, kl_z_n, self.kl_library(cells, q)
+
+    def kl_library(self, cells: Minibatch, q: Posterior) -> torch.Tensor:
+        """KL(q(log l) || p(log l | s)), (cells,); zero where the library size is observed."""
         if q.library_mean_n is None:
-            return reconstruction_n, kl_z_n, torch.zeros_like(kl_z_n)
+            return torch.zeros_like(q.mean_nk[:, 0])
         mean_n, variance_n = self.library_mean_s[cells.batch_n], self.library_variance_s[cells.batch_n]
         ratio_n = q.library_variance_n / variance_n
-        kl_l_n = 0.5 * (ratio_n + (q.library_mean_n - mean_n) ** 2 / variance_n - 1 - ratio_n.log())
-        return reconstruction_n, kl_z_n, kl_l_n
+        return 0.5 * (ratio_n + (q.library_mean_n - mean_n) ** 2 / variance_n - 1 - ratio_n.log())
 
     def loss(
         self, cells: Minibatch, noise: Noise, kl_weight: float | torch.Tensor

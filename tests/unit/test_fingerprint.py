@@ -103,6 +103,9 @@ def test_bundles_ever_written_load_with_the_numbers_they_gave(path, tmp_path):
     np.testing.assert_allclose(model.elbo(adata), told["elbo"], **near)
     found = model.normalized_expression(adata, ["G3", "G1"], transform_batch="b1")
     np.testing.assert_allclose(found, told["normalized_expression"], **near)
+    if "novelty" in told:
+        np.testing.assert_allclose(model.label_probabilities(adata, "all"), told["label_probabilities"], **near)
+        np.testing.assert_allclose(model.annotate(adata)["novelty"], told["novelty"], rtol=1e-3, atol=1e-4)
     model.save(tmp_path / "again")
     assert np.array_equal(sv.load(tmp_path / "again").latent(adata), model.latent(adata))
 

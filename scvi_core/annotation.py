@@ -1,0 +1,523 @@
+"""Cell types of cells: a linear classifier that says how sure it is, how sure it may be, and what it does not know.
+
+On the latent state and the log-normalised counts of a fitted model's cells lies one softmax over the leaves of a
+taxonomy (:func:`learn`). It is fitted to the labelled cells by
+
+    - mean over cells of w log sum_{y under the label} p_y + (l2 / 2) |W|^2
+
+so that a cell labelled with an inner node says just that. What it is worth is measured where it has not looked: each
+batch in turn (or a fifth of the cells, where labels are in one batch) is annotated by a classifier of the others. From
+these held-out answers come the temperature that calibrates the probabilities, the threshold of the label sets, the
+scale of the novelty score, and every figure in :class:`Quality`. Suffixes: n cells, y leaves, v nodes, g genes, f
+features, k latent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+from threadpoolctl import threadpool_limits
+
+from scvi_core import posterior
+from scvi_core.config import AnnotateConfig
+from scvi_core.counts import Counts
+from scvi_core.files import UserError
+from scvi_core.labels import ANY, Taxonomy
+from scvi_core.log import log
+
+L2 = 3e-3  # measured: benchmarks/annotate.py
+N_COMPONENTS = 50  # principal components of log-normalised counts among the features
+N_FOLDS = 5  # at most
+MOST_CELLS = 30_000  # the classifier is fitted to; of more, some of each label
+MOST_NUMBERS = 40_000_000  # cells x genes that the principal components are taken from
+N_BINS = 15  # of the reliability curve, of equal numbers of cells
+CALLS = ["label", "probability", "safe_label", "safe_probability", "label_set", "novelty", "is_novel"]
+
+
+@dataclasses.dataclass
+class Classifier:
+    """Features -> logits, and how far a cell lies from what was labelled.
+
+    Attributes
+    ----------
+    gene_gf, gene_offset_f : log-normalised counts x gene_gf - gene_offset_f are the expression features.
+    latent_mean_k, latent_scale_k : standardise the latent state.
+    weight_yf, bias_y : of all features: the expression's, then the latent state's. Of a leaf that no cell showed, the
+        bias is minus infinity.
+    centre_yk, whiten_kk : means of the labels in the standardised latent space (NaN without a cell) and the factor of
+        the inverse of the covariance that they share: distances to labels are taken after it.
+    """
+
+    gene_gf: np.ndarray
+    gene_offset_f: np.ndarray
+    latent_mean_k: np.ndarray
+    latent_scale_k: np.ndarray
+    weight_yf: np.ndarray
+    bias_y: np.ndarray
+    centre_yk: np.ndarray
+    whiten_kk: np.ndarray
+
+    def logits(self, z_nk: np.ndarray, expression_ng: sp.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
+        """(cells, leaves) logits, and (cells,) log squared Mahalanobis distance to the nearest label."""
+        z_nk = (z_nk - self.latent_mean_k) / self.latent_scale_k
+        features_nf = np.hstack([expression_ng @ self.gene_gf - self.gene_offset_f, z_nk])
+        whole_nk, centre_yk = z_nk @ self.whiten_kk, self.centre_yk @ self.whiten_kk
+        nearest_n = np.full(len(z_nk), np.inf)
+        for centre_k in centre_yk[~np.isnan(centre_yk[:, 0])]:
+            nearest_n = np.minimum(nearest_n, ((whole_nk - centre_k) ** 2).sum(1))
+        return features_nf @ self.weight_yf.T + self.bias_y, np.log(nearest_n + 1e-12)
+
+
+@dataclasses.dataclass
+class Quality:
+    """How well cells were annotated whose batch the classifier had not seen (or cells, where labels are in one batch).
+
+    Attributes
+    ----------
+    held_out : ``batch`` or ``cells``: what the folds are made of. n_folds : their number. n_cells : cells scored.
+    n_apart : labelled cells that could not be scored, as no other fold has their label.
+    macro_f1 : mean over leaves of the harmonic mean of precision and recall, unweighted; leaves with held-out cells.
+    accuracy, ece, brier : share right; mean gap between probability and share right over :data:`N_BINS` bins of equal
+        numbers of cells; squared error of the probabilities, summed over leaves.
+    coverage : share of label sets that hold the truth. By construction near the one asked for, as the threshold is
+        chosen on these cells; what holds for new batches is that, if they are like these.
+    reliability : a row a bin: probability, share right, cells.
+    confusion_yy : (given leaf, found leaf) cells.
+    by_label : a row a leaf: precision, recall, f1 (NaN without held-out cells), median_probability of its cells.
+    """
+
+    held_out: str
+    n_folds: int
+    n_cells: int
+    n_apart: int
+    macro_f1: float
+    accuracy: float
+    ece: float
+    brier: float
+    coverage: float
+    reliability: list[list[float]]
+    confusion_yy: list[list[int]]
+    by_label: list[dict[str, float | None]]
+
+
+@dataclasses.dataclass
+class Annotator:
+    """What :func:`learn` leaves: all that is needed to annotate cells, and how well it does.
+
+    Attributes
+    ----------
+    temperature : logits are divided by it.
+    threshold : a leaf is in a cell's label set if its probability is this or more.
+    novelty_mean, novelty_scale : (2,) of the two parts of the novelty score, over held-out cells.
+    novelty_knots : (101,) percentiles of the score over held-out cells. novelty_tail : its mean excess beyond the 95th.
+    n_cells_v : cells that were given each node.
+    """
+
+    taxonomy: Taxonomy
+    config: AnnotateConfig
+    classifier: Classifier
+    temperature: float
+    threshold: float
+    novelty_mean: list[float]
+    novelty_scale: list[float]
+    novelty_knots: list[float]
+    novelty_tail: float
+    n_cells_v: list[int]
+    quality: Quality
+
+    def probabilities(self, z_nk: np.ndarray, counts: Counts) -> tuple[np.ndarray, np.ndarray]:
+        """(cells, leaves) calibrated probabilities that sum to 1, and (cells,) novelty in 0..1."""
+        p_ny, novelty_n = np.empty((len(counts), self.taxonomy.n_leaves)), np.empty(len(counts))
+        with threadpool_limits(1):  # so that sums are taken in one order, whatever the machine has to spare
+            for at, expression_ng in expression(counts):
+                logit_ny, distance_n = self.classifier.logits(z_nk[at].astype(np.float64), expression_ng)
+                p_ny[at] = softmax(logit_ny / self.temperature)
+                parts_n2 = _novelty_parts(p_ny[at], distance_n)
+                novelty_n[at] = self._novelty(((parts_n2 - self.novelty_mean) / self.novelty_scale).sum(1))
+        return p_ny, novelty_n
+
+    def _novelty(self, score_n: np.ndarray) -> np.ndarray:
+        """The share of held-out cells whose score is less; beyond their 95th percentile an exponential tail, so that
+        cells far off still differ.
+        """
+        edge = self.novelty_knots[95]
+        inside_n = np.interp(score_n, self.novelty_knots, np.linspace(0, 1, 101))
+        return np.where(
+            score_n <= edge, inside_n, 1 - 0.05 * np.exp(-np.maximum(score_n - edge, 0) / self.novelty_tail)
+        )
+
+    def calls(self, z_nk: np.ndarray, counts: Counts, index: pd.Index) -> pd.DataFrame:
+        """A row a cell; columns as :meth:`scvi_core.api.Model.annotate`."""
+        p_ny, novelty_n = self.probabilities(z_nk, counts)
+        return self.calls_of(p_ny, novelty_n, index)
+
+    def calls_of(self, p_ny: np.ndarray, novelty_n: np.ndarray, index: pd.Index) -> pd.DataFrame:
+        """The same from what :meth:`probabilities` gave."""
+        leaves, names = (
+            np.array(self.taxonomy.leaves, dtype=object),
+            np.array([*self.taxonomy.names, None], dtype=object),
+        )
+        node_nv, set_ny = p_ny @ self.taxonomy.reach_vy.T.astype(float), p_ny >= self.threshold
+        safe_n = self.taxonomy.covering(set_ny)
+        enough_nv = node_nv >= self.config.coverage - 1e-12
+        first_n = np.where(enough_nv.any(1), enough_nv.argmax(1), ANY)
+        safe_n = np.where(set_ny.any(1), safe_n, first_n)  # nodes of few leaves come first in `names`
+        safe_p_n = np.where(safe_n == ANY, np.nan, node_nv[np.arange(len(safe_n)), safe_n])
+        return pd.DataFrame(
+            {
+                "label": leaves[p_ny.argmax(1)],
+                "probability": p_ny.max(1),
+                "safe_label": names[safe_n],
+                "safe_probability": safe_p_n,
+                "label_set": [list(leaves[row]) for row in set_ny],
+                "novelty": novelty_n,
+                "is_novel": novelty_n > 1 - self.config.max_false_novel,
+            },
+            index=index,
+        )
+
+    def node_probabilities(self, p_ny: np.ndarray, level: str, index: pd.Index) -> pd.DataFrame:
+        """Cells x leaves, or, at level ``all``, cells x nodes."""
+        if level not in ("leaf", "all"):
+            raise UserError(f"level: {level!r}; give 'leaf' or 'all'")
+        if level == "leaf":
+            return pd.DataFrame(p_ny, index=index, columns=list(self.taxonomy.leaves))
+        reach_vy = self.taxonomy.reach_vy
+        return pd.DataFrame(p_ny @ reach_vy.T.astype(float), index=index, columns=list(self.taxonomy.names))
+
+    def table(self) -> pd.DataFrame:
+        """A row a node of the taxonomy; columns as ``labels.parquet``."""
+        parents, n = self.taxonomy.parents, self.taxonomy.n_leaves
+        rows = [*self.quality.by_label, *({} for _ in self.taxonomy.names[n:])]
+        columns = ("precision", "recall", "f1", "median_probability")
+        return pd.DataFrame(
+            {
+                "label": list(self.taxonomy.names),
+                "parent": [";".join(parents[name]) or None for name in self.taxonomy.names],
+                "is_leaf": np.arange(len(self.taxonomy.names)) < n,
+                "n_cells": np.array(self.n_cells_v, dtype=np.int64),
+            }
+            | {name: np.array([row.get(name) for row in rows], dtype=np.float64) for name in columns}
+        )
+
+    def save(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors and the JSON beside them, for a bundle."""
+        tensors = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in vars(self.classifier).items()}
+        about = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        about |= {"taxonomy": self.taxonomy.to_dict(), "config": self.config.model_dump()}
+        about |= {"quality": dataclasses.asdict(self.quality)}
+        del about["classifier"]
+        return tensors, about
+
+    @staticmethod
+    def load(tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> Annotator:
+        """Rebuild it from :meth:`save`."""
+        made = {
+            "taxonomy": Taxonomy.from_dict(about["taxonomy"]),
+            "config": AnnotateConfig(**about["config"]),
+            "classifier": Classifier(**{k: v.numpy() for k, v in tensors.items()}),
+            "quality": Quality(**about["quality"]),
+        }
+        return Annotator(**{**about, **made})
+
+
+def expression(counts: Counts, rows: np.ndarray | None = None) -> Any:
+    """(place in the answer, (cells, genes) log(1 + counts per 10,000) float64 CSR), block by block."""
+    for at, cells in posterior.blocks(counts, rows):
+        x = cells.x
+        per_m = np.repeat(1e4 / cells.library_n.cpu().numpy().astype(np.float64), np.diff(x.indptr_n.cpu().numpy()))
+        values_m = np.log1p(x.x_m.cpu().numpy() * per_m)
+        shape = len(cells.batch_n), counts.n_genes
+        yield at, sp.csr_matrix((values_m, x.genes_m.cpu().numpy(), x.indptr_n.cpu().numpy()), shape)
+
+
+def softmax(logit_ny: np.ndarray) -> np.ndarray:
+    """Over leaves."""
+    p_ny = np.exp(logit_ny - logit_ny.max(1, keepdims=True))
+    return p_ny / p_ny.sum(1, keepdims=True)
+
+
+def learn(
+    latents: Callable[[np.ndarray], np.ndarray],
+    counts: Counts,
+    node_n: np.ndarray,
+    taxonomy: Taxonomy,
+    config: AnnotateConfig,
+    seed: int,
+) -> Annotator:
+    """Fit the classifier to the labelled cells, and measure it on cells it has not seen.
+
+    Parameters
+    ----------
+    latents : (cells,) labels -> (cells, latent) posterior means by a model that was shown these labels and no others.
+        It is asked once with all labels, and once for every fold with those of the fold hidden.
+    counts : the cells.
+    node_n : (cells,) each cell's label, as ``Taxonomy.codes`` gives it.
+    seed : of the choice of cells, where there are many, and of folds, where labels are in one batch.
+    """
+    rng = np.random.default_rng([seed, 23])
+    rows = _some(node_n, rng)
+    batch_n, labelled = counts.batch_n.cpu().numpy(), np.flatnonzero(node_n != ANY)
+    fold_n = np.full(len(counts), -1)
+    fold_n[labelled], held_out = _folds(batch_n[labelled], rng)
+    hidden = [np.where(fold_n == fold, ANY, node_n) for fold in range(fold_n.max() + 1)]
+    latent_fnk = [latents(labels_n).astype(np.float64) for labels_n in (node_n, *hidden)]
+    with threadpool_limits(1):  # so that sums are taken in one order, whatever the machine has to spare
+        expression_ng = sp.vstack([block for _, block in expression(counts, rows)], format="csr")
+        genes = Genes.of(counts, rng)
+        node_n, fold_n, n_leaves, reach_vy = node_n[rows], fold_n[rows], taxonomy.n_leaves, taxonomy.reach_vy
+        logit_ny, distance_n = np.full((len(rows), n_leaves), -np.inf), np.full(len(rows), np.nan)
+        whole = fit(genes, latent_fnk[0][rows], expression_ng, node_n, reach_vy)
+        for fold, z_nk in enumerate(latent_fnk[1:]):
+            here, z_nk = fold_n == fold, z_nk[rows]
+            if (node_n[~here] < n_leaves).any():
+                of_others = fit(genes, z_nk[~here], expression_ng[~here], node_n[~here], reach_vy)
+                logit_ny[here], distance_n[here] = of_others.logits(z_nk[here], expression_ng[here])
+        return _calibrated(whole, logit_ny, distance_n, node_n, taxonomy, config, held_out, len(hidden))
+
+
+def _calibrated(
+    classifier: Classifier,
+    logit_ny: np.ndarray,
+    distance_n: np.ndarray,
+    node_n: np.ndarray,
+    taxonomy: Taxonomy,
+    config: AnnotateConfig,
+    held_out: str,
+    n_folds: int,
+) -> Annotator:
+    """What the held-out answers, logits and distances of labelled cells, say of `classifier`."""
+    n_leaves, rows = taxonomy.n_leaves, np.arange(len(node_n))
+    leaf_n = np.where(node_n < n_leaves, node_n, 0)
+    scored = (node_n < n_leaves) & np.isfinite(logit_ny[rows, leaf_n])
+    n_apart = int((node_n < n_leaves).sum() - scored.sum())
+    if n_apart:
+        log.info("annotate: %d cells have a label of one %s alone: none to check it on", n_apart, held_out)
+    if scored.sum() < 20:
+        raise UserError(
+            f"label_key: {int(scored.sum())} labelled cells could be checked against others; 20 or more are needed "
+            "to calibrate"
+        )
+    truth_n, found_ny = leaf_n[scored], logit_ny[scored]
+    temperature = _temperature(found_ny, truth_n)
+    p_ny = softmax(found_ny / temperature)
+    true_n = p_ny[np.arange(len(p_ny)), truth_n]
+    threshold = _conformal(true_n, config.coverage)
+    if held_out == "cells":  # what the step to another batch costs was not measured: no set is to be empty for it
+        threshold = min(threshold, 1 / n_leaves)
+    parts_n2 = _novelty_parts(p_ny, distance_n[scored])
+    mean, scale = parts_n2.mean(0), parts_n2.std(0) + 1e-9
+    score_n = ((parts_n2 - mean) / scale).sum(1)
+    knots = np.percentile(score_n, np.arange(101))
+    tail = float((score_n[score_n >= knots[95]] - knots[95]).mean()) + 1e-6
+    quality = _quality(p_ny, truth_n, threshold, held_out, n_folds, n_apart)
+    n_cells_v = np.bincount(node_n, minlength=len(taxonomy.names))
+    log.info(
+        "annotate: %d labels, macro-F1 %.3f, ECE %.3f on cells of a %s that was held out; temperature %.2f",
+        n_leaves, quality.macro_f1, quality.ece, held_out, temperature,
+    )  # fmt: skip
+    return Annotator(
+        taxonomy, config, classifier, temperature, threshold, mean.tolist(), scale.tolist(), knots.tolist(), tail,
+        n_cells_v.tolist(), quality,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass
+class Genes:
+    """Moments and principal components of log-normalised counts, from cells of all batches and no label."""
+
+    mean_g: np.ndarray
+    scale_g: np.ndarray
+    component_gc: np.ndarray  # scaled so that the first has variance 1
+
+    @staticmethod
+    def of(counts: Counts, rng: np.random.Generator) -> Genes:
+        """Of all cells, or of some where they are many."""
+        from scipy.sparse.linalg import svds
+
+        most = max(100, MOST_NUMBERS // counts.n_genes)
+        some = np.sort(rng.permutation(len(counts))[:most])
+        expression_ng = sp.vstack([block for _, block in expression(counts, some)], format="csr")
+        mean_g = np.asarray(expression_ng.mean(0)).ravel()
+        square_g = np.asarray(expression_ng.multiply(expression_ng).mean(0)).ravel()
+        scale_g = np.sqrt(np.maximum(square_g - mean_g**2, 0)) + 0.1  # so that no gene of few counts weighs much
+        dense_ng = ((expression_ng.toarray() - mean_g) / scale_g).astype(np.float32)
+        n = min(N_COMPONENTS, min(dense_ng.shape) - 1)
+        _, _, component_cg = svds(dense_ng, n, tol=1e-3, v0=np.ones(min(dense_ng.shape)))
+        component_cg = component_cg[::-1]  # the largest first
+        first = float((dense_ng @ component_cg[0]).std()) + 1e-9
+        return Genes(mean_g, scale_g, component_cg.T.astype(np.float64) / first)
+
+
+def fit(
+    genes: Genes, z_nk: np.ndarray, expression_ng: sp.csr_matrix, node_n: np.ndarray, reach_vy: np.ndarray
+) -> Classifier:
+    """A classifier of labelled cells.
+
+    Expression features are the directions of the labels' means (which keep what tells rare labels apart) and the
+    principal components. Labels weigh by the root of their number of cells, which is between all cells counting the
+    same and all labels counting the same.
+    """
+    n_leaves = reach_vy.shape[1]
+    seen_y = np.bincount(node_n, minlength=len(reach_vy))[:n_leaves] > 0
+    member_yn = sp.csr_matrix((np.ones(len(node_n)), (node_n, np.arange(len(node_n)))), (len(reach_vy), len(node_n)))
+    member_yn = member_yn[:n_leaves][seen_y]
+    n_y = np.asarray(member_yn.sum(1)).ravel()
+    centre_yg = ((member_yn @ expression_ng).toarray() / n_y[:, None] - genes.mean_g) / genes.scale_g
+    apart_gy = np.linalg.svd((centre_yg - centre_yg.mean(0)).T, full_matrices=False)[0][:, : max(1, len(n_y) - 1)]
+    gene_gf = np.hstack([apart_gy, genes.component_gc]) / genes.scale_g[:, None]
+    features_nf = expression_ng @ gene_gf
+    scale_f = np.append(features_nf[:, : apart_gy.shape[1]].std(0) + 1e-9, np.ones(genes.component_gc.shape[1]))
+    gene_gf, features_nf = gene_gf / scale_f, features_nf / scale_f
+    offset_f = genes.mean_g @ gene_gf
+    moments = z_nk.mean(0), z_nk.std(0) + 1e-6
+    z_nk = (z_nk - moments[0]) / moments[1]
+    features_nf = np.hstack([features_nf - offset_f, z_nk])
+
+    n_v = np.bincount(node_n, minlength=len(reach_vy))
+    weight_n = 1 / np.sqrt(n_v[node_n])
+    allowed_ny = reach_vy[node_n][:, seen_y]
+    speaks = allowed_ny.any(1)  # of an inner node none of whose leaves was seen there is nothing to say
+    weight_sf, bias_s = _softmax_regression(features_nf[speaks], allowed_ny[speaks], weight_n[speaks])
+    weight_yf, bias_y = np.zeros((n_leaves, features_nf.shape[1])), np.full(n_leaves, -np.inf)
+    weight_yf[seen_y], bias_y[seen_y] = weight_sf, bias_s
+
+    centre_yk = np.full((n_leaves, z_nk.shape[1]), np.nan)
+    centre_yk[seen_y] = (member_yn @ z_nk) / n_y[:, None]
+    leaf = node_n < n_leaves
+    apart_nk = z_nk[leaf] - centre_yk[node_n[leaf]]
+    covariance_kk = apart_nk.T @ apart_nk / len(apart_nk)
+    covariance_kk = 0.9 * covariance_kk + 0.1 * np.diag(np.diag(covariance_kk)) + 1e-3 * np.eye(len(covariance_kk))
+    whiten_kk = np.linalg.cholesky(np.linalg.inv(covariance_kk))
+    return Classifier(gene_gf, offset_f, *moments, weight_yf, bias_y, centre_yk, whiten_kk)
+
+
+def _softmax_regression(
+    features_nf: np.ndarray, allowed_ny: np.ndarray, weight_n: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights (leaves, features) and biases (leaves,): the minimum of the equation on top of this module."""
+    from scipy.optimize import minimize
+
+    (n, f), n_leaves = features_nf.shape, allowed_ny.shape[1]
+    weight_n = weight_n / weight_n.sum()
+    inputs_nf = np.hstack([features_nf, np.ones((n, 1))])
+    decay_f = np.append(np.full(f, L2), 0.0)
+
+    def loss(flat):
+        weight_yf = flat.reshape(n_leaves, f + 1)
+        p_ny = softmax(inputs_nf @ weight_yf.T)
+        allowed_p_ny = p_ny * allowed_ny
+        allowed_n1 = np.maximum(allowed_p_ny.sum(1, keepdims=True), 1e-300)
+        value = -(weight_n * np.log(allowed_n1[:, 0])).sum() + 0.5 * (decay_f * weight_yf**2).sum()
+        outer_ny = (p_ny - allowed_p_ny / allowed_n1) * weight_n[:, None]
+        return value, (outer_ny.T @ inputs_nf + decay_f * weight_yf).ravel()
+
+    start = np.zeros(n_leaves * (f + 1))
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 200, "maxcor": 10})
+    weight_yf = found.x.reshape(n_leaves, f + 1)
+    return weight_yf[:, :-1], weight_yf[:, -1]
+
+
+def _some(node_n: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Positions of labelled cells: all, or up to :data:`MOST_CELLS`, as many of each label as there is room for."""
+    rows = np.flatnonzero(node_n != ANY)
+    if len(rows) <= MOST_CELLS:
+        return rows
+    order = rng.permutation(rows)
+    n_v = np.sort(np.bincount(node_n[rows]))
+    n_v = n_v[n_v > 0]
+    most = next(m for m in range(int(n_v[-1]), 0, -1) if m == 1 or np.minimum(n_v, m).sum() <= MOST_CELLS)
+    rank = pd.Series(node_n[order]).groupby(node_n[order]).cumcount().to_numpy()
+    log.info("annotate: the classifier is fitted to %d cells of a label at most (%d labelled cells)", most, len(rows))
+    return np.sort(order[rank < most])
+
+
+def _folds(batch_n: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, str]:
+    """(cells,) fold of each, and what is held out: whole batches, the largest first into the smallest fold."""
+    names, code_n, n_s = np.unique(batch_n, return_inverse=True, return_counts=True)
+    if len(names) == 1:
+        n_folds = min(N_FOLDS, len(batch_n))
+        return rng.permutation(np.arange(len(batch_n)) % n_folds), "cells"
+    n_folds = min(N_FOLDS, len(names))
+    size, fold_s = np.zeros(n_folds), np.empty(len(names), dtype=np.int64)
+    for s in np.argsort(-n_s, kind="stable"):
+        fold_s[s] = size.argmin()
+        size[fold_s[s]] += n_s[s]
+    return fold_s[code_n], "batch"
+
+
+def _temperature(logit_ny: np.ndarray, truth_n: np.ndarray) -> float:
+    """What minimises the held-out cross-entropy (Guo et al., ICML 2017), within 0.05 to 20."""
+    from scipy.optimize import minimize_scalar
+
+    rows = np.arange(len(truth_n))
+
+    def loss(log_t):
+        scaled_ny = logit_ny / math.exp(log_t)
+        top_n = scaled_ny.max(1)
+        return (np.log(np.exp(scaled_ny - top_n[:, None]).sum(1)) + top_n - scaled_ny[rows, truth_n]).mean()
+
+    return float(math.exp(minimize_scalar(loss, bounds=(math.log(0.05), math.log(20)), method="bounded").x))
+
+
+def _conformal(true_n: np.ndarray, coverage: float) -> float:
+    """The probability that a share `coverage` of held-out cells gave their true label (Sadinle et al., JASA 2019).
+
+    By the finite-sample rule a new cell that is exchangeable with these is covered at least so often.
+    """
+    rank = math.floor((len(true_n) + 1) * (1 - coverage))
+    return float(np.sort(true_n)[rank - 1]) if rank else 0.0
+
+
+def _novelty_parts(p_ny: np.ndarray, distance_n: np.ndarray) -> np.ndarray:
+    """(cells, 2): how unsure the label is, and how far the cell lies from all labels; both on a log scale."""
+    entropy_n = -(p_ny * np.log(np.maximum(p_ny, 1e-300))).sum(1)
+    return np.stack([np.log(entropy_n + 1e-3), distance_n], 1)
+
+
+def ece_of(confidence_n: np.ndarray, right_n: np.ndarray) -> tuple[float, list[list[float]]]:
+    """Expected calibration error over bins of equal numbers of cells, and the bins: probability, share right, cells."""
+    order = np.argsort(confidence_n, kind="stable")
+    bins = [b for b in np.array_split(order, N_BINS) if len(b)]
+    curve = [[float(confidence_n[b].mean()), float(right_n[b].mean()), len(b)] for b in bins]
+    return sum(abs(p - share) * n for p, share, n in curve) / len(order), curve
+
+
+def _quality(p_ny, truth_n, threshold, held_out, n_folds, n_apart) -> Quality:
+    n_leaves = p_ny.shape[1]
+    found_n, rows = p_ny.argmax(1), np.arange(len(truth_n))
+    confusion_yy = np.zeros((n_leaves, n_leaves), dtype=np.int64)
+    np.add.at(confusion_yy, (truth_n, found_n), 1)
+    hit_y, given_y, called_y = np.diag(confusion_yy), confusion_yy.sum(1), confusion_yy.sum(0)
+    by_label = []
+    for y in range(n_leaves):
+        there = truth_n == y
+        row = dict.fromkeys(("precision", "recall", "f1", "median_probability"))
+        if there.any():
+            row["precision"] = float(hit_y[y] / called_y[y]) if called_y[y] else 0.0
+            row["recall"] = float(hit_y[y] / given_y[y])
+            row["f1"] = float(2 * hit_y[y] / (given_y[y] + called_y[y]))
+            row["median_probability"] = float(np.median(p_ny[there, y]))
+        by_label.append(row)
+    ece, curve = ece_of(p_ny.max(1), found_n == truth_n)
+    return Quality(
+        held_out=held_out,
+        n_folds=n_folds,
+        n_cells=len(truth_n),
+        n_apart=n_apart,
+        macro_f1=float(np.mean([row["f1"] for row in by_label if row["f1"] is not None])),
+        accuracy=float((found_n == truth_n).mean()),
+        ece=float(ece),
+        brier=float((p_ny**2).sum(1).mean() - 2 * p_ny[rows, truth_n].mean() + 1),
+        coverage=float((p_ny[rows, truth_n] >= threshold).mean()),
+        reliability=curve,
+        confusion_yy=confusion_yy.tolist(),
+        by_label=by_label,
+    )

@@ -1,0 +1,238 @@
+"""Cell types: coarse labels, calibration, label sets, novelty, the interface and the bundle."""
+
+import dataclasses
+import logging
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from _data import brief, packed
+from _data import cells as small
+
+import scvi_core as sv
+from scvi_core import annotation, scanvi
+from scvi_core.annotation import _conformal, _softmax_regression, _temperature, ece_of, softmax
+from scvi_core.config import AnnotateConfig, ModelConfig
+from scvi_core.files import UserError
+from scvi_core.labels import Known, Taxonomy
+from scvi_core.model import Noise, build
+
+EDGES = [("T", "lymphoid"), ("B", "lymphoid"), ("lymphoid", "cell"), ("NK", "cell")]
+HOW = {"model": ModelConfig(n_hidden=16, n_latent=3), "train": brief(max_epochs=8), "progress": False}
+
+
+def cells(n=240, **more):
+    return small(n, g=30, n_batches=3, rate=4.0, **more)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    adata = cells()
+    return adata, sv.fit(adata, batch_key="batch", label_key="kind", label_tree=EDGES, **HOW)
+
+
+# ---- parts
+
+
+def test_coarse_labels_cost_little_and_are_used_as_such():
+    """Three types on a line, labelled as leaves or, half of them, as a node of two: the same borders are found."""
+    rng = np.random.default_rng(0)
+    y_n = rng.integers(0, 3, 900)
+    x_n1 = y_n[:, None] * 3.0 + rng.normal(size=(900, 1))
+    x_nf = np.hstack([x_n1, np.abs(x_n1 - 3)])
+    allowed_ny = np.eye(3, dtype=bool)[y_n]
+    coarse_ny = allowed_ny.copy()
+    coarse = (rng.random(900) < 0.5) & (y_n < 2)
+    coarse_ny[coarse] = [True, True, False]
+    found = []
+    for each_ny in (allowed_ny, coarse_ny):
+        weight_yf, bias_y = _softmax_regression(x_nf, each_ny, np.ones(900))
+        found.append(((x_nf @ weight_yf.T + bias_y).argmax(1) == y_n).mean())
+    assert found[0] > 0.92 and found[1] > found[0] - 0.02
+
+
+def test_the_gradient_of_the_classifiers_loss():
+    """At the minimum it is zero: no small step in any direction lowers the loss, written here anew."""
+    rng = np.random.default_rng(1)
+    x_nf, allowed_ny, w_n = rng.normal(size=(80, 4)), rng.random((80, 3)) < 0.6, rng.random(80)
+    allowed_ny[np.arange(80), rng.integers(0, 3, 80)] = True
+    weight_yf, bias_y = _softmax_regression(x_nf, allowed_ny, w_n)
+
+    def loss(weight_yf, bias_y):
+        p_ny = softmax(x_nf @ weight_yf.T + bias_y)
+        fit = -(w_n / w_n.sum() * np.log((p_ny * allowed_ny).sum(1))).sum()
+        return fit + 0.5 * annotation.L2 * (weight_yf**2).sum()
+
+    least = loss(weight_yf, bias_y)
+    for _ in range(20):
+        way = rng.normal(size=weight_yf.shape) * 0.05
+        assert loss(weight_yf + way, bias_y) > least - 1e-6
+
+
+def test_temperature_undoes_what_was_multiplied():
+    rng = np.random.default_rng(0)
+    logit_ny = rng.normal(size=(20_000, 4)) * 2
+    truth_n = np.array([rng.choice(4, p=p) for p in softmax(logit_ny)])
+    assert _temperature(logit_ny * 3, truth_n) == pytest.approx(3, rel=0.05)
+    confidence_n = softmax(logit_ny).max(1)
+    right_n = logit_ny.argmax(1) == truth_n
+    assert ece_of(confidence_n, right_n)[0] < 0.015
+    assert ece_of(np.sqrt(confidence_n), right_n)[0] > 0.1
+
+
+@pytest.mark.parametrize("coverage", [0.8, 0.9, 0.95])
+def test_conformal_sets_cover_what_they_promise(coverage):
+    """Over many draws of 200 cells to calibrate on, new cells are covered as often as asked, and little more."""
+    rng = np.random.default_rng(0)
+    covered = []
+    for _ in range(300):
+        true_n = rng.beta(5, 1, 400)
+        covered.append((true_n[200:] >= _conformal(true_n[:200], coverage)).mean())
+    assert coverage - 0.005 < np.mean(covered) < coverage + 0.01
+
+
+# ---- scANVI with a taxonomy
+
+
+def test_an_inner_label_says_no_more_than_it_does():
+    """Its cross-entropy is - log of the sum over its leaves, its bound that of a model with those leaves alone."""
+    taxonomy = Taxonomy.of({"T", "B", "NK", "lymphoid"}, EDGES)
+    _, counts = packed(cells(20), (), ())
+    config = ModelConfig(n_hidden=8, n_latent=3, dropout=0.0, encoder_norm="none", decoder_norm="none")
+    base = build(config, 30, 3, 0, 0)
+    model = scanvi.like(base, taxonomy.reach_vy).eval()
+    minibatch = counts.gather(torch.arange(20))
+    place = {name: v for v, name in enumerate(taxonomy.names)}
+
+    def terms(label):
+        minibatch.label_n = torch.full((20,), place.get(label, -1))
+        return model.label_terms(minibatch, Noise(0))
+
+    with torch.no_grad():
+        log_p_ny = torch.log_softmax(model.logits(model.encode(minibatch).mean_nk), 1)
+        of = {label: terms(label) for label in (*taxonomy.leaves, "lymphoid", "cell", None)}
+    two = torch.logsumexp(log_p_ny[:, [place["B"], place["T"]]], 1)
+    assert torch.allclose(of["lymphoid"]["cross_entropy"], -two, atol=1e-6)
+    assert torch.allclose(of["cell"]["cross_entropy"], torch.zeros(20), atol=1e-6)
+    assert torch.allclose(of[None]["cross_entropy"], torch.zeros(20), atol=1e-6)
+    for name in ("prior", "kl_u", "kl_y"):  # of all leaves: whatever is said of them
+        assert torch.allclose(of["cell"][name], of[None][name], atol=1e-5)
+        assert torch.equal(of["T"][name], of[None][name])  # a leaf's cells, as scANVI's
+        assert not torch.allclose(of["lymphoid"][name], of[None][name], atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["two-stage", "joint"])
+def test_scanvi_is_trained_and_kept(method, tmp_path):
+    adata = cells(120)
+    annotate = AnnotateConfig(method=method)
+    model = sv.fit(adata, batch_key="batch", label_key="kind", annotate=annotate, **HOW)
+    assert isinstance(model.network, scanvi.SCANVI)
+    model.save(tmp_path / "model")
+    again = sv.load(tmp_path / "model")
+    pd.testing.assert_frame_equal(again.annotate(adata), model.annotate(adata))
+    assert (model.annotate(adata)["label"] == adata.obs["kind"]).mean() > 0.8
+
+
+# ---- the interface
+
+
+def test_columns_index_and_laws(fitted):
+    adata, model = fitted
+    calls, leaves = model.annotate(adata), model.label_probabilities(adata)
+    assert list(calls) == annotation.CALLS and calls.index.equals(adata.obs_names)
+    assert (calls["label"] == adata.obs["kind"]).mean() > 0.9
+    np.testing.assert_allclose(leaves.sum(1), 1)
+    assert np.array_equal(leaves.max(1), calls["probability"]) and (leaves.idxmax(axis=1) == calls["label"]).all()
+    nodes = model.label_probabilities(adata, level="all")
+    assert list(nodes) == ["B", "NK", "T", "lymphoid", "cell"]
+    for child, parent in EDGES:
+        assert (nodes[parent] >= nodes[child] - 1e-12).all()
+    np.testing.assert_allclose(nodes["cell"], 1)
+    under = {"lymphoid": {"B", "T"}, "cell": {"B", "T", "NK"}}
+    for _, call in calls.iterrows():
+        assert set(call["label_set"]) <= under.get(call["safe_label"], {call["safe_label"]})
+    assert calls["novelty"].between(0, 1).all()
+    with pytest.raises(UserError, match="level: 'leaves'"):
+        model.label_probabilities(adata, level="leaves")
+    table = model.annotator.table()
+    assert table["n_cells"].tolist() == [*adata.obs["kind"].value_counts().sort_index(), 0, 0]
+
+
+def test_the_same_bytes_and_a_fingerprint_that_knows_the_labels(fitted, tmp_path):
+    adata, model = fitted
+    again = sv.fit(adata, batch_key="batch", label_key="kind", label_tree=EDGES, **HOW)
+    for name, each in (("one", model), ("two", again)):
+        each.save(tmp_path / name)
+    for file in ("model.safetensors", "model.json"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    bare = sv.fit(adata, batch_key="batch", **HOW)
+    flat = sv.fit(adata, batch_key="batch", label_key="kind", **HOW)
+    assert len({model.fingerprint, bare.fingerprint, flat.fingerprint}) == 3
+    assert np.array_equal(model.latent(adata), bare.latent(adata))  # the embedding is scVI's
+    loaded = sv.load(tmp_path / "one")
+    pd.testing.assert_frame_equal(loaded.annotate(adata), model.annotate(adata))
+    with pytest.raises(UserError, match="fitted without labels"):
+        bare.annotate(adata)
+
+
+def test_held_out_figures_are_those_of_batches_it_did_not_see(fitted):
+    """Annotated by hand, each batch by a model of the others, as many are right, to within a cell or two."""
+    adata, model = fitted
+    right = 0
+    for batch in ("b0", "b1", "b2"):
+        hidden = adata.copy()
+        hidden.obs["kind"] = adata.obs["kind"].where(adata.obs["batch"] != batch, "unknown")
+        calls = sv.fit(hidden, batch_key="batch", label_key="kind", label_tree=EDGES, **HOW).annotate(adata)
+        here = adata.obs["batch"] == batch
+        right += (calls["label"] == adata.obs["kind"])[here].sum()
+    quality = model.annotator.quality
+    assert quality.held_out == "batch" and quality.n_folds == 3 and quality.n_cells == 240
+    assert quality.accuracy * 240 == pytest.approx(right, abs=3)
+    assert 0.88 <= quality.coverage <= 0.93
+
+
+def test_cells_of_an_unknown_type_look_novel():
+    adata = cells(400)
+    known = adata[adata.obs["kind"] != "NK"].copy()
+    model = sv.fit(known, batch_key="batch", label_key="kind", **HOW)
+    novelty, new = model.annotate(adata)["novelty"], (adata.obs["kind"] == "NK").to_numpy()
+    assert np.median(novelty[new]) > np.median(novelty[~new]) + 0.1
+
+
+def test_labels_missing_anywhere_one_cell_of_a_label_and_a_label_of_one_batch(caplog):
+    caplog.set_level(logging.INFO, "scvi_core")
+    adata = cells()
+    kind = adata.obs["kind"].astype(object).to_numpy()
+    kind[::7], kind[5], kind[6] = None, "rare", "unknown"
+    kind[adata.obs["batch"] == "b1"] = "unknown"
+    kind[5] = "rare"
+    adata.obs["kind"] = kind
+    calls = sv.fit(adata, batch_key="batch", label_key="kind", **HOW).annotate(adata)
+    assert calls["label"].iloc[5] == "rare" and calls["label"].notna().all()
+    assert "have no value" in caplog.text and "have a label of one batch alone" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"label_key": "kindd"}, "no cell column 'kindd'; did you mean 'kind'"),
+        ({"label_tree": EDGES}, "label_tree: given without label_key"),
+        ({"label_key": "kind", "label_tree": [("T", "x")]}, "2 labels of the cells are not in it"),
+        ({"label_key": "kind", "annotate": {"coverage": 2}}, "annotate: a dict; give a AnnotateConfig"),
+    ],
+)
+def test_bad_arguments(change, match):
+    with pytest.raises(UserError, match=match):
+        sv.fit(cells(30), batch_key="batch", **change, **HOW)
+
+
+def test_a_large_set_is_thinned_by_label(monkeypatch):
+    adata = cells()
+    monkeypatch.setattr(annotation, "MOST_CELLS", 90)
+    known = Known.of(adata.obs, AnnotateConfig(label="kind"), ())
+    rows = annotation._some(known.node_n, np.random.default_rng(0))
+    assert 60 < len(rows) <= 90 and np.ptp(np.bincount(known.node_n[rows])) <= 1
+    model = sv.fit(adata, batch_key="batch", label_key="kind", **HOW)
+    assert (model.annotate(adata)["label"] == adata.obs["kind"]).mean() > 0.8
+    assert dataclasses.asdict(model.annotator.quality)["n_cells"] <= 90
