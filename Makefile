@@ -52,7 +52,7 @@ bundle: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest -q -n 2 tests
 
-# kill -9, full disks, lost servers; and Slurm, where there is one
+# kill -9, faults at system calls, full disks, lost servers; and Slurm, where there is one
 faults: .venv/installed
 	SCVI_CORE_PLATFORM=1 $(BIN)/python -m pytest -q tests/platform
 

@@ -81,7 +81,7 @@ def read_parquet(path: str | Path, by: str, columns: Sequence[str] | None = None
         absent = [name for name in columns or () if name not in pq.read_schema(path).names]
         if not absent:
             return pd.read_parquet(path, columns=columns if columns is None else list(columns))
-    except (OSError, ValueError, KeyError, TypeError, NotImplementedError, MemoryError) as error:  # pyarrow's, pandas'
+    except Exception as error:  # of a table that others wrote or sealed, pyarrow and pandas raise every type
         raise UserError(f"{path}: not a Parquet table ({error}); name one that `scvi-core {by}` wrote") from error
     raise UserError(f"{path}: no column {absent[0]!r}; name a table that `scvi-core {by}` wrote")
 

@@ -57,6 +57,7 @@ OF_OTHERS = (
     (b"<html", "a web page, not what it should be; fetch the file itself"),
 )
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+C1 = re.compile(r"[\x80-\x84\x86-\x9f]")  # orders to terminals, too; U+0085 is what "..." of Windows-1252 turns into
 
 
 def read_counts(path: str | Path, config: InputConfig, decisions: Decisions) -> anndata.AnnData:
@@ -132,7 +133,7 @@ def open_input(path: Path, config: InputConfig, decisions: Decisions, scratch: S
             "name the column that tells libraries apart as input.sample_column"
             f"{f' (found {listed(read.columns[:10])})' if read.columns else ''}"
         )
-    odd = [b for b in barcodes if not b or CONTROL.search(b) or re.search("[\x80-\x9f]", b)]
+    odd = [b for b in barcodes if not b or CONTROL.search(b) or C1.search(b)]
     if odd:
         raise UserError(f"{path}: barcode {odd[0]!r} is empty or has control characters; give every cell a plain name")
     if odd := [name for name in as_text(var.index) if CONTROL.search(name)]:

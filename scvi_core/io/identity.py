@@ -107,6 +107,7 @@ CONTROLS = re.compile(
 )
 GUIDE = re.compile(r"(?P<gene>.+)_(?:g|sg|guide)?\d{1,2}")  # of a gene, where such controls are there
 FAMILY = 3
+REPEAT = re.compile(r"(.*[A-Za-z].*)[-.]\d{1,2}")  # as scanpy (-1) and R (.1) make names unique
 # gene names that a spreadsheet made dates or numbers of: 1-Mar, Sep-07, 2021-03-01, 2.31E+13
 MONTHS = (  # in English, German, French, Italian, Spanish and Dutch
     "(?:jan|feb|mar|apr|may|jun|jul|aug|sep|sept|oct|nov|dec|mrz|mär|mai|okt|dez|mars|avr|août|déc|gen|mag|giu|lug|ago|"
@@ -239,6 +240,14 @@ def gene_identity(
         why = "as configured" if choice == "symbol" else "no index or column holds Ensembl gene ids"
         decisions.add("gene_ids", kind, f"{symbol_field} is taken: {why}")
         ids = _kept_apart(ids, decisions)
+        there = set(ids.tolist())
+        repeats = [name for name in there if (match := REPEAT.fullmatch(name)) and match[1] in there]
+        if len(repeats) >= FAMILY:
+            text = (
+                f"names such as {min(repeats)!r} beside the same without a number look like repeats that were made "
+                "unique; each stays a gene of its own, where samples that have ids or repeats would have them as one"
+            )
+            decisions.add("names_made_unique", len(repeats), text, n_genes=len(repeats), warn=True)
     cut = np.array([VERSION.sub(r"\1", i) for i in ids], object)
     if (n := int((cut != ids).sum())) > 0:
         first = int(np.flatnonzero(cut != ids)[0])

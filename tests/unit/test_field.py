@@ -1134,3 +1134,13 @@ def test_a_symbol_says_more_than_an_id_of_the_mitochondrion():
     zebrafish = [*(f"mt-{n.lower()}" for n in MITO), "NC_002333.4", "actb1"]
     real = [*(f"x{i}" for i in range(13)), "ENSDARG00000083480", "y"]
     assert in_group("mitochondrial", np.array(real), np.array(zebrafish)).sum() in (13, 14)
+
+
+def test_names_that_were_made_unique_are_warned_of(tmp_path):
+    names = [*NAMES[:-4], "ACTB-1", "B2M-1", "LOC3.1", "LOC4.2"]
+    decisions = right(h5ad(tmp_path / "a.h5ad", var=pd.DataFrame(index=names)), names)
+    assert decisions["names_made_unique"].value == 4 and decisions["names_made_unique"].warning
+    var = pd.DataFrame({"gene_ids": IDS}, index=names)  # ids say which is which
+    assert "names_made_unique" not in right(h5ad(tmp_path / "b.h5ad", var=var), names)
+    like = [*NAMES[:-4], "NKX2-1", "HLA-A", "MIR1-2", "AC1.1"]
+    assert "names_made_unique" not in right(h5ad(tmp_path / "c.h5ad", var=pd.DataFrame(index=like)), like)
