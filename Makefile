@@ -1,6 +1,9 @@
 # make demo: build the pancreas atlas on real data.  make test: prove that it all works.
 # Python >= 3.11, make and git are enough; everything else goes to .venv.
 PYTHON ?= python3
+# PyTorch's build, of environments and images: cpu, cuda, or auto: cpu where pip can find it (envs/torch.sh)
+TORCH ?= auto
+export TORCH
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -24,11 +27,10 @@ demo-slurm: .venv/installed
 	$(BIN)/python workflow/scripts/fetch_demo.py resources/demo
 	snakemake --profile workflow/profiles/slurm $(PANCREAS) --config results=results/slurm --set-resources train:gpu=$(GPU) $(SLURM)
 
-# The image containers/scvi-core.sif, by Apptainer: make image PYTHON=python3.11. VARIANT=cuda: for GPUs. MIRROR=URL: from
+# The image containers/scvi-core.sif, by Apptainer: make image PYTHON=python3.11. TORCH=cuda: for GPUs. MIRROR=URL: from
 # a Debian mirror's packages, where no image registry can be reached
-VARIANT ?= cpu
 image:
-	PYTHON="$(PYTHON)" MIRROR="$(MIRROR)" bash containers/build.sh --variant $(VARIANT)
+	PYTHON="$(PYTHON)" MIRROR="$(MIRROR)" bash containers/build.sh --torch $(TORCH)
 
 containers/scvi-core.sif:
 	$(MAKE) image
@@ -47,7 +49,7 @@ demo-slurm-apptainer: .venv/installed containers/scvi-core.sif
 # all that a site without network needs, in one file under dist/
 bundle: .venv/installed
 	$(BIN)/python workflow/scripts/fetch_demo.py resources/demo
-	PYTHON="$(PYTHON)" bash containers/bundle.sh $(VARIANT)
+	PYTHON="$(PYTHON)" bash containers/bundle.sh $(TORCH)
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q -n 2 tests
@@ -83,7 +85,7 @@ lint: .venv/installed
 schemas: .venv/installed
 	scvi-core validate --schemas workflow/schemas
 
-.venv/installed: envs/cpu.lock envs/cuda.lock envs/install.sh pyproject.toml scvi_core/kernels/kernels.c
+.venv/installed: envs/cpu.lock envs/cuda.lock envs/install.sh envs/torch.sh pyproject.toml scvi_core/kernels/kernels.c
 	bash envs/install.sh "$(PYTHON)" .venv
 	@touch $@
 
