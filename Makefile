@@ -9,16 +9,22 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: demo demo-slurm demo-apptainer demo-slurm-apptainer image bundle test faults parity triton remote lint schemas clean
 
+# the end of each demo: what is where, below a folder of results
+define told
+echo; \
+echo "The atlas is in $(1)/pancreas:"; \
+echo "  report   $(1)/pancreas/report.html (open it in a browser)"; \
+echo "  tables   $(1)/pancreas/cells.parquet latent.parquet de.parquet genes.parquet"; \
+echo "  counts   $(1)/pancreas/counts.zarr"; \
+echo "  model    $(1)/pancreas/model, registered as models:/pancreas"; \
+echo "           (scvi-core models list --tracking-uri $${MLFLOW_TRACKING_URI:-sqlite:///$(1)/mlflow.db})"
+endef
+
 PANCREAS := --configfile config/demo/config.yaml
 demo: .venv/installed
 	$(BIN)/python workflow/scripts/fetch_demo.py resources/demo
 	snakemake --cores all $(PANCREAS)
-	@echo
-	@echo "The atlas is in results/pancreas:"
-	@echo "  report   results/pancreas/report.html (open it in a browser)"
-	@echo "  tables   results/pancreas/cells.parquet latent.parquet de.parquet genes.parquet"
-	@echo "  counts   results/pancreas/counts.zarr"
-	@echo "  model    results/pancreas/model, registered as models:/pancreas (scvi-core models list)"
+	@$(call told,results)
 
 # The demo by a Slurm that is there (sbatch), into results/slurm. GPU=1 trains on a GPU; SLURM='...' adds options of
 # Snakemake's, such as --default-resources slurm_partition=NAME slurm_account=NAME
@@ -26,6 +32,7 @@ GPU ?= 0
 demo-slurm: .venv/installed
 	$(BIN)/python workflow/scripts/fetch_demo.py resources/demo
 	snakemake --profile workflow/profiles/slurm $(PANCREAS) --config results=results/slurm --set-resources train:gpu=$(GPU) $(SLURM)
+	@$(call told,results/slurm)
 
 # The image containers/scvi-core.sif, by Apptainer: make image PYTHON=python3.11. TORCH=cuda: for GPUs. MIRROR=URL: from
 # a Debian mirror's packages, where no image registry can be reached
@@ -40,11 +47,13 @@ APPTAINER := --profile workflow/profiles/apptainer --config results=results/appt
 demo-apptainer: .venv/installed containers/scvi-core.sif
 	$(BIN)/python workflow/scripts/fetch_demo.py resources/demo
 	snakemake --cores all $(PANCREAS) $(APPTAINER)
+	@$(call told,results/apptainer)
 
 demo-slurm-apptainer: .venv/installed containers/scvi-core.sif
 	$(BIN)/python workflow/scripts/fetch_demo.py resources/demo
 	snakemake --profile workflow/profiles/slurm --workflow-profile workflow/profiles/apptainer $(PANCREAS) \
 	    --config results=results/slurm-apptainer --set-resources train:gpu=$(GPU) $(SLURM)
+	@$(call told,results/slurm-apptainer)
 
 # all that a site without network needs, in one file under dist/
 bundle: .venv/installed
