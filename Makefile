@@ -1,21 +1,30 @@
 # make demo: build the pancreas atlas on real data.  make test: prove that it all works.
 # Python >= 3.11, make and git are enough; everything else goes to .venv.
 PYTHON ?= python3
+# PyTorch's build, of environments and images: cpu, cuda, or auto: cpu where pip can find it (envs/torch.sh)
+TORCH ?= auto
+export TORCH
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: demo demo-slurm demo-apptainer demo-slurm-apptainer image bundle test faults parity triton remote lint schemas clean
 
+# the end of each demo: what is where, below a folder of results
+define told
+echo; \
+echo "The atlas is in $(1)/pancreas:"; \
+echo "  report   $(1)/pancreas/report.html (open it in a browser)"; \
+echo "  tables   $(1)/pancreas/cells.parquet latent.parquet de.parquet genes.parquet"; \
+echo "  counts   $(1)/pancreas/counts.zarr"; \
+echo "  model    $(1)/pancreas/model, registered as models:/pancreas"; \
+echo "           (scvi-core models list --tracking-uri $${MLFLOW_TRACKING_URI:-sqlite:///$(1)/mlflow.db})"
+endef
+
 PANCREAS := --configfile config/demo/config.yaml
 demo: .venv/installed
 	$(BIN)/python workflow/scripts/fetch_demo.py resources/demo
 	snakemake --cores all $(PANCREAS)
-	@echo
-	@echo "The atlas is in results/pancreas:"
-	@echo "  report   results/pancreas/report.html (open it in a browser)"
-	@echo "  tables   results/pancreas/cells.parquet latent.parquet de.parquet genes.parquet"
-	@echo "  counts   results/pancreas/counts.zarr"
-	@echo "  model    results/pancreas/model, registered as models:/pancreas (scvi-core models list)"
+	@$(call told,results)
 
 # The demo by a Slurm that is there (sbatch), into results/slurm. GPU=1 trains on a GPU; SLURM='...' adds options of
 # Snakemake's, such as --default-resources slurm_partition=NAME slurm_account=NAME
@@ -23,12 +32,12 @@ GPU ?= 0
 demo-slurm: .venv/installed
 	$(BIN)/python workflow/scripts/fetch_demo.py resources/demo
 	snakemake --profile workflow/profiles/slurm $(PANCREAS) --config results=results/slurm --set-resources train:gpu=$(GPU) $(SLURM)
+	@$(call told,results/slurm)
 
-# The image containers/scvi-core.sif, by Apptainer: make image PYTHON=python3.11. VARIANT=cuda: for GPUs. MIRROR=URL: from
+# The image containers/scvi-core.sif, by Apptainer: make image PYTHON=python3.11. TORCH=cuda: for GPUs. MIRROR=URL: from
 # a Debian mirror's packages, where no image registry can be reached
-VARIANT ?= cpu
 image:
-	PYTHON="$(PYTHON)" MIRROR="$(MIRROR)" bash containers/build.sh --variant $(VARIANT)
+	PYTHON="$(PYTHON)" MIRROR="$(MIRROR)" bash containers/build.sh --torch $(TORCH)
 
 containers/scvi-core.sif:
 	$(MAKE) image
@@ -38,16 +47,18 @@ APPTAINER := --profile workflow/profiles/apptainer --config results=results/appt
 demo-apptainer: .venv/installed containers/scvi-core.sif
 	$(BIN)/python workflow/scripts/fetch_demo.py resources/demo
 	snakemake --cores all $(PANCREAS) $(APPTAINER)
+	@$(call told,results/apptainer)
 
 demo-slurm-apptainer: .venv/installed containers/scvi-core.sif
 	$(BIN)/python workflow/scripts/fetch_demo.py resources/demo
 	snakemake --profile workflow/profiles/slurm --workflow-profile workflow/profiles/apptainer $(PANCREAS) \
 	    --config results=results/slurm-apptainer --set-resources train:gpu=$(GPU) $(SLURM)
+	@$(call told,results/slurm-apptainer)
 
 # all that a site without network needs, in one file under dist/
 bundle: .venv/installed
 	$(BIN)/python workflow/scripts/fetch_demo.py resources/demo
-	PYTHON="$(PYTHON)" bash containers/bundle.sh $(VARIANT)
+	PYTHON="$(PYTHON)" bash containers/bundle.sh $(TORCH)
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q -n 2 tests
@@ -83,7 +94,7 @@ lint: .venv/installed
 schemas: .venv/installed
 	scvi-core validate --schemas workflow/schemas
 
-.venv/installed: envs/cpu.lock envs/cuda.lock envs/install.sh pyproject.toml scvi_core/kernels/kernels.c
+.venv/installed: envs/cpu.lock envs/cuda.lock envs/install.sh envs/torch.sh pyproject.toml scvi_core/kernels/kernels.c
 	bash envs/install.sh "$(PYTHON)" .venv
 	@touch $@
 

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # Build the Apptainer image, test it, and write its software bill of materials beside it.
-#     containers/build.sh [--variant cpu|cuda] [--wheels FOLDER] [--mirror URL] [--base IMAGE] [--out FILE.sif]
+#     containers/build.sh [--torch cpu|cuda|auto] [--wheels FOLDER] [--mirror URL] [--base IMAGE] [--out FILE.sif]
+# --torch:  PyTorch's build; auto, the default, is the CPU build where pip can find one (envs/torch.sh)
 # --wheels: a folder made by envs/wheels.sh; without it that is called, with $PYTHON (a Python 3.11, as in the image)
 # --mirror: build the base from this Debian mirror's packages; a dated one (snapshot.debian.org) pins them
 # --base:   another image of Debian with Python 3.11: docker://, or a path of a .sif
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
-variant=cpu wheels="" mirror=${MIRROR:-} base="" out=$root/containers/scvi-core.sif
+torch=auto wheels="" mirror=${MIRROR:-} base="" out=$root/containers/scvi-core.sif
 while [ $# -gt 0 ]; do
-    [ $# -gt 1 ] || { sed -n 's/^# \{0,1\}//; 2,7p' "$0" >&2; exit 2; }
+    [ $# -gt 1 ] || { sed -n 's/^# \{0,1\}//; 2,8p' "$0" >&2; exit 2; }
     case $1 in
-        --variant) variant=$2 ;;
+        --torch) torch=$2 ;;
         --wheels) wheels=$2 ;;
         --mirror) mirror=$2 ;;
         --base) base=$2 ;;
@@ -21,10 +22,12 @@ while [ $# -gt 0 ]; do
 done
 command -v apptainer > /dev/null || { echo "error: apptainer is not installed" >&2; exit 1; }
 if [ -z "$wheels" ]; then
+    variant=$(bash "$root/envs/torch.sh" "${PYTHON:-python3}" "$torch")
     wheels=$root/build/wheels-$variant
     bash "$root/envs/wheels.sh" "$variant" "$wheels" "${PYTHON:-python3}"
 fi
 wheels=$(cd "$wheels" && pwd)
+variant=$(find "$wheels" -name 'torch-*+cpu-*.whl' | grep -q . && echo cpu || echo cuda)
 (cd "$wheels" && sha256sum --check --quiet SHA256SUMS)
 [ "$(cut -d' ' -f1 "$wheels/PYTHON")" = 3.11 ] ||
     { echo "error: $wheels: wheels for Python $(cat "$wheels/PYTHON"), the image has 3.11; set PYTHON=python3.11" >&2; exit 1; }

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Write all that an air-gapped site needs into one file: containers/bundle.sh [cpu|cuda]
+# Write all that an air-gapped site needs into one file: containers/bundle.sh [cpu|cuda|auto]
 # The project, its wheels, the demo data, and the image where it has been built. On the other side:
 #     tar -xf scvi-core-VERSION-cpu-offline.tar && bash scvi-core-VERSION-cpu-offline/install_offline.sh FOLDER
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 cd "$root"
-variant=${1:-cpu} python=${PYTHON:-python3} demo=${DEMO:-resources/demo}
+python=${PYTHON:-python3} demo=${DEMO:-resources/demo}
+variant=$(bash envs/torch.sh "$python" "${1:-auto}")
 wheels=build/wheels-$variant
 bash envs/wheels.sh "$variant" "$wheels" "$python"
 ls "$demo"/*.h5ad > /dev/null 2>&1 || { echo "error: no demo data in $demo; run make demo first" >&2; exit 1; }
@@ -21,7 +22,7 @@ cp "$demo"/*.h5ad "$staged/$name/demo"
 cp containers/install_offline.sh "$staged/$name"
 if [ -f containers/scvi-core.sif ] && command -v apptainer > /dev/null &&
     ! apptainer inspect containers/scvi-core.sif | grep -qx "scvi-core.variant: $variant"; then
-    echo "error: containers/scvi-core.sif is not of the variant $variant; make image VARIANT=$variant" >&2
+    echo "error: containers/scvi-core.sif is not of the variant $variant; make image TORCH=$variant" >&2
     exit 1
 fi
 git rev-parse --git-dir > /dev/null 2>&1 || { echo "error: a bundle is made in a clone, by git's list of files" >&2; exit 1; }

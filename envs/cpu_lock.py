@@ -1,9 +1,8 @@
 """Derive cpu.lock from cuda.lock: without NVIDIA's packages, and admitting PyTorch's CPU builds.
 
-envs/cpu_lock.py CUDA_LOCK CPU_LOCK [CPU_WHEEL...]
+envs/cpu_lock.py CUDA_LOCK CPU_LOCK HASHES; HASHES has lines of `sha256sum`, a CPU build each.
 """
 
-import hashlib
 import re
 import sys
 from pathlib import Path
@@ -16,9 +15,9 @@ def entries(text: str) -> list[str]:
     return re.findall(r"^\S.*?(?=^\S|\Z)", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def main(source: Path, out: Path, wheels: list[Path]) -> None:
+def main(source: Path, out: Path, builds: Path) -> None:
     """Write `out`."""
-    hashes = [f"--hash=sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}" for wheel in wheels]
+    hashes = [f"--hash=sha256:{line.split()[0]}" for line in builds.read_text().splitlines()]
     kept = [entry for entry in entries(source.read_text()) if not CUDA_ONLY.match(entry)]
     for i, entry in enumerate(kept):
         if entry.startswith("torch=="):
@@ -31,4 +30,4 @@ def main(source: Path, out: Path, wheels: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), [Path(name) for name in sys.argv[3:]])
+    main(*map(Path, sys.argv[1:4]))

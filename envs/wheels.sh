@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Fill a folder with wheels: envs/wheels.sh cpu|cuda FOLDER [PYTHON]. All of the lock, hashes checked, and scvi-core's own
 # wheel and source distribution. For PYTHON's version and this machine's kind. Images and offline installs take from it.
+# Which of the two there is, is asked before anything is downloaded (envs/torch.sh).
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 variant=$1 out=$2 python=${3:-python3}
@@ -22,8 +23,9 @@ awk '/^[^ ]/ { mine = /^setuptools==/ } mine' "$lock" > "$scratch/build.lock"
 # the dependencies, unless the folder already holds this lock's
 sha256sum < "$lock" | cat - "$scratch/PYTHON" > "$scratch/LOCK"
 if ! cmp -s "$scratch/LOCK" "$out/LOCK"; then
+    bash "$root/envs/torch.sh" "$python" "$variant" > /dev/null
     rm -f "$out"/*.whl "$out/LOCK"
-    "$python" -m pip download --quiet --no-deps --require-hashes --dest "$scratch/all" -r "$lock"
+    "$python" -m pip download --no-deps --require-hashes --dest "$scratch/all" -r "$lock" | bash "$root/envs/large.sh"
     # the few that are published as source alone
     find "$scratch/all" -type f ! -name '*.whl' -print0 |
         xargs -0 --no-run-if-empty "$python" -m pip wheel --quiet --no-deps --wheel-dir "$scratch/all"
