@@ -183,7 +183,7 @@ def validate(
         _write_schemas(schemas)
         return
     from scvi_core import design
-    from scvi_core.annotations import read_names
+    from scvi_core.names import read_names
 
     settings = load_config(config)
     samples = load_samples(settings.samples)
@@ -483,7 +483,7 @@ def cells(
     --out cells.parquet
     """
     from scvi_core import tables
-    from scvi_core.annotations import annotate
+    from scvi_core.names import annotate
     from scvi_core.preprocess.store import read_store
 
     settings = load_config(config)
