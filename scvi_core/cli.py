@@ -119,6 +119,51 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
         raise typer.Exit
 
 
+@app.command()
+def init(
+    folder: Annotated[
+        Path, typer.Argument(help="folder with your matrices, in any format that ingest reads; or one such file")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="folder for samples.tsv and config.yaml; default: config/FOLDER")
+    ] = None,
+) -> None:
+    """Begin an atlas: find the matrices in a folder, and write a sample sheet and a configuration for them.
+
+    Says what it found and guessed. Nothing that is there is overwritten.
+
+    Example: scvi-core init data/pbmc
+    """
+    from scvi_core.start import begin, stem
+
+    for line in begin(folder, out or Path("config") / stem(folder)):
+        print(line)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def run(
+    context: typer.Context,
+    config: Annotated[str, typer.Option("--config", help="configuration of the atlas")] = "config/config.yaml",
+    cores: Annotated[int | None, typer.Option(min=1, help="CPU cores to use; default: all")] = None,
+) -> None:
+    """Build an atlas: Snakemake, with the workflow of this clone. Further options are Snakemake's own.
+
+    Example: scvi-core run --config config/pbmc/config.yaml --cores 4
+    """
+    load_config(config)
+    places = [Path(), Path(__file__).resolve().parents[1]]
+    snakefile = next(
+        (place / "Snakefile" for place in places if (place / "workflow" / "rules" / "ingest.smk").exists()), None
+    )
+    if snakefile is None:
+        raise UserError(
+            "no workflow here: `scvi-core run` works in a clone of scvi-core, or where it was installed from one"
+        )
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(snakefile), "--configfile", config]
+    command += ["--cores", str(cores or os.cpu_count() or 1), *context.args]
+    os.execv(sys.executable, command)
+
+
 @app.command(cls=Step)
 def validate(
     config: ConfigOption = "config/config.yaml",
@@ -138,7 +183,7 @@ def validate(
         _write_schemas(schemas)
         return
     from scvi_core import design
-    from scvi_core.annotations import read_names
+    from scvi_core.names import read_names
 
     settings = load_config(config)
     samples = load_samples(settings.samples)
@@ -438,7 +483,7 @@ def cells(
     --out cells.parquet
     """
     from scvi_core import tables
-    from scvi_core.annotations import annotate
+    from scvi_core.names import annotate
     from scvi_core.preprocess.store import read_store
 
     settings = load_config(config)

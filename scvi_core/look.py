@@ -64,7 +64,7 @@ def look(path: str | Path, name: str, config: InputConfig) -> Look:
         As ingest would, for all that shows in the sample.
     """
     path, made = Path(path), Decisions("ingest", name)
-    with _quiet(), Scratch(most=ENTRIES) as scratch:
+    with quiet(), Scratch(most=ENTRIES) as scratch:
         kind, read = open_input(path, config, made, scratch)
         ids, names, of = identity.gene_identity(read.var, config, str(path), made)
         _, ids, names = identity.merge_genes(ids, names, made)
@@ -151,7 +151,7 @@ def together(looks: Sequence[Look], how: str) -> Iterator[str]:
     whole = [one for one in looks if one.whole]
     if len(whole) < 2:
         return
-    with _quiet():
+    with quiet():
         harmonise(whole, how, Decisions("genes"))
     shared = set.intersection(*(set(one.gene_ids) for one in whole))
     fewest = min(whole, key=lambda one: len(one.gene_ids))
@@ -188,7 +188,7 @@ def lines(looks: Sequence[Look]) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the lines of decisions, which are for the step's own log."""
     before = log.level
     log.setLevel(logging.CRITICAL)

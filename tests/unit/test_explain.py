@@ -21,7 +21,7 @@ TABLE = [
     ("qc: {min_counts: 2.5}", "qc.min_counts: give a whole number from 0 to 2,147,483,647 (got 2.5)"),
     ("qc: {max_pct_mito: 200}", "qc.max_pct_mito: give a number from 0 to 100 (got 200)"),
     ("qc: {min_counts: -1}", "qc.min_counts: give a whole number from 0 to 2,147,483,647 (got -1)"),
-    ("qc: {expected_doublet_rate: 2}", "qc.expected_doublet_rate: give a number above 0, below 1 (got 2)"),
+    ("de: {fdr: 2}", "de.fdr: give a number above 0, below 1 (got 2)"),
     ("qc: {drop: high_mito}", "qc.drop: give a list: [high_mito]"),
     (
         "qc: {drop: [high_mit]}",

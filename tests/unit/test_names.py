@@ -3,9 +3,9 @@
 import pandas as pd
 import pytest
 
-from scvi_core.annotations import annotate
 from scvi_core.config import check_columns, load_config, load_samples
 from scvi_core.files import Decisions, UserError
+from scvi_core.names import annotate
 from scvi_core.report import cluster_names
 
 CELLS = pd.DataFrame(
