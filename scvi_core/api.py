@@ -21,10 +21,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from scvi_core import annotation, de, kernels, posterior, scanvi
+from scvi_core import celltypes, de, kernels, posterior, scanvi
 from scvi_core import train as training
 from scvi_core._version import __version__
-from scvi_core.annotation import Annotator
+from scvi_core.celltypes import Annotator
 from scvi_core.config import AnnotateConfig, DeConfig, ModelConfig, TrainConfig
 from scvi_core.counts import Counts, Schema, content_digest, pack
 from scvi_core.device import resolve_device
@@ -729,7 +729,7 @@ def _annotated(
         )
         return posterior.latent(networks[-1], counts.to(device))
 
-    annotator = annotation.learn(latents, counts, known.node_n, known.taxonomy, known.config, seed)
+    annotator = celltypes.learn(latents, counts, known.node_n, known.taxonomy, known.config, seed)
     return networks[0] if networks else first, annotator
 
 
