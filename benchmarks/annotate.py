@@ -205,9 +205,9 @@ def one_fold(model: Any, seconds: float, adata: Any, name: str, batch: str, seed
 
     began = time.perf_counter()
     annotator, z_nk, counts = learned(model, fold, "given", seed)
-    p_ny, novelty_n = annotator.probabilities(z_nk, counts)
+    p_ny, novelty_n = annotator.probabilities(z_nk, counts, fold.obs["batch"])
     seconds += time.perf_counter() - began
-    calls = annotator.calls_of(p_ny, novelty_n, fold.obs_names)[hidden]
+    calls = annotator.calls(p_ny, novelty_n, fold.obs_names)[hidden]
     covered = float(np.mean([label in each for label, each in zip(truth, calls["label_set"], strict=True)]))
     size = float(calls["label_set"].map(len).mean())
     p = annotator.node_probabilities(p_ny, "leaf", fold.obs_names)
@@ -220,7 +220,7 @@ def one_fold(model: Any, seconds: float, adata: Any, name: str, batch: str, seed
             parent.get(label, label) if c else label for c, label in zip(half, fold.obs["given"], strict=True)
         ]
         annotator, z_nk, counts = learned(model, fold, "coarse", seed, tree)
-        p_ny = annotator.probabilities(z_nk, counts)[0]
+        p_ny = annotator.probabilities(z_nk, counts, fold.obs["batch"])[0]
         row("scvi-core, half coarse", annotator.node_probabilities(p_ny, "leaf", fold.obs_names), 0.0)
     if not options.no_logistic:
         began = time.perf_counter()

@@ -355,9 +355,9 @@ def annotate(store: Path, model: Path, settings: Config, out: Path, probabilitie
     if fitted.annotator is None:
         raise UserError(f"{model}: fitted without labels; set annotate.label and run `scvi-core train` again")
     cell_ids, counts = open_store(store, fitted, settings.train.memory_gb, design=False)
-    z_nk = posterior.latent(fitted.network, counts)
-    p_ny, novelty_n = fitted.annotator.probabilities(z_nk, counts)
-    calls = fitted.annotator.calls_of(p_ny, novelty_n, cell_ids)
+    batch_n = read_store(store, counts=False).obs["batch"].astype(str).to_numpy()
+    p_ny, novelty_n = fitted.annotator.probabilities(posterior.latent(fitted.network, counts), counts, batch_n)
+    calls = fitted.annotator.calls(p_ny, novelty_n, cell_ids)
     made, ids = Decisions("annotate"), [str(c) for c in cell_ids]
     config, covered = fitted.annotator.config, int(calls["safe_label"].notna().sum())
     why = f"of {len(calls)} cells; sets of labels hold the true one in {config.coverage:g} of cells"
