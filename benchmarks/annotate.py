@@ -155,11 +155,11 @@ def learned(model: Any, fold: Any, column: str, seed: int, tree: Any = ()) -> An
     """The annotator of labels in `column` on a fitted model: what `fit` with these labels gives, as the latent state
     is that of scVI whatever the labels are, and so fitted once for all folds.
     """
-    from scvi_core import annotation, posterior
+    from scvi_core import celltypes, posterior
 
-    counts = model._counts(fold, False)
+    counts = model._counts(fold)  # with the batches, which the folds of calibration are made of
     z_nk, known = posterior.latent(model.network, counts), known_of(fold, column, tree)
-    annotator = annotation.learn(lambda _: z_nk, counts, known.node_n, known.taxonomy, known.config, seed)
+    annotator = celltypes.learn(lambda _: z_nk, counts, known.node_n, known.taxonomy, known.config, seed)
     return annotator, z_nk, counts
 
 
@@ -179,7 +179,7 @@ def scores(p: pd.DataFrame, truth: pd.Series) -> dict[str, float]:
     """Macro-F1 over the types that are there, accuracy, calibration error and Brier score."""
     from sklearn.metrics import f1_score
 
-    from scvi_core.annotation import ece_of
+    from scvi_core.celltypes import ece_of
 
     found, types = p.idxmax(axis=1), sorted(set(truth))
     right = (found == truth).to_numpy()
@@ -205,9 +205,9 @@ def one_fold(model: Any, seconds: float, adata: Any, name: str, batch: str, seed
 
     began = time.perf_counter()
     annotator, z_nk, counts = learned(model, fold, "given", seed)
-    p_ny, novelty_n = annotator.probabilities(z_nk, counts)
+    p_ny, novelty_n = annotator.probabilities(z_nk, counts, fold.obs["batch"])
     seconds += time.perf_counter() - began
-    calls = annotator.calls_of(p_ny, novelty_n, fold.obs_names)[hidden]
+    calls = annotator.calls(p_ny, novelty_n, fold.obs_names)[hidden]
     covered = float(np.mean([label in each for label, each in zip(truth, calls["label_set"], strict=True)]))
     size = float(calls["label_set"].map(len).mean())
     p = annotator.node_probabilities(p_ny, "leaf", fold.obs_names)
@@ -220,7 +220,7 @@ def one_fold(model: Any, seconds: float, adata: Any, name: str, batch: str, seed
             parent.get(label, label) if c else label for c, label in zip(half, fold.obs["given"], strict=True)
         ]
         annotator, z_nk, counts = learned(model, fold, "coarse", seed, tree)
-        p_ny = annotator.probabilities(z_nk, counts)[0]
+        p_ny = annotator.probabilities(z_nk, counts, fold.obs["batch"])[0]
         row("scvi-core, half coarse", annotator.node_probabilities(p_ny, "leaf", fold.obs_names), 0.0)
     if not options.no_logistic:
         began = time.perf_counter()
@@ -266,7 +266,17 @@ def novel_types(adata: Any, name: str, batch: str, seed: int, least: int = 30) -
         row["false"] = float(calls["is_novel"].to_numpy()[known & ~new].mean())
         rows.append(row)
         if os.environ.get("SCORES"):
-            keep = {"new": new[known], **{k: v[known] for k, v in found.items()}}
+            keep = {
+                "new": new,
+                "known": known,
+                "z": z_nk,
+                "zt": of_nk,
+                "yt": shown.obs["cell_type"].to_numpy().astype(str),
+                "bt": shown.obs["batch"].to_numpy().astype(str),
+                "p": model.label_probabilities(test).to_numpy(),
+                "pt": model.label_probabilities(shown).to_numpy(),
+                **found,
+            }
             np.savez(Path(os.environ["SCORES"]) / f"{name}.{batch}.{kind.replace('/', '_')}.npz", **keep)
     return rows
 

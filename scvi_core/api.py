@@ -21,10 +21,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from scvi_core import annotation, de, kernels, posterior, scanvi
+from scvi_core import celltypes, de, kernels, posterior, scanvi
 from scvi_core import train as training
 from scvi_core._version import __version__
-from scvi_core.annotation import Annotator
+from scvi_core.celltypes import Annotator
 from scvi_core.config import AnnotateConfig, DeConfig, ModelConfig, TrainConfig
 from scvi_core.counts import Counts, Schema, content_digest, pack
 from scvi_core.device import resolve_device
@@ -328,7 +328,9 @@ class Model:
             smallest whose probability is ``coverage`` or more; None where there is none.
             ``safe_probability`` : its probability, the sum over its leaves.
             ``novelty`` : 0..1, the share of held-out cells of known types that seem less strange, by how unsure the
-            label is and how far the cell lies from all labels' centres in the latent space.
+            label is and by how far expression, averaged over a cell and the four nearest to it among the cells given
+            of its batch, is from what the labels explain. So it depends on which cells are given together, and needs
+            some tens of them.
             ``is_novel`` : whether novelty is above 1 - ``annotate.max_false_novel``, which is as often as that so for
             cells of known types; how often for others depends on how they differ.
 
@@ -337,8 +339,8 @@ class Model:
         UserError
             When the model was fitted without labels.
         """
-        z_nk, counts, annotator = self._to_annotate(adata)
-        return annotator.calls(z_nk, counts, adata.obs_names)
+        p_ny, novelty_n, annotator = self._annotated(adata)
+        return annotator.calls(p_ny, novelty_n, adata.obs_names)
 
     def label_probabilities(self, adata: AnnData, level: str = "leaf") -> pd.DataFrame:
         """Calibrated probabilities, float64: cells x leaves, whose sum is 1, or at level ``all`` every node's.
@@ -348,14 +350,17 @@ class Model:
         """
         if level not in ("leaf", "all"):
             raise UserError(f"level: {level!r}; give 'leaf' or 'all'")
-        z_nk, counts, annotator = self._to_annotate(adata)
-        return annotator.node_probabilities(annotator.probabilities(z_nk, counts)[0], level, adata.obs_names)
+        p_ny, _, annotator = self._annotated(adata)
+        return annotator.node_probabilities(p_ny, level, adata.obs_names)
 
-    def _to_annotate(self, adata: AnnData) -> tuple[np.ndarray, Counts, Annotator]:
+    def _annotated(self, adata: AnnData) -> tuple[np.ndarray, np.ndarray, Annotator]:
+        """Probabilities and novelty of the cells, and who gave them."""
         if self.annotator is None:
             raise UserError("the model was fitted without labels; fit it with label_key to have cell types")
         counts = self._counts(adata, self.model.encode_covariates)
-        return posterior.latent(self.network, counts), counts, self.annotator
+        key = self.schema.batch_key
+        batch_n = adata.obs[key].astype(str).to_numpy() if key in adata.obs else np.zeros(adata.n_obs)
+        return *self.annotator.probabilities(posterior.latent(self.network, counts), counts, batch_n), self.annotator
 
     def loadings(self) -> pd.DataFrame:
         """The linear decoder's matrix, a row a gene in the model's order; columns as ``loadings.parquet``.
@@ -729,7 +734,7 @@ def _annotated(
         )
         return posterior.latent(networks[-1], counts.to(device))
 
-    annotator = annotation.learn(latents, counts, known.node_n, known.taxonomy, known.config, seed)
+    annotator = celltypes.learn(latents, counts, known.node_n, known.taxonomy, known.config, seed)
     return networks[0] if networks else first, annotator
 
 

@@ -18,6 +18,7 @@ import typer.core
 
 from scvi_core._version import __version__
 from scvi_core.config import (
+    ANNOTATED,
     ANNOTATION,
     REMEDY,
     Config,
@@ -474,10 +475,13 @@ def cells(
     store: Annotated[Path, typer.Option(help="counts.zarr")],
     clusters: Annotated[Path, typer.Option(help="clusters.parquet")],
     out: Out,
+    annotation: Annotated[
+        Path | None, typer.Option(metavar="PARQUET", help="annotation.parquet: adds label, safe_label, novelty")
+    ] = None,
     config: ConfigOption = "{}",
     decisions: DecisionsOption = None,
 ) -> None:
-    """Write the table of cells: what is known of them, their clusters, and the names that you gave (`annotations`).
+    """Write the table of cells: what is known of them, clusters, found labels, and names that you gave (`annotations`).
 
     Example: scvi-core cells --store counts.zarr --clusters clusters.parquet --config config/config.yaml
     --out cells.parquet
@@ -493,8 +497,33 @@ def cells(
     made = Decisions("cells")
     if settings.annotations is not None:
         found[ANNOTATION] = annotate(settings.annotations, found, made)
+    if annotation is not None:
+        calls = read_parquet(annotation, "annotate")
+        if list(calls["cell_id"]) != list(obs.index):
+            raise UserError(f"{annotation}: its cells are not those of {store}; run `scvi-core annotate` again")
+        found[list(ANNOTATED)] = calls[list(ANNOTATED)]
     write_parquet(out, tables.cells_table(obs, found))
     made.write(decisions)
+
+
+@app.command(cls=Step)
+def annotate(
+    store: Annotated[Path, typer.Option(help="counts.zarr")],
+    model: Annotated[Path, typer.Option(help="the model's folder, of a fit with annotate.label")],
+    out: Out,
+    probabilities: Annotated[Path, typer.Option(metavar="PARQUET", help="where to write cells x labels")],
+    labels: Annotated[Path, typer.Option(metavar="PARQUET", help="where to write what is known of each label")],
+    config: ConfigOption = "{}",
+    decisions: DecisionsOption = None,
+) -> None:
+    """Cell types of all cells: label, probability, label set, safe label, novelty.
+
+    Example: scvi-core annotate --store counts.zarr --model model --out annotation.parquet
+    --probabilities label_probabilities.parquet --labels labels.parquet
+    """
+    from scvi_core import steps
+
+    steps.annotate(store, model, load_config(config), out, probabilities, labels).write(decisions)
 
 
 @app.command(cls=Step)

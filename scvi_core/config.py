@@ -57,8 +57,8 @@ RESERVED = {
     "doublet_score", "s_score", "g2m_score", "cycle_phase", "predicted_doublet", "flags", "keep", "reason", "cluster",
     "umap_1", "umap_2", "tsne_1", "tsne_2",
 }  # fmt: skip
-
 ANNOTATION = "annotation"  # the column of cells.parquet with the names that users give to clusters or cells
+ANNOTATED = ("label", "safe_label", "novelty")  # its columns where annotate.label is set
 
 
 def is_reserved(column: str) -> bool:
@@ -386,7 +386,7 @@ class AnnotateConfig(Section):
 
     label: str | None = Field(None, description="cell column that holds known cell types; without it, no cell types")
     unknown: str = Field("unknown", description="its value for cells without a label; no value says the same")
-    tree: str | None = Field(
+    tree: Plain | None = Field(
         None, description="file of the taxonomy: two tab-separated columns, child and parent, or an ontology's .obo"
     )
     coverage: float = Field(0.9, ge=0.5, lt=1, description="share of cells whose set of labels is to hold the true one")
@@ -558,6 +558,7 @@ class Config(Section):
     model: ModelSection = ModelSection()
     train: TrainConfig = TrainConfig()
     cluster: ClusterConfig = ClusterConfig()
+    annotate: AnnotateConfig = AnnotateConfig()
     de: DeConfig = DeConfig()
     criticism: CriticismConfig = CriticismConfig()
     contrast: ContrastConfig = ContrastConfig()
@@ -939,6 +940,13 @@ def check_columns(config: Config, samples: list[Sample], where: str = "config") 
                 f"{where}: input.metadata names '{name}', and {config.samples} or itself '{same}': case is ignored in "
                 "names of columns; rename one"
             )
+    if config.annotate.label is not None:
+        for name in (*own, *carried(config, samples)):
+            if name.casefold() in ANNOTATED:
+                raise UserError(
+                    f"{where}: annotate.label is set, and annotation writes the columns {', '.join(ANNOTATED)}: rename "
+                    f"'{name}' in {config.samples}, or as input.metadata reads it"
+                )
     columns = {*own, *carried(config, samples), "sample", "batch", "n_counts", "n_genes", "pct_mito"}
     clusters = set(config.cluster.columns)
     if config.annotations is not None:
@@ -947,7 +955,10 @@ def check_columns(config: Config, samples: list[Sample], where: str = "config") 
         if ANNOTATION in columns:
             raise UserError(f"{where}: annotations: the samples have a column '{ANNOTATION}' of their own; rename it")
         clusters.add(ANNOTATION)
+    if config.annotate.label is not None:
+        clusters |= {"label", "safe_label"}
     asked = {
+        "annotate.label": (filter(None, [config.annotate.label]), columns),
         "model.categorical_covariates": (config.model.categorical_covariates, columns),
         "model.continuous_covariates": (config.model.continuous_covariates, columns),
         "report.labels": (config.report.labels, columns | clusters),

@@ -41,6 +41,7 @@ from scvi_core.files import (
     write_parquet,
 )
 from scvi_core.fingerprint import fingerprint
+from scvi_core.labels import Known, read_tree
 from scvi_core.log import log, redacted
 from scvi_core.preprocess.store import read_store
 from scvi_core.stream import open_counts
@@ -64,6 +65,7 @@ class Plan:
     data : digests of samples and used columns.
     about : entries of the model card: samples, organism, data_sha256.
     fingerprint : of the weights that will come of it.
+    known : the cells' types, where `annotate.label` names them.
     """
 
     cells: AnnData
@@ -73,6 +75,7 @@ class Plan:
     data: dict[str, Any]
     about: dict[str, Any]
     fingerprint: str
+    known: Known | None
 
 
 def plan(store: Path, settings: Config) -> Plan:
@@ -91,8 +94,13 @@ def plan(store: Path, settings: Config) -> Plan:
         "data_sha256": sha256_text(canonical_json(data)),
     }
     names = [str(name) for name in adata.var["gene_name"]]
+    known = None
+    if settings.annotate.label is not None:
+        edges = read_tree(settings.annotate.tree) if settings.annotate.tree else ()
+        known = Known.of(adata.obs, settings.annotate, edges, adata.obs["batch"].astype(str))
+        data["labels"] = known.digest
     digest = fingerprint(schema, data, model, settings.train, settings.seed)
-    return Plan(adata, schema, names, model, data, about, digest)
+    return Plan(adata, schema, names, model, data, about, digest, known)
 
 
 def lookup(store: Path, settings: Config, out: Path) -> Decisions:
@@ -229,6 +237,7 @@ def _fit(
             checkpoint=checkpoint,
             stop=lambda: bool(stopping) or parallel.abandoned(),
             about=planned.about,
+            known=planned.known,
         )
     except Interrupted:
         log.warning("train: stopped by signal; %s", f"{checkpoint} is kept" if checkpoint else "nothing is kept")
@@ -330,6 +339,37 @@ def de(store: Path, model: Path, cells: Path, settings: Config, out: Path) -> De
     called = f"expected false discovery proportion {settings.de.fdr:g}"
     made.add("genes called", int(frame["is_de"].sum()), f"(group, gene) pairs, {settings.de.mode} mode, {called}")
     write_parquet(out, frame)
+    return made
+
+
+def annotate(store: Path, model: Path, settings: Config, out: Path, probabilities: Path, labels: Path) -> Decisions:
+    """Annotate the store's cells by a model that was fitted with labels; write its three tables.
+
+    Raises
+    ------
+    UserError
+        When the model was fitted without labels.
+    """
+    use_threads(settings.threads)
+    fitted = api.load(model, settings.device)
+    if fitted.annotator is None:
+        raise UserError(f"{model}: fitted without labels; set annotate.label and run `scvi-core train` again")
+    cell_ids, counts = open_store(store, fitted, settings.train.memory_gb, design=False)
+    batch_n = read_store(store, counts=False).obs["batch"].astype(str).to_numpy()
+    p_ny, novelty_n = fitted.annotator.probabilities(posterior.latent(fitted.network, counts), counts, batch_n)
+    calls = fitted.annotator.calls(p_ny, novelty_n, cell_ids)
+    made, ids = Decisions("annotate"), [str(c) for c in cell_ids]
+    config, covered = fitted.annotator.config, int(calls["safe_label"].notna().sum())
+    why = f"of {len(calls)} cells; sets of labels hold the true one in {config.coverage:g} of cells"
+    made.add("safe labels", covered, why)
+    why = f"at a threshold that {config.max_false_novel:g} of cells of known types pass"
+    made.add("novel", int(calls["is_novel"].sum()), why)
+    calls.insert(0, "cell_id", ids)
+    frame = fitted.annotator.node_probabilities(p_ny, "leaf", cell_ids).astype(np.float32)
+    frame.insert(0, "cell_id", ids, allow_duplicates=True)
+    write_parquet(labels, fitted.annotator.table())
+    write_parquet(probabilities, frame.reset_index(drop=True))
+    write_parquet(out, calls.reset_index(drop=True))
     return made
 
 

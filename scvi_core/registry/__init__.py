@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from scvi_core.config import model_name
-from scvi_core.files import UserError, replacing, sha256_file
+from scvi_core.files import UserError, canonical_json, replacing, sha256_file, sha256_text
 from scvi_core.log import log, redacted
 from scvi_core.registry.run import CARD, HISTORY, STORED, WEIGHTS, log_training, short
 from scvi_core.registry.tracking import connect, errors, exclusive, place, retried, sqlite_path
@@ -500,6 +500,13 @@ def _version_tags(card: dict[str, Any], atlas: str, organism: str | None, furthe
         "format_version": card.get("format_version"),
         "package_version": card.get("package_version"),
     }
+    if labels := card.get("annotation"):
+        ours |= {
+            "labels": short(", ".join(labels["taxonomy"]["names"][: labels["taxonomy"]["n_leaves"]]), 200),
+            "taxonomy_sha256": sha256_text(canonical_json(labels["taxonomy"])),
+            "held_out_macro_f1": round(labels["quality"]["macro_f1"], 4),
+            "held_out_ece": round(labels["quality"]["ece"], 4),
+        }
     return {key: short(value, 5000) for key, value in {**further, **ours}.items() if value is not None}
 
 

@@ -45,7 +45,7 @@ from scvi_core.report.sentences import kept_epoch, model_card, snippets, trainin
 from scvi_core.report.viewer import CELL_COLUMNS, MISSING, NAMED_CELLS, continuous, label_table, levels, viewer_data
 
 BEFORE = ("ingest", "qc", "genes", "store")  # steps, around training
-AFTER = ("embed", "cluster", "cells", "de", "contrast", "criticism", "report")
+AFTER = ("embed", "annotate", "cluster", "cells", "de", "contrast", "criticism", "report")
 TOLD = ("mitochondrial_genes", "ribosomal_genes", "haemoglobin_genes", "genes_harmonised")  # counted, yet no loss
 TABLE_MARKERS = 25  # genes a group in the page's table
 FACTOR_GENES = 10  # genes a factor and direction
@@ -200,7 +200,8 @@ def collect_decisions(folder: Path, names: list[str], model: dict[str, Any], con
         ]
         return [d for path, step in paths if path.exists() for d in read_decisions(path, step)]
 
-    asked = {"contrast": bool(config.contrast.tests), "criticism": config.criticism.enabled}
+    typed = config.annotate.label is not None
+    asked = {"annotate": typed, "contrast": bool(config.contrast.tests), "criticism": config.criticism.enabled}
     after = tuple(step for step in AFTER if asked.get(step, True))
     return read(BEFORE) + [dataclasses.asdict(d) for d in training_decisions(model)] + read(after)
 

@@ -48,6 +48,8 @@ def manifest(folder: Path, config: Config, names: list[str]) -> dict[str, Any]:
     paths += ["model/model.safetensors", "model/model.json", "model/history.parquet", "decisions.jsonl", "report.html"]
     if config.model.decoder == "linear":
         paths.append("loadings.parquet")
+    if config.annotate.label is not None:
+        paths += ["annotation.parquet", "label_probabilities.parquet", "labels.parquet"]
     if config.contrast.tests:
         paths += ["contrast.parquet", "pseudobulk.parquet"]
     if config.criticism.enabled:

@@ -190,4 +190,12 @@ def training_decisions(model: dict[str, Any]) -> Decisions:
     stopping = model.get("train", {}).get("early_stopping") and numbers.get("validation_elbo") is not None
     text = "the best validation ELBO" if stopping else "the last, as training does not stop early"
     made.add("epochs", numbers.get("epochs"), f"the weights kept are those of epoch {kept}: {text}")
+    if labels := model.get("annotation"):
+        quality = labels["quality"]
+        what = f"on {quality['n_cells']:,} cells, each of a {quality['held_out']} that was held out"
+        made.add("labels", labels["taxonomy"]["n_leaves"], f"macro-F1 {quality['macro_f1']:.3f} {what}")
+        made.add("temperature", round(labels["temperature"], 3), f"ECE {quality['ece']:.3f} {what}")
+        if quality["held_out"] != "batch":
+            why = "labels are in one batch: probabilities are calibrated within it, and sets and novelty too"
+            made.add("calibration", "within a batch", why, warn=True)
     return made

@@ -12,6 +12,7 @@ from snakemake.settings.types import DeploymentMethod
 from snakemake_interface_storage_plugins.registry import StoragePluginRegistry
 
 from scvi_core.config import (
+    ANNOTATED,
     ANNOTATION,
     SHEET,
     TRACKING_URI,
@@ -192,7 +193,7 @@ def reading(wildcards):
 def cells_by(*columns):
     """The table of cells, whose time counts where a column is of the names; else clusters.parquet's, given beside it."""
     cells = f"{ATLAS}/cells.parquet"
-    return cells if ANNOTATION in columns else ancient(cells)
+    return cells if {ANNOTATION, *ANNOTATED} & {*columns} else ancient(cells)
 
 
 # Only training asks for a GPU. By `device: cuda` the rules after it take one if there is one, as by `auto`.

@@ -77,6 +77,7 @@ rule cells:
         store=rules.store.output.store,
         clusters=rules.cluster.output.clusters,
         names=CONFIG.annotations or [],
+        annotation=rules.annotate.output.annotation if CONFIG.annotate.label else [],
     output:
         cells=update(f"{ATLAS}/cells.parquet"),
         decisions=update(f"{ATLAS}/decisions/cells.jsonl"),
@@ -92,6 +93,11 @@ rule cells:
         store=subpath(input.store, parent=True),
         config=part("annotations"),
         given=stamp(CONFIG.annotations) if CONFIG.annotations else "",  # as of ingest
+        annotation=(
+            ["--annotation", rules.annotate.output.annotation]
+            if CONFIG.annotate.label
+            else []
+        ),
     shell:
-        "scvi-core cells --store {params.store:q} --clusters {input.clusters:q} --config {params.config:q}"
+        "scvi-core cells --store {params.store:q} --clusters {input.clusters:q} {params.annotation:q} --config {params.config:q}"
         " --out {output.cells:q} --decisions {output.decisions:q} 2> {log:q}"

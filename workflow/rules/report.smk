@@ -7,6 +7,7 @@ rule report:
         latent=rules.embed.output,
         loadings=rules.loadings.output if CONFIG.model.decoder == "linear" else [],
         cells=rules.cells.output.cells,
+        annotation=rules.annotate.output if CONFIG.annotate.label else [],
         de=rules.de.output.de,
         contrast=(
             [rules.contrast.output.contrast, rules.contrast.output.pseudobulk]

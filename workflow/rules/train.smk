@@ -1,6 +1,7 @@
 rule lookup:
     input:
-        rules.store.output.store,
+        store=rules.store.output.store,
+        tree=CONFIG.annotate.tree or [],
     output:
         found=temp(directory(f"{ATLAS}/lookup")),
         decisions=update(f"{ATLAS}/decisions/lookup.jsonl"),
@@ -13,8 +14,8 @@ rule lookup:
         mem_mb=megabytes(340, (0.8, ANY)),
         runtime=minutes(10, 0.02),
     params:
-        store=subpath(input[0], parent=True),
-        config=part("seed", "model", "train"),  # where the registry is says the environment: no matter to results
+        store=subpath(input.store, parent=True),
+        config=part("seed", "model", "train", "annotate"),  # where the registry is says the environment: no matter to results
     shell:
         "scvi-core lookup --store {params.store:q} --config {params.config:q} --out {output.found:q}"
         " --decisions {output.decisions:q} 2> {log:q}"
@@ -25,6 +26,7 @@ rule train:
     input:
         store=rules.store.output.store,
         found=rules.lookup.output.found,
+        tree=CONFIG.annotate.tree or [],
     output:
         weights=update(f"{ATLAS}/model/model.safetensors"),
         card=update(f"{ATLAS}/model/model.json"),
@@ -49,7 +51,15 @@ rule train:
     params:
         store=subpath(input.store, parent=True),
         model=subpath(output.weights, parent=True),
-        config=part("seed", "threads", "device", "model", "train", drop=["model.reuse"]),
+        config=part(
+            "seed",
+            "threads",
+            "device",
+            "model",
+            "train",
+            "annotate",
+            drop=["model.reuse"],
+        ),
         checkpoints=f"{ATLAS}/.checkpoints",
         devices=CONFIG.devices,
     shell:

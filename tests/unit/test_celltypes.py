@@ -11,8 +11,8 @@ from _data import brief, packed
 from _data import cells as small
 
 import scvi_core as sv
-from scvi_core import annotation, scanvi
-from scvi_core.annotation import _conformal, _softmax_regression, _temperature, ece_of, softmax
+from scvi_core import celltypes, scanvi
+from scvi_core.celltypes import _conformal, _softmax_regression, _temperature, ece_of, softmax
 from scvi_core.config import AnnotateConfig, ModelConfig
 from scvi_core.files import UserError
 from scvi_core.labels import Known, Taxonomy
@@ -62,7 +62,7 @@ def test_the_gradient_of_the_classifiers_loss():
     def loss(weight_yf, bias_y):
         p_ny = softmax(x_nf @ weight_yf.T + bias_y)
         fit = -(w_n / w_n.sum() * np.log((p_ny * allowed_ny).sum(1))).sum()
-        return fit + 0.5 * annotation.L2 * (weight_yf**2).sum()
+        return fit + 0.5 * celltypes.L2 * (weight_yf**2).sum()
 
     least = loss(weight_yf, bias_y)
     for _ in range(20):
@@ -140,7 +140,7 @@ def test_scanvi_is_trained_and_kept(method, tmp_path):
 def test_columns_index_and_laws(fitted):
     adata, model = fitted
     calls, leaves = model.annotate(adata), model.label_probabilities(adata)
-    assert list(calls) == annotation.CALLS and calls.index.equals(adata.obs_names)
+    assert list(calls) == celltypes.CALLS and calls.index.equals(adata.obs_names)
     assert (calls["label"] == adata.obs["kind"]).mean() > 0.9
     np.testing.assert_allclose(leaves.sum(1), 1)
     assert np.array_equal(leaves.max(1), calls["probability"]) and (leaves.idxmax(axis=1) == calls["label"]).all()
@@ -229,9 +229,9 @@ def test_bad_arguments(change, match):
 
 def test_a_large_set_is_thinned_by_label(monkeypatch):
     adata = cells()
-    monkeypatch.setattr(annotation, "MOST_CELLS", 90)
+    monkeypatch.setattr(celltypes, "MOST_CELLS", 90)
     known = Known.of(adata.obs, AnnotateConfig(label="kind"), ())
-    rows = annotation._some(known.node_n, np.random.default_rng(0))
+    rows = celltypes._some(known.node_n, np.random.default_rng(0))
     assert 60 < len(rows) <= 90 and np.ptp(np.bincount(known.node_n[rows])) <= 1
     model = sv.fit(adata, batch_key="batch", label_key="kind", **HOW)
     assert (model.annotate(adata)["label"] == adata.obs["kind"]).mean() > 0.8

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,15 +26,20 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from scvi_core import posterior
+from scvi_core.cluster import neighbors
 from scvi_core.config import AnnotateConfig
 from scvi_core.counts import Counts
-from scvi_core.files import UserError
+from scvi_core.files import Decisions, UserError
 from scvi_core.labels import ANY, Taxonomy
 from scvi_core.log import log
 
 L2 = 3e-3  # measured: benchmarks/annotate.py
 N_COMPONENTS = 50  # principal components of log-normalised counts among the features
 N_FOLDS = 5  # at most
+N_NEAR = 5  # cells whose expression is averaged before it is held against the labels', the cell itself among them
+N_GENES = 20  # largest excesses, and lacks, that count
+NOVELTY_WEIGHTS = np.array([0.3, 1.0])  # of entropy and surprise, standardised; measured: benchmarks/annotate.py
+TOGETHER = 20_000  # cells of a batch in memory at a time
 MOST_CELLS = 30_000  # the classifier is fitted to; of more, some of each label
 MOST_NUMBERS = 40_000_000  # cells x genes that the principal components are taken from
 N_BINS = 15  # of the reliability curve, of equal numbers of cells
@@ -43,7 +48,7 @@ CALLS = ["label", "probability", "safe_label", "safe_probability", "label_set", 
 
 @dataclasses.dataclass
 class Classifier:
-    """Features -> logits, and how far a cell lies from what was labelled.
+    """Features -> logits, and how far expression is from what the labels explain.
 
     Attributes
     ----------
@@ -51,8 +56,8 @@ class Classifier:
     latent_mean_k, latent_scale_k : standardise the latent state.
     weight_yf, bias_y : of all features: the expression's, then the latent state's. Of a leaf that no cell showed, the
         bias is minus infinity.
-    centre_yk, whiten_kk : means of the labels in the standardised latent space (NaN without a cell) and the factor of
-        the inverse of the covariance that they share: distances to labels are taken after it.
+    mean_g, scale_g : standardise log-normalised counts.
+    centre_yg : standardised means of the labels' cells, 0 without any.
     """
 
     gene_gf: np.ndarray
@@ -61,18 +66,53 @@ class Classifier:
     latent_scale_k: np.ndarray
     weight_yf: np.ndarray
     bias_y: np.ndarray
-    centre_yk: np.ndarray
-    whiten_kk: np.ndarray
+    mean_g: np.ndarray
+    scale_g: np.ndarray
+    centre_yg: np.ndarray
 
-    def logits(self, z_nk: np.ndarray, expression_ng: sp.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
-        """(cells, leaves) logits, and (cells,) log squared Mahalanobis distance to the nearest label."""
+    def logits(self, z_nk: np.ndarray, expression_ng: sp.csr_matrix) -> np.ndarray:
+        """(cells, leaves) logits."""
         z_nk = (z_nk - self.latent_mean_k) / self.latent_scale_k
         features_nf = np.hstack([expression_ng @ self.gene_gf - self.gene_offset_f, z_nk])
-        whole_nk, centre_yk = z_nk @ self.whiten_kk, self.centre_yk @ self.whiten_kk
-        nearest_n = np.full(len(z_nk), np.inf)
-        for centre_k in centre_yk[~np.isnan(centre_yk[:, 0])]:
-            nearest_n = np.minimum(nearest_n, ((whole_nk - centre_k) ** 2).sum(1))
-        return features_nf @ self.weight_yf.T + self.bias_y, np.log(nearest_n + 1e-12)
+        return features_nf @ self.weight_yf.T + self.bias_y
+
+    def surprise(self, p_ny: np.ndarray, z_nk: np.ndarray, expression_ng: sp.csr_matrix) -> np.ndarray:
+        """(cells,) how far expression is from what the labels explain, of cells of one batch.
+
+        What labels explain is the mean of the labels' cells, weighed by probability. What they leave is averaged over a
+        cell and its nearest others in the latent space, as noise of counts differs from cell to cell, and the genes of
+        a type that was never shown do not. What all labels of the batch have in common, by their median, is the batch's
+        own and taken away, where three labels or more are found in it. Of the rest the sum of the :data:`N_GENES`
+        largest excesses and lacks.
+        """
+        n_cells = len(p_ny)
+        k = min(N_NEAR, n_cells) - 1
+        near_nk = np.arange(n_cells)[:, None]
+        if k:
+            z_nk = np.ascontiguousarray(z_nk, dtype=np.float32)
+            near_nk = np.hstack([near_nk, neighbors(z_nk, k, 0, 1, Decisions("annotate"))[0]])
+        ones = np.full(near_nk.size, 1 / (k + 1))
+        mean_nn = sp.csr_matrix((ones, near_nk.ravel(), np.arange(n_cells + 1) * (k + 1)), (n_cells, n_cells))
+        found_n = p_ny.argmax(1)
+        left = [
+            self._left(sp.csr_matrix(found_n == y, dtype=np.float64) / n, p_ny, expression_ng)[0]
+            for y, n in zip(*np.unique(found_n, return_counts=True), strict=True)
+            if n > N_NEAR
+        ]
+        shift_g = np.median(left, axis=0) if len(left) > 2 else 0.0
+        out_n = np.empty(n_cells)
+        for start in range(0, n_cells, posterior.BLOCK):
+            at = slice(start, start + posterior.BLOCK)
+            left_ng = (self._left(mean_nn[at], p_ny, expression_ng) - shift_g).astype(np.float32)
+            m = min(N_GENES, left_ng.shape[1] // 4)
+            left_ng.partition((m - 1, left_ng.shape[1] - m), axis=1)
+            out_n[at] = left_ng[:, -m:].sum(1) - left_ng[:, :m].sum(1)
+        return out_n
+
+    def _left(self, mean_mn: sp.csr_matrix, p_ny: np.ndarray, expression_ng: sp.csr_matrix) -> np.ndarray:
+        """(means, genes) of some means over cells: standardised expression without what labels explain."""
+        standard_mg = ((mean_mn @ expression_ng).toarray() - self.mean_g) / self.scale_g
+        return standard_mg - (mean_mn @ p_ny) @ self.centre_yg
 
 
 @dataclasses.dataclass
@@ -115,7 +155,7 @@ class Annotator:
     ----------
     temperature : logits are divided by it.
     threshold : a leaf is in a cell's label set if its probability is this or more.
-    novelty_mean, novelty_scale : (2,) of the two parts of the novelty score, over held-out cells.
+    novelty_mean, novelty_scale : (2,) of the novelty score's parts, entropy and surprise, over held-out cells.
     novelty_knots : (101,) percentiles of the score over held-out cells. novelty_tail : its mean excess beyond the 95th.
     n_cells_v : cells that were given each node.
     """
@@ -132,15 +172,20 @@ class Annotator:
     n_cells_v: list[int]
     quality: Quality
 
-    def probabilities(self, z_nk: np.ndarray, counts: Counts) -> tuple[np.ndarray, np.ndarray]:
-        """(cells, leaves) calibrated probabilities that sum to 1, and (cells,) novelty in 0..1."""
+    def probabilities(self, z_nk: np.ndarray, counts: Counts, batch_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(cells, leaves) calibrated probabilities that sum to 1, and (cells,) novelty in 0..1.
+
+        `batch_n`, (cells,) of any type, says which cells belong together: novelty looks at cells beside those of their
+        batch.
+        """
         p_ny, novelty_n = np.empty((len(counts), self.taxonomy.n_leaves)), np.empty(len(counts))
         with threadpool_limits(1):  # so that sums are taken in one order, whatever the machine has to spare
-            for at, expression_ng in expression(counts):
-                logit_ny, distance_n = self.classifier.logits(z_nk[at].astype(np.float64), expression_ng)
-                p_ny[at] = softmax(logit_ny / self.temperature)
-                parts_n2 = _novelty_parts(p_ny[at], distance_n)
-                novelty_n[at] = self._novelty(((parts_n2 - self.novelty_mean) / self.novelty_scale).sum(1))
+            for rows in _by_batch(batch_n):
+                z_mk, expression_mg = z_nk[rows].astype(np.float64), expression(counts, rows)
+                p_my = softmax(self.classifier.logits(z_mk, expression_mg) / self.temperature)
+                parts_m2 = _novelty_parts(p_my, self.classifier.surprise(p_my, z_mk, expression_mg))
+                score_m = ((parts_m2 - self.novelty_mean) / self.novelty_scale) @ NOVELTY_WEIGHTS
+                p_ny[rows], novelty_n[rows] = p_my, self._novelty(score_m)
         return p_ny, novelty_n
 
     def _novelty(self, score_n: np.ndarray) -> np.ndarray:
@@ -153,13 +198,8 @@ class Annotator:
             score_n <= edge, inside_n, 1 - 0.05 * np.exp(-np.maximum(score_n - edge, 0) / self.novelty_tail)
         )
 
-    def calls(self, z_nk: np.ndarray, counts: Counts, index: pd.Index) -> pd.DataFrame:
-        """A row a cell; columns as :meth:`scvi_core.api.Model.annotate`."""
-        p_ny, novelty_n = self.probabilities(z_nk, counts)
-        return self.calls_of(p_ny, novelty_n, index)
-
-    def calls_of(self, p_ny: np.ndarray, novelty_n: np.ndarray, index: pd.Index) -> pd.DataFrame:
-        """The same from what :meth:`probabilities` gave."""
+    def calls(self, p_ny: np.ndarray, novelty_n: np.ndarray, index: pd.Index) -> pd.DataFrame:
+        """A row a cell, from what :meth:`probabilities` gave; columns as :meth:`scvi_core.api.Model.annotate`."""
         leaves, names = (
             np.array(self.taxonomy.leaves, dtype=object),
             np.array([*self.taxonomy.names, None], dtype=object),
@@ -228,14 +268,28 @@ class Annotator:
         return Annotator(**{**about, **made})
 
 
-def expression(counts: Counts, rows: np.ndarray | None = None) -> Any:
-    """(place in the answer, (cells, genes) log(1 + counts per 10,000) float64 CSR), block by block."""
-    for at, cells in posterior.blocks(counts, rows):
+def expression(counts: Counts, rows: np.ndarray) -> sp.csr_matrix:
+    """(rows, genes) log(1 + counts per 10,000), float64."""
+    blocks = []
+    for _, cells in posterior.blocks(counts, rows):
         x = cells.x
         per_m = np.repeat(1e4 / cells.library_n.cpu().numpy().astype(np.float64), np.diff(x.indptr_n.cpu().numpy()))
         values_m = np.log1p(x.x_m.cpu().numpy() * per_m)
         shape = len(cells.batch_n), counts.n_genes
-        yield at, sp.csr_matrix((values_m, x.genes_m.cpu().numpy(), x.indptr_n.cpu().numpy()), shape)
+        blocks.append(sp.csr_matrix((values_m, x.genes_m.cpu().numpy(), x.indptr_n.cpu().numpy()), shape))
+    return sp.vstack(blocks, format="csr")
+
+
+def _by_batch(batch_n: np.ndarray) -> Iterator[np.ndarray]:
+    """Positions of the cells of each batch, in parts of nearly equal size where it has many."""
+    names, code_n, n_s = np.unique(np.asarray(batch_n), return_inverse=True, return_counts=True)
+    few = names[n_s < 30]
+    if len(few):
+        told = ", ".join(map(str, few[:5]))
+        log.warning("annotate: fewer than 30 cells in %d batches (%s): novelty is rough there", len(few), told)
+    for s in range(len(names)):
+        rows = np.flatnonzero(code_n == s)
+        yield from np.array_split(rows, -(-len(rows) // TOGETHER))
 
 
 def softmax(logit_ny: np.ndarray) -> np.ndarray:
@@ -270,30 +324,41 @@ def learn(
     hidden = [np.where(fold_n == fold, ANY, node_n) for fold in range(fold_n.max() + 1)]
     latent_fnk = [latents(labels_n).astype(np.float64) for labels_n in (node_n, *hidden)]
     with threadpool_limits(1):  # so that sums are taken in one order, whatever the machine has to spare
-        expression_ng = sp.vstack([block for _, block in expression(counts, rows)], format="csr")
+        expression_ng = expression(counts, rows)
         genes = Genes.of(counts, rng)
         node_n, fold_n, n_leaves, reach_vy = node_n[rows], fold_n[rows], taxonomy.n_leaves, taxonomy.reach_vy
-        logit_ny, distance_n = np.full((len(rows), n_leaves), -np.inf), np.full(len(rows), np.nan)
+        logit_ny, of_others = np.full((len(rows), n_leaves), -np.inf), {}
         whole = fit(genes, latent_fnk[0][rows], expression_ng, node_n, reach_vy)
         for fold, z_nk in enumerate(latent_fnk[1:]):
             here, z_nk = fold_n == fold, z_nk[rows]
             if (node_n[~here] < n_leaves).any():
-                of_others = fit(genes, z_nk[~here], expression_ng[~here], node_n[~here], reach_vy)
-                logit_ny[here], distance_n[here] = of_others.logits(z_nk[here], expression_ng[here])
-        return _calibrated(whole, logit_ny, distance_n, node_n, taxonomy, config, held_out, len(hidden))
+                of_others[fold] = fit(genes, z_nk[~here], expression_ng[~here], node_n[~here], reach_vy)
+                logit_ny[here] = of_others[fold].logits(z_nk[here], expression_ng[here])
+
+        def surprises(p_ny: np.ndarray) -> np.ndarray:
+            out_n = np.full(len(rows), np.nan)
+            for fold, classifier in of_others.items():
+                for s in np.unique(batch_n[rows]):
+                    here = np.flatnonzero((fold_n == fold) & (batch_n[rows] == s))
+                    if len(here):
+                        z_nk = latent_fnk[1 + fold][rows[here]]
+                        out_n[here] = classifier.surprise(p_ny[here], z_nk, expression_ng[here])
+            return out_n
+
+        return _calibrated(whole, logit_ny, surprises, node_n, taxonomy, config, held_out, len(hidden))
 
 
 def _calibrated(
     classifier: Classifier,
     logit_ny: np.ndarray,
-    distance_n: np.ndarray,
+    surprises: Callable[[np.ndarray], np.ndarray],
     node_n: np.ndarray,
     taxonomy: Taxonomy,
     config: AnnotateConfig,
     held_out: str,
     n_folds: int,
 ) -> Annotator:
-    """What the held-out answers, logits and distances of labelled cells, say of `classifier`."""
+    """What the held-out answers say of `classifier`: logits of labelled cells, and by their probabilities surprises."""
     n_leaves, rows = taxonomy.n_leaves, np.arange(len(node_n))
     leaf_n = np.where(node_n < n_leaves, node_n, 0)
     scored = (node_n < n_leaves) & np.isfinite(logit_ny[rows, leaf_n])
@@ -312,9 +377,12 @@ def _calibrated(
     threshold = _conformal(true_n, config.coverage)
     if held_out == "cells":  # what the step to another batch costs was not measured: no set is to be empty for it
         threshold = min(threshold, 1 / n_leaves)
-    parts_n2 = _novelty_parts(p_ny, distance_n[scored])
+    all_ny = np.zeros_like(logit_ny)
+    seen = np.isfinite(logit_ny).any(1)
+    all_ny[seen] = softmax(logit_ny[seen] / temperature)
+    parts_n2 = _novelty_parts(p_ny, surprises(all_ny)[scored])
     mean, scale = parts_n2.mean(0), parts_n2.std(0) + 1e-9
-    score_n = ((parts_n2 - mean) / scale).sum(1)
+    score_n = ((parts_n2 - mean) / scale) @ NOVELTY_WEIGHTS
     knots = np.percentile(score_n, np.arange(101))
     tail = float((score_n[score_n >= knots[95]] - knots[95]).mean()) + 1e-6
     quality = _quality(p_ny, truth_n, threshold, held_out, n_folds, n_apart)
@@ -344,7 +412,7 @@ class Genes:
 
         most = max(100, MOST_NUMBERS // counts.n_genes)
         some = np.sort(rng.permutation(len(counts))[:most])
-        expression_ng = sp.vstack([block for _, block in expression(counts, some)], format="csr")
+        expression_ng = expression(counts, some)
         mean_g = np.asarray(expression_ng.mean(0)).ravel()
         square_g = np.asarray(expression_ng.multiply(expression_ng).mean(0)).ravel()
         scale_g = np.sqrt(np.maximum(square_g - mean_g**2, 0)) + 0.1  # so that no gene of few counts weighs much
@@ -376,7 +444,7 @@ def fit(
     features_nf = expression_ng @ gene_gf
     scale_f = np.append(features_nf[:, : apart_gy.shape[1]].std(0) + 1e-9, np.ones(genes.component_gc.shape[1]))
     gene_gf, features_nf = gene_gf / scale_f, features_nf / scale_f
-    offset_f = genes.mean_g @ gene_gf
+    offset_f = genes.mean_g @ gene_gf.astype(np.float32)
     moments = z_nk.mean(0), z_nk.std(0) + 1e-6
     z_nk = (z_nk - moments[0]) / moments[1]
     features_nf = np.hstack([features_nf - offset_f, z_nk])
@@ -389,14 +457,11 @@ def fit(
     weight_yf, bias_y = np.zeros((n_leaves, features_nf.shape[1])), np.full(n_leaves, -np.inf)
     weight_yf[seen_y], bias_y[seen_y] = weight_sf, bias_s
 
-    centre_yk = np.full((n_leaves, z_nk.shape[1]), np.nan)
-    centre_yk[seen_y] = (member_yn @ z_nk) / n_y[:, None]
-    leaf = node_n < n_leaves
-    apart_nk = z_nk[leaf] - centre_yk[node_n[leaf]]
-    covariance_kk = apart_nk.T @ apart_nk / len(apart_nk)
-    covariance_kk = 0.9 * covariance_kk + 0.1 * np.diag(np.diag(covariance_kk)) + 1e-3 * np.eye(len(covariance_kk))
-    whiten_kk = np.linalg.cholesky(np.linalg.inv(covariance_kk))
-    return Classifier(gene_gf, offset_f, *moments, weight_yf, bias_y, centre_yk, whiten_kk)
+    whole_yg = np.zeros((n_leaves, len(genes.mean_g)), dtype=np.float32)
+    whole_yg[seen_y] = centre_yg
+    return Classifier(
+        gene_gf.astype(np.float32), offset_f, *moments, weight_yf, bias_y, genes.mean_g, genes.scale_g, whole_yg
+    )
 
 
 def _softmax_regression(
@@ -476,10 +541,10 @@ def _conformal(true_n: np.ndarray, coverage: float) -> float:
     return float(np.sort(true_n)[rank - 1]) if rank else 0.0
 
 
-def _novelty_parts(p_ny: np.ndarray, distance_n: np.ndarray) -> np.ndarray:
-    """(cells, 2): how unsure the label is, and how far the cell lies from all labels; both on a log scale."""
+def _novelty_parts(p_ny: np.ndarray, surprise_n: np.ndarray) -> np.ndarray:
+    """(cells, 2): how unsure the label is, and :meth:`Classifier.surprise`; both on a log scale."""
     entropy_n = -(p_ny * np.log(np.maximum(p_ny, 1e-300))).sum(1)
-    return np.stack([np.log(entropy_n + 1e-3), distance_n], 1)
+    return np.log(np.stack([entropy_n, surprise_n], 1) + 1e-3)
 
 
 def ece_of(confidence_n: np.ndarray, right_n: np.ndarray) -> tuple[float, list[list[float]]]:
