@@ -195,6 +195,11 @@ READING = tuple(name for name in InputConfig.model_fields if name not in ("genes
 class QcConfig(Section):
     """Which cells are flagged, and which flags drop a cell."""
 
+    cells: Literal["auto", "all", "raw"] = Field(
+        "auto",
+        description="which barcodes may be cells: auto tells cells from empty droplets where it recognises raw "
+        "droplets, raw demands them, all takes every barcode",
+    )
     n_mads: float = Field(
         5.0,
         gt=0,
@@ -228,11 +233,19 @@ class QcConfig(Section):
     haemoglobin: Names | None = Field(None, description="the same for haemoglobin; default: HBA, HBB and the like")
     drop: tuple[
         Literal[
-            "low_counts", "high_counts", "low_genes", "high_genes", "high_mito", "high_hb", "high_top50", "doublet"
+            "empty",
+            "low_counts",
+            "high_counts",
+            "low_genes",
+            "high_genes",
+            "high_mito",
+            "high_hb",
+            "high_top50",
+            "doublet",
         ],
         ...,
     ] = Field(
-        ("low_counts", "low_genes", "high_mito"),
+        ("empty", "low_counts", "low_genes", "high_mito"),
         description="flags that drop a cell: signs of damage; the others, doublets too, only flag unless listed",
     )
 

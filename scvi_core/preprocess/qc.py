@@ -24,7 +24,17 @@ if TYPE_CHECKING:
     import pandas as pd
     from scipy.sparse import csr_matrix
 
-FLAGS = ("low_counts", "high_counts", "low_genes", "high_genes", "high_mito", "high_hb", "high_top50", "doublet")
+FLAGS = (
+    "empty",
+    "low_counts",
+    "high_counts",
+    "low_genes",
+    "high_genes",
+    "high_mito",
+    "high_hb",
+    "high_top50",
+    "doublet",
+)
 
 TOP = 50  # genes whose joint share is a sign of debris
 
@@ -39,6 +49,9 @@ GATHERED = 200_000_000  # stored counts whose cells are gathered in one reading 
 RATE_PER_CELL = 0.008 / 1000
 HIGHEST_RATE = 0.08
 ODD_RATE = 5  # times off what is expected, and worth a look
+
+MUCH = 0.2  # ambient RNA: usual shares are 2 to 20 %
+TOLD_GENES = 10  # of ambient RNA
 
 # Gene groups by name, any species' capitals (MT-ND1, mt-Nd1). The patterns leave out genes that merely look alike:
 # RPS6KA1 (kinase) and RPS19BP1, HBEGF and HBP1, IGHMBP2 (helicase), TRADD and TRAF1.
@@ -135,6 +148,8 @@ def qc(h5ad: Path, config: QcConfig, seed: int) -> tuple[pd.DataFrame, Decisions
     flags = {flag: np.zeros(len(frame), dtype=bool) for flag in FLAGS}
     members = {name: np.flatnonzero(frame["sample"] == name) for name in frame["sample"].unique()}
     for name, rows in members.items():
+        flags["empty"][rows] = _empty(h5ad, rows, frame, var, config, seed, decisions, name)[rows]
+        rows = rows[~flags["empty"][rows]]
         part = frame.iloc[rows]
         found, limit = limits(part, int(np.count_nonzero(totals)), bool(mitochondrial.any()), config, decisions, name)
         for flag, flagged in found.items():
@@ -180,6 +195,64 @@ def qc(h5ad: Path, config: QcConfig, seed: int) -> tuple[pd.DataFrame, Decisions
     order = ["cell_id", "barcode", "sample", "batch", "n_counts", "n_genes", "pct_mito", "pct_ribo", "pct_hb"]
     order += ["pct_top50", "doublet_score", "predicted_doublet", "flags", "keep", "reason", *CYCLE_OBS]
     return frame[order], decisions
+
+
+def _empty(
+    h5ad: Path,
+    rows: np.ndarray,
+    frame: pd.DataFrame,
+    var: pd.DataFrame,
+    config: QcConfig,
+    seed: int,
+    decisions: Decisions,
+    sample: str,
+) -> np.ndarray:
+    """(barcodes of the file,) bool: of one sample, which hold no cell, where its barcodes are raw droplets."""
+    from scvi_core.preprocess.droplets import LOWER, barcode_ranks, find_cells
+
+    empty, n_counts = np.zeros(len(frame), dtype=bool), frame["n_counts"].to_numpy()
+    curve = barcode_ranks(n_counts[rows]) if config.cells != "all" else None
+    if curve is None:
+        if config.cells == "raw":
+            raise UserError(
+                f"sample {sample}: qc.cells is raw, but its {len(rows):,} barcodes are no raw droplets: most have as "
+                "many counts as cells have; set qc.cells to auto, or read the unfiltered matrix"
+            )
+        why = "as qc.cells says" if config.cells == "all" else "few have hardly any counts, as most raw droplets do"
+        text = f"each of {len(rows):,} barcodes is taken for a cell: {why}; ambient RNA cannot be told from cells alone"
+        decisions.add("barcodes", "cells", text, sample=sample)
+        return empty
+    found = find_cells(h5ad, rows, n_counts, curve, seed)
+    n_cells = int(found.cell[rows].sum())
+    if not n_cells:
+        raise UserError(
+            f"sample {sample}: none of {len(rows):,} raw droplets holds a cell: all look like ambient RNA; leave the "
+            "sample out, or set qc.cells to all"
+        )
+    empty[rows] = ~found.cell[rows]
+    text = (
+        f"of {len(rows):,} barcodes, which are raw droplets by their barcode-rank curve: {n_cells - found.called:,} by "
+        f"more than {curve.sure:,.0f} counts, {found.called:,} of {found.tested:,} with {curve.lower + 1:,} or more by "
+        "genes that ambient RNA would not give; the others are flagged empty"
+    )
+    decisions.add("droplets_with_cells", n_cells, text, n_cells=len(rows) - n_cells, sample=sample)
+    if not found.ambient_g.any():
+        text = (
+            f"no droplet has {LOWER} counts or fewer: the matrix was cut, so cells are told by their counts alone and "
+            "ambient RNA cannot be told; read the whole unfiltered matrix"
+        )
+        decisions.add("ambient_share", None, text, sample=sample, warn=True)
+        return empty
+    share, least = found.share, np.isfinite(found.share)
+    text = "share of a cell's counts that is ambient RNA, by genes that its kind does not express; it is not taken out"
+    if not least:
+        text = "too few counts, or cells too much alike, tell the share of ambient RNA"
+    decisions.add("ambient_share", round(share, 4) if least else None, text, sample=sample, warn=least and share > MUCH)
+    top = np.argsort(-found.ambient_g, kind="stable")[:TOLD_GENES]
+    percent = 100 * found.ambient_g / found.ambient_g.sum()
+    genes = {str(var["gene_name"].iloc[g]): round(float(percent[g]), 2) for g in top}
+    decisions.add("ambient_genes", genes, "the most of the ambient RNA, in per cent of it", sample=sample)
+    return empty
 
 
 def _metrics(
@@ -264,7 +337,11 @@ def _doublets(
     if not config.doublets:
         decisions.add("doublets", "off", "qc.doublets is false: not scored")
         return score, called
-    poor = [flag for flag in ("low_counts", "low_genes", "high_mito", "high_hb", "high_top50") if flag in config.drop]
+    poor = [
+        flag
+        for flag in ("empty", "low_counts", "low_genes", "high_mito", "high_hb", "high_top50")
+        if flag in config.drop
+    ]
     good = ~np.any([flags[flag] for flag in poor], axis=0) if poor else np.ones(len(n_genes), dtype=bool)
     genes = _most_counted(totals, DOUBLET_GENES)
     rng = np.random.default_rng(seed)
