@@ -570,7 +570,7 @@ def test_what_has_no_end_is_bounded(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(text, "MOST_TEXT", 2**18)
     monkeypatch.setattr(text, "MOST_LINE", 2**17)
     monkeypatch.setattr(text, "MOST_SEEN", 2**20)
-    monkeypatch.setattr(checks, "BLOCK", 2**12)
+    monkeypatch.setattr(checks, "BLOCK", 2**16)
     row = b"," + b",".join([b"0"] * G) + b"\n"
     if kind in ("rows", "line", "hole"):
         path, head = tmp_path / "a.csv.gz", ("," + ",".join(NAMES) + "\n").encode()
