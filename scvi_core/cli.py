@@ -52,9 +52,9 @@ class Step(typer.core.TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         """Run it, unless an output would take the place of an input, of another output or of what is not our own."""
         if stat.S_ISREG(os.fstat(2).st_mode):  # the rule's log: a first line before imports, which take memory
-            memory = os.environ.get("SLURM_MEM_PER_NODE")
-            job = f", Slurm job {os.environ.get('SLURM_JOB_ID')}" if memory else ""
-            log.info("%s begins on %s%s%s", ctx.command.name, platform.node(), job, f", {memory} MB" if memory else "")
+            job, memory = (os.environ.get(f"SLURM_{name}") for name in ("JOB_ID", "MEM_PER_NODE"))
+            where = [platform.node(), *([f"Slurm job {job}"] if job else []), *([f"{memory} MB"] if memory else [])]
+            log.info("%s begins on %s", ctx.command.name, ", ".join(where))
         outputs, taken = [], set()
         for option in self.params:
             value = ctx.params.get(option.name)

@@ -7,7 +7,9 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 from scvi_core.log import one_line
 
@@ -88,11 +90,12 @@ class Failure:
             return f"{name}: {self.reason}"
         for pattern, what, remedy in CAUSES:
             if re.search(pattern, f"{self.system}\n{self.reason}"):
-                limit = re.search(r"begins .*, (\d+) MB", _tail(self.log)) if self.log.exists() else None
+                limit = re.search(r"begins .*, (\d+) MB", _tail(self.log)) if self.reason else None
                 given = f" (it had {int(limit[1]):,} MB)" if limit else ""
                 return f"{name}: {what.format(limit=given)}; {remedy.format(step=self.step)}"
-        if not self.log.exists():
-            return f"{name}: did not begin; what Slurm, or Apptainer above, says: {self.system or 'nothing'}"
+        if not self.reason:
+            says = one_line(self.system) or "nothing"
+            return f"{name}: did not begin; what Snakemake or Slurm says: {says}"
         last = f"; its log ends with: {self.reason}" if self.reason else ""
         return f"{name}: ended without an error line, as a step does that is killed for its memory or its time{last}"
 
@@ -118,33 +121,46 @@ def failures(folder: Path, since: float = 0.0, logs: Sequence[Path] = ()) -> lis
         lines = _last_lines(log)
         error = next((line for line in reversed(lines) if line.startswith("error: ")), None)
         reason = (lines[-1] if lines else "") if error is None else error.removeprefix("error: ")
-        system = "\n".join(said for _, paths, said in ended if log.as_posix() in paths)
+        system = "\n".join(end.said for end in ended if log.as_posix() in end.logs)
         found.append((written, Failure(step, sample or None, log, one_line(reason), error is not None, system)))
-    began = {
-        path: Failure(step, _sample(path, step), Path(path), "", False, said)
-        for step, paths, said in ended
-        for path in paths
-        if path.startswith(f"{folder.as_posix()}/logs/") and not Path(path).exists()
-    }
-    return [failure for _, failure in sorted(found, key=lambda pair: pair[0])] + [*began.values()]
+    failed = [failure for _, failure in sorted(found, key=lambda pair: pair[0])]
+    silent = {}  # jobs that wrote nothing, as they never began; the last attempt of each
+    for end in ended:
+        log = next((Path(path) for path in end.logs if path.startswith(f"{folder.as_posix()}/logs/")), None)
+        if log is not None and log not in [failure.log for failure in failed]:
+            benchmark = folder / "benchmarks" / f"{log.stem}.tsv"
+            if not (benchmark.exists() and benchmark.stat().st_mtime >= end.since):  # nor ended well later
+                silent[log] = Failure(end.step, _sample(log, end.step), log, "", False, end.said)
+    return [*failed, *silent.values()]
 
 
-def _sample(log: str, step: str) -> str | None:
-    return Path(log).stem.removeprefix(step).removeprefix(".") or None
+def _sample(log: Path, step: str) -> str | None:
+    return log.stem.removeprefix(step).removeprefix(".") or None
 
 
-def _ends(log: Path) -> Iterator[tuple[str, list[str], str]]:
-    """Of each job that Snakemake's log says to have failed: the rule, the logs, and what the system says of its end."""
+class End(NamedTuple):
+    """Of a job that failed, by Snakemake's log: the rule, its logs, what the system says, when the build began."""
+
+    step: str
+    logs: list[str]
+    said: str
+    since: float
+
+
+def _ends(log: Path) -> Iterator[End]:
     text = log.read_text("utf-8", "replace")
-    for step, block in re.findall(r"^Error in rule (\w+):\n((?:[ \t]+.*\n?)*)", text, re.MULTILINE):
+    named = re.match(r"\d{4}-\d\d-\d\dT\d{6}", log.name)
+    since = datetime.strptime(named[0], "%Y-%m-%dT%H%M%S").timestamp() if named else 0.0
+    pattern = r"^Error in rule (\w+):\n(.*?)(?=^\[|^Error in|^Logfile|^Cannot restore|^Shutting down|^Exiting|\Z)"
+    for step, block in re.findall(pattern, text, re.MULTILINE | re.DOTALL):
         told = re.search(r"^ +log: (.*?)(?: \(check log file.*)?$", block, re.MULTILINE)
         paths = told[1].split(", ") if told else []
         number = re.search(r"external_jobid: (\S+)", block)
         about = rf"^.*SLURM-job '{re.escape(number[1])}'.*$" if number else r"(?!)"
         theirs = [_tail(Path(path)) for path in paths if "slurm_logs" in path and Path(path).is_file()]
-        message = re.search(r"^ +message: (?!None$)(.*)$", block, re.MULTILINE)
-        said = [*re.findall(about, text, re.MULTILINE), *([message[1]] if message else []), *theirs]
-        yield step, paths, "\n".join(said)
+        message = re.search(r"^ +message: (?!None$)(.*?)(?=^ +sbatch call:|^For further|^ +jobid:)", block, re.M | re.S)
+        said = [*([message[1].strip()] if message else []), *re.findall(about, text, re.MULTILINE), *theirs]
+        yield End(step, paths, "\n".join(said), since)
 
 
 def _tail(log: Path) -> str:

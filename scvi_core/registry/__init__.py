@@ -185,6 +185,9 @@ def register(
     with errors(tracking_uri), exclusive(tracking_uri):
         version = _whole(tracking_uri, client, card, name)
         if version is None:
+            for lost in _of_fingerprint(client, card["fingerprint"], name):
+                if lost.tags["weights_sha256"] == card["weights_sha256"]:
+                    log.warning("models:/%s/%s: its run or its files were deleted; another is made", name, lost.version)
             labels = _version_tags(card, atlas, organism, tags or {})
             same = _whole(tracking_uri, client, card)
             if same is None:
@@ -428,11 +431,9 @@ def _whole(
     """The first version of a model whose run and files are there: of several made at once, the one that stays."""
     found = _of_fingerprint(client, card["fingerprint"], name)
     for version in sorted(found, key=lambda v: (int(v.version), v.creation_timestamp)):
-        if version.tags["weights_sha256"] != card["weights_sha256"]:
-            continue
-        if _run(client, version.run_id) is not None and _has_files(tracking_uri, client, version):
+        same = version.tags["weights_sha256"] == card["weights_sha256"]
+        if same and _run(client, version.run_id) is not None and _has_files(tracking_uri, client, version):
             return version
-        log.warning("models:/%s/%s: its run or its files were deleted", version.name, version.version)
     return None
 
 
