@@ -119,6 +119,13 @@ def test_what_a_build_needs_is_what_was_measured():
     assert needs(260_000, 10) == "about 10 min on two cores and 1.7 GB of memory"
 
 
+def test_more_genes_than_there_are_is_said_before_the_build(tmp_path):
+    sample = Sample(sample="a", path=str(write(tmp_path / "a.h5ad")), batch="b")
+    with pytest.raises(UserError, match=r"genes\.n_top: 50 genes asked for, and a sample has 49; lower it"):
+        check_inputs([sample], load_config({"genes": {"n_top": 50}}))
+    assert "about 63 s on two cores" in check_inputs([sample], load_config({"genes": {"n_top": 49}}))
+
+
 def test_remote_inputs_are_left_where_they_are():
     remote = Sample(sample="a", path="s3://bucket/a.h5ad", batch="b")
     assert check_inputs([remote], load_config({})) == "1 of 1 inputs are remote, and were not fetched"
