@@ -1,6 +1,8 @@
 """What `validate` and `init` see of inputs: sizes, organisms, droplets, faults; by a sample where files are large."""
 
 import gzip
+import sys
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -9,8 +11,10 @@ import pytest
 import scipy.io
 import scipy.sparse as sp
 import yaml
+from typer.testing import CliRunner
 
 from scvi_core import look as module
+from scvi_core.cli import app
 from scvi_core.config import InputConfig, Sample, load_config, load_samples
 from scvi_core.files import UserError
 from scvi_core.look import check_inputs, lines, look, needs, together
@@ -220,3 +224,15 @@ def test_of_raw_and_filtered_the_cells_are_taken(tmp_path):
     taken, passed = choose([tmp_path / name for name in [*pairs, "rawlins.h5ad"]])
     assert [path.relative_to(tmp_path).as_posix() for path in taken] == [pairs[1], pairs[3], "rawlins.h5ad"]
     assert [path.relative_to(tmp_path).as_posix() for path, _ in passed] == [pairs[0], pairs[2]]
+
+
+def test_run_is_snakemake_with_the_workflow_of_the_clone(here, monkeypatch):
+    ran = []
+    monkeypatch.setattr("os.execv", lambda _, command: ran.append(command))
+    (here / "c.yaml").write_text("atlas: a\n")
+    assert CliRunner().invoke(app, ["run", "--config", "c.yaml", "--cores", "2", "-n", "--until", "qc"]).exit_code == 0
+    root = Path(module.__file__).parents[1]
+    options = ["--snakefile", str(root / "Snakefile"), "--configfile", "c.yaml", "--cores", "2", "-n", "--until", "qc"]
+    assert ran == [[sys.executable, "-m", "snakemake", *options]]
+    done = CliRunner().invoke(app, ["run", "--config", "none.yaml"])
+    assert isinstance(done.exception, UserError) and len(ran) == 1
