@@ -115,8 +115,15 @@ def check_inputs(samples: Sequence[Sample], settings: Config) -> str:
     for one in looks:
         for remark in one.remarks:
             log.warning("%s: %s", one.name, remark)
-    for remark in together(looks, settings.input.genes) if not faults else ():
-        log.warning("%s", remark)
+    if looks and not faults:
+        for remark in together(looks, settings.input.genes):
+            log.warning("%s", remark)
+        fewest, asked = min(len(one.gene_ids) for one in looks), settings.genes.n_top
+        known = all(one.whole for one in looks) and settings.input.genes == "intersection"
+        if known and isinstance(asked, int) and asked > fewest:
+            faults.append(
+                f"genes.n_top: {asked:,} genes asked for, and a sample has {fewest:,}; lower it, or take auto"
+            )
     for fault in faults[1:]:
         log.error("%s", fault)
     if faults:

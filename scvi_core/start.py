@@ -40,17 +40,8 @@ KEPT = re.compile(r"[_.-]?(?:(?:un)?filtered|(?<![a-z])raw(?![a-z]))", re.IGNORE
 # columns of cell tables, as `plain` writes them, best first
 SAMPLES = ("sample", "sample_id", "sampleid", "sample_name", "orig_ident", "library", "library_id", "gsm", "channel")
 BATCHES = (
-    "batch",
-    "batch_id",
-    "donor",
-    "donor_id",
-    "patient",
-    "patient_id",
-    "individual",
-    "subject",
-    "run",
-    "protocol",
-)
+    "batch", "batch_id", "donor", "donor_id", "patient", "patient_id", "individual", "subject", "run", "protocol",
+)  # fmt: skip
 LABELS = ("cell_type", "celltype", "cell_ontology_class", "cell_type_ontology_term_id", "annotation", "label", "labels")
 CARRIED = (*LABELS, "condition", "disease", "treatment", "stim", "tissue", "sex", "age", "donor", "donor_id", "patient")
 
@@ -164,7 +155,7 @@ def choose(paths: Sequence[Path]) -> tuple[list[Path], list[tuple[Path, str]]]:
         taken.append(best)
         for path in rest:
             raw = _is_raw(path) and not _is_raw(best)
-            passed.append((path, f"all droplets; {best} has the cells" if raw else f"{best} has the same"))
+            passed.append((path, f"all droplets; {best} has the cells" if raw else f"taken for another form of {best}"))
     return [path for path in paths if path in taken], passed
 
 

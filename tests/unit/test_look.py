@@ -1,6 +1,8 @@
 """What `validate` and `init` see of inputs: sizes, organisms, droplets, faults; by a sample where files are large."""
 
 import gzip
+import sys
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -9,8 +11,10 @@ import pytest
 import scipy.io
 import scipy.sparse as sp
 import yaml
+from typer.testing import CliRunner
 
 from scvi_core import look as module
+from scvi_core.cli import app
 from scvi_core.config import InputConfig, Sample, load_config, load_samples
 from scvi_core.files import UserError
 from scvi_core.look import check_inputs, lines, look, needs, together
@@ -119,6 +123,13 @@ def test_what_a_build_needs_is_what_was_measured():
     assert needs(260_000, 10) == "about 10 min on two cores and 1.7 GB of memory"
 
 
+def test_more_genes_than_there_are_is_said_before_the_build(tmp_path):
+    sample = Sample(sample="a", path=str(write(tmp_path / "a.h5ad")), batch="b")
+    with pytest.raises(UserError, match=r"genes\.n_top: 50 genes asked for, and a sample has 49; lower it"):
+        check_inputs([sample], load_config({"genes": {"n_top": 50}}))
+    assert "about 63 s on two cores" in check_inputs([sample], load_config({"genes": {"n_top": 49}}))
+
+
 def test_remote_inputs_are_left_where_they_are():
     remote = Sample(sample="a", path="s3://bucket/a.h5ad", batch="b")
     assert check_inputs([remote], load_config({})) == "1 of 1 inputs are remote, and were not fetched"
@@ -213,3 +224,15 @@ def test_of_raw_and_filtered_the_cells_are_taken(tmp_path):
     taken, passed = choose([tmp_path / name for name in [*pairs, "rawlins.h5ad"]])
     assert [path.relative_to(tmp_path).as_posix() for path in taken] == [pairs[1], pairs[3], "rawlins.h5ad"]
     assert [path.relative_to(tmp_path).as_posix() for path, _ in passed] == [pairs[0], pairs[2]]
+
+
+def test_run_is_snakemake_with_the_workflow_of_the_clone(here, monkeypatch):
+    ran = []
+    monkeypatch.setattr("os.execv", lambda _, command: ran.append(command))
+    (here / "c.yaml").write_text("atlas: a\n")
+    assert CliRunner().invoke(app, ["run", "--config", "c.yaml", "--cores", "2", "-n", "--until", "qc"]).exit_code == 0
+    root = Path(module.__file__).parents[1]
+    options = ["--snakefile", str(root / "Snakefile"), "--configfile", "c.yaml", "--cores", "2", "-n", "--until", "qc"]
+    assert ran == [[sys.executable, "-m", "snakemake", *options]]
+    done = CliRunner().invoke(app, ["run", "--config", "none.yaml"])
+    assert isinstance(done.exception, UserError) and len(ran) == 1

@@ -87,7 +87,7 @@ rule cells:
         f"{ATLAS}/benchmarks/cells.tsv"
     threads: 1
     resources:
-        mem_mb=megabytes(300, (40, ANY), of="clusters"),
+        mem_mb=megabytes(300, (60, ANY), of="clusters"),
         runtime=minutes(10, 0.05),
     params:
         store=subpath(input.store, parent=True),
