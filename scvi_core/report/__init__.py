@@ -599,7 +599,8 @@ def render(
         tests=[(i, one, called(data["contrast"][data["contrast"]["contrast"] == one.label], data["labels"]))
                for i, one in enumerate(config.contrast.tests)],
         by_condition=by_condition(cells, config), found=data["expression"], folded=FOLDED, panels=expression.PANELS,
-        labels=data["labels"], flagged=int(data["flags"].notna().sum()), table_called=TABLE_CALLED,
+        labels=data["labels"], show_ids=set(data["genes"]["gene_id"]) != set(data["genes"]["gene_name"]),
+        flagged=int(data["flags"].notna().sum()), table_called=TABLE_CALLED,
         found_unit=expression.UNIT, heat_cells=expression.HEAT_CELLS,
         markers=[row for frame in top.values() for row in frame.to_dict("records")],
         unmarked=[g for g, frame in top.items() if not frame["is_de"].any()],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from scvi_core.report.viewer import MISSING, PALETTE, levels
 TARGET = 10_000  # counts that a cell is scaled to before the logarithm
 SHOWN_GENES = 12  # on the map and in violins
 HEAT_GENES, HEAT_CELLS = 3, 40  # of each group, in the heat map
+JOINED = re.compile(r"(.+?)[_|-](ENS[A-Z]*G\d{11}(?:\.\d+)?)")  # a name that still has its id behind it
 NAMED_POINTS = 8  # genes of each direction that a volcano names
 PANELS = 12  # cell groups of a contrast that have a volcano each
 UNIT = f"log(1 + counts per {TARGET:,})"
@@ -54,6 +56,8 @@ class Expression:
 def gene_labels(genes: pd.DataFrame) -> dict[str, str]:
     """Gene id: its name; with the id behind it where several genes share the name, and the id where there is none.
 
+    Of names that have an Ensembl id behind them, as some tables write names met twice, the id goes if it can.
+
     Parameters
     ----------
     genes : frame with ``gene_id`` and ``gene_name``, a row a gene or several.
@@ -61,6 +65,8 @@ def gene_labels(genes: pd.DataFrame) -> dict[str, str]:
     table = genes[["gene_id", "gene_name"]].drop_duplicates("gene_id")
     ids, names = table["gene_id"].astype(str), table["gene_name"].fillna("").astype(str).str.strip()
     names = names.where(names != "", ids)
+    short = names.map(lambda name: found[1] if (found := JOINED.fullmatch(name)) else name)
+    names = names.where(short.duplicated(keep=False), short)
     twice = names.duplicated(keep=False) & (names != ids)
     names = names.where(~twice, names + " (" + ids + ")")
     return dict(zip(ids, names, strict=True))
@@ -263,7 +269,7 @@ def heat_map(groups: pd.Series, found: Expression, theme: str = "light") -> Figu
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     bar = fig.colorbar(shown, ax=ax, shrink=min(1, 1.6 / fig.get_figheight()), aspect=14, pad=0.01, anchor=(0, 1))
-    bar.set_label("expression ÷ gene's highest")
+    bar.set_label("÷ gene's highest", fontsize=7.5)
     bar.outline.set_visible(False)
     return fig
 
@@ -289,15 +295,17 @@ def volcano(frame: pd.DataFrame, names: dict[str, str], theme: str = "light") ->
         ok, called = np.isfinite(y) & np.isfinite(x), part["is_de"].to_numpy(bool)
         for mask, colour in ((~called, t["faint"]), (called & (x > 0), PALETTE[4]), (called & (x < 0), PALETTE[0])):
             ax.scatter(x[ok & mask], y[ok & mask], s=7, c=colour, lw=0, alpha=0.7)
+        wide, high = float(np.abs(x[ok]).max(initial=1.0)) * 1.25, max(float(y[ok].max(initial=1.0)) * 1.08, 1)
+        ax.set(xlim=(-wide, wide), ylim=(0, high))
         for side in (x > 0, x < 0):
-            first = part["rank"].to_numpy(float).copy()
-            first[~(ok & called & side)] = np.inf
-            for i in np.argsort(first, kind="stable")[:NAMED_POINTS]:
-                if np.isfinite(first[i]):
-                    text = label(names.get(str(part["gene_id"].iloc[i]), part["gene_id"].iloc[i]), 16)
-                    ax.annotate(text, (x[i], y[i]), xytext=(3, 1), textcoords="offset points", fontsize=6.5)
-        wide = float(np.abs(x[ok]).max(initial=1.0)) * 1.25
-        ax.set(xlim=(-wide, wide), ylim=(0, max(float(y[ok].max(initial=1.0)) * 1.08, 1)))
+            named: list[int] = []
+            for i in np.argsort(part["rank"].to_numpy(float), kind="stable"):
+                near = any(abs(x[i] - x[j]) < 0.4 * wide and abs(y[i] - y[j]) < 0.05 * high for j in named)
+                if not (ok & called & side)[i] or near or len(named) == NAMED_POINTS:
+                    continue
+                text = label(names.get(str(part["gene_id"].iloc[i]), part["gene_id"].iloc[i]), 16)
+                ax.annotate(text, (x[i], y[i]), xytext=(3, 1), textcoords="offset points", fontsize=6.5)
+                named.append(i)
         ax.axvline(0, color=t["line"], lw=0.8)
         ax.set_title(f"{label(group, 24)}: {int((called & (x > 0)).sum())} up, {int((called & (x < 0)).sum())} down")
     for ax in axes[len(parts) :]:

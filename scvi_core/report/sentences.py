@@ -283,6 +283,11 @@ cells = anndata.read_zarr("counts.zarr")     # or your own: raw counts, the same
 z = model.latent(cells)                      # (cells, {model["model"].get("n_latent", "latent")}) float32
 # denoised expression, averaged over batches
 rho = model.normalized_expression(cells, transform_batch=model.schema.batches)""",
+        "whole": f"""import scanpy as sc
+
+atlas = sc.read_h5ad("atlas.h5ad")           # counts, cells, genes, embeddings, neighbour graph
+sc.pl.umap(atlas, color="{config.de.groupby}")
+sc.tl.rank_genes_groups(atlas, "{config.de.groupby}")""",
         "registry": f"""import json
 import mlflow
 
