@@ -268,7 +268,8 @@ def dropped_by_label(folder: Path, names: list[str], config: Config) -> dict[str
 
 def by_condition(cells: pd.DataFrame, config: Config) -> list[str]:
     """Columns to compare samples by: those of contrasts, then others that several samples share, four at most."""
-    own = [c for c in cells if c not in (*CELL_COLUMNS, "cell_id", "barcode", "sample", "batch", *config.report.labels)]
+    others = (*CELL_COLUMNS, "cell_id", "barcode", "sample", "batch", "predicted_doublet", *config.labels)
+    own = [c for c in cells if c not in others]
     asked = [one.column for one in config.contrast.tests]
     out = []
     for column in dict.fromkeys([*asked, *own]):
