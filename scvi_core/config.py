@@ -535,6 +535,9 @@ class ReportConfig(Section):
 
     title: str | None = Field(None, description="default: the atlas name")
     labels: tuple[str, ...] = Field((), description="cell columns (such as known cell types) to colour embeddings by")
+    genes: tuple[str, ...] = Field(
+        (), description="genes on the UMAP and in violins: names or ids; default: the first marker of each cluster"
+    )
     n_markers: int = Field(5, ge=1, le=50, description="markers a cluster in the dot plot")
 
 

@@ -164,8 +164,10 @@ def choose_cells(n_cells: int, held: np.ndarray, config: CriticismConfig, seed: 
         rows = np.sort(np.random.default_rng(seed).choice(rows, config.n_cells, replace=False))
     reason = f"of the {len(held):,} that training held out"
     if few:
-        reason = f"of all {n_cells:,}, most of them trained on: with {len(held):,} held out, genes are too noisy"
-    made.add("cells examined", len(rows), f"{reason}; drawn at random beyond criticism.n_cells ({config.n_cells:,})")
+        reason = (
+            f"of all {n_cells:,}, most of them trained on, as the {len(held):,} held out are too few to judge genes"
+        )
+    made.add("cells examined", len(rows), f"{reason}; no more than criticism.n_cells ({config.n_cells:,})")
     return rows
 
 

@@ -352,10 +352,13 @@ def _comparisons(
             if np.minimum(n_kb[one.a], n_kb[one.b].sum(0)).max() < config.min_cells
         ]
         if across and n_lanes > 1:
-            text = f"no batch has {config.min_cells} cells of both sides: what differs between theirs is taken out"
-            made.add("comparisons across batches", across, text)
+            text = f"no batch has {config.min_cells} cells of both sides: their difference is treated as a batch effect"
+            made.add("comparisons across batches", across, f"{text} and removed")
         if absent:
-            made.add("groups absent from batches", absent, "number of batches; decoded under these all the same")
+            text = (
+                "number of batches without a cell of the group: what differs between these and its own is treated as a"
+            )
+            made.add("groups absent from batches", absent, f"{text} batch effect and removed")
     return found
 
 

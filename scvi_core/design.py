@@ -107,8 +107,8 @@ def _of_contrast(table: pd.DataFrame, one: Comparison, config: Config) -> list[s
     fewest = int(n_replicates.min())
     if fewest < ENOUGH:
         out.append(
-            f"Contrast {one.label}: {fewest} {replicate}{'s' * (fewest > 1)} of the smaller level; with fewer than "
-            f"{ENOUGH} of each few genes can be found."
+            f"Contrast {one.label}: only {fewest} {replicate}{'s' * (fewest > 1)} of one condition; with fewer than "
+            f"{ENOUGH} of each, few genes can be found."
         )
     others = [column for column in table.columns if column not in (replicate, "batch", one.column)]
     pairs = [column for column in others if _pairs(table[mine], column, levels[mine], replicate)]

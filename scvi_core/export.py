@@ -51,24 +51,10 @@ def write_h5ad(out: Path, folder: Path, config: Config) -> None:
     import h5py
     from anndata.io import write_elem
 
-    cells = read_parquet(folder / "cells.parquet", "cells")
-    paths = [folder / "samples" / name / "counts.h5ad" for name in sample_names(folder, config, cells)]
-    genes = read_parquet(folder / "genes.parquet", "genes")
-    if config.export.genes == "selected":
-        genes = genes[genes["selected"]]
     z = read_parquet(folder / "latent.parquet", "embed")
-    if not np.array_equal(z["cell_id"].to_numpy(), cells["cell_id"].to_numpy()):
-        raise UserError(f"{folder / 'latent.parquet'}: its cells are not those of cells.parquet; run cluster again")
-    latent_nk = np.ascontiguousarray(z.drop(columns="cell_id").to_numpy(np.float32))
+    ids = pd.Index(z.pop("cell_id").to_numpy(object), name="cell_id")
+    latent_nk = np.ascontiguousarray(z.to_numpy(np.float32))
     del z
-    obs, colours = cell_table(cells)
-    totals_n = cells["n_counts"].to_numpy(np.float64)
-    obsm = {"X_scVI": latent_nk}
-    for basis in ("umap", "tsne"):
-        places = cells[[f"{basis}_1", f"{basis}_2"]].to_numpy(np.float32)
-        if not np.isnan(places).all():
-            obsm[f"X_{basis}"] = places
-    del cells
     uns = {
         "scvi_core": provenance(read_json(folder / "model" / "model.json", "train"), config),
         "neighbors": {
@@ -82,21 +68,38 @@ def write_h5ad(out: Path, folder: Path, config: Config) -> None:
                 "use_rep": "X_scVI",
             },
         },
-        **{f"{column}_colors": np.array(found, dtype=object) for column, found in colours.items()},
     }
     if config.export.x == "log1p":
         uns["log1p"] = {"base": math.e}  # given, as some readers do not take its absence for e
     with replacing(out, "H5AD") as temporary:
         with Survivor(temporary, "w+") as target, h5py.File(target, "w") as file:
             file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+            write_elem(file, "obsp", {})
+            _write_graph(file["obsp"], latent_nk, config)  # first, while nothing else is in memory
+            target.check()
+            cells = read_parquet(folder / "cells.parquet", "cells")
+            if not np.array_equal(ids, cells["cell_id"]):
+                raise UserError(f"{folder / 'latent.parquet'}: its cells are not those of cells.parquet; embed again")
+            paths = [folder / "samples" / name / "counts.h5ad" for name in sample_names(folder, config, cells)]
+            genes = read_parquet(folder / "genes.parquet", "genes")
+            if config.export.genes == "selected":
+                genes = genes[genes["selected"]]
+            obsm = {"X_scVI": latent_nk}
+            for basis in ("umap", "tsne"):
+                places = cells[[f"{basis}_1", f"{basis}_2"]].to_numpy(np.float32)
+                if not np.isnan(places).all():
+                    obsm[f"X_{basis}"] = places
+            totals_n = cells["n_counts"].to_numpy(np.float64)
+            obs, colours = cell_table(cells.drop(columns="cell_id"), ids)
+            del cells
+            uns |= {f"{column}_colors": np.array(found, dtype=object) for column, found in colours.items()}
             for key, value in {"obs": obs, "var": gene_table(genes), "obsm": obsm}.items():
                 write_elem(file, key, value, dataset_kwargs=PACKED)
-            for key in ("layers", "varm", "varp", "obsp"):
+            del obs, obsm, latent_nk
+            for key in ("layers", "varm", "varp"):
                 write_elem(file, key, {})
-            _write_graph(file["obsp"], latent_nk, config)
-            target.check()
-            digest = of_names(obs.index, pd.Index(genes["gene_id"]))
-            for content in _write_counts(file, paths, obs.index, genes, totals_n, config, target.check):
+            digest = of_names(ids, pd.Index(genes["gene_id"]))
+            for content in _write_counts(file, paths, ids, genes, totals_n, config, target.check):
                 digest.update(content.encode())
             write_elem(file, "uns", {**uns, "content_sha256": digest.hexdigest()}, dataset_kwargs=PACKED)
         seal(temporary, append=True)  # HDF5 reads nothing beyond its own end
@@ -117,21 +120,24 @@ def provenance(card: Mapping[str, Any], config: Config) -> dict[str, Any]:
     }
 
 
-def cell_table(cells: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, list[str]]]:
+def cell_table(cells: pd.DataFrame, ids: pd.Index) -> tuple[pd.DataFrame, dict[str, list[str]]]:
     """cells.parquet as obs, and the colours of its categories, as on the page.
+
+    Parameters
+    ----------
+    cells : without ``cell_id``, which are `ids`.
 
     Returns
     -------
     obs : indexed by cell id; texts are categories in natural order, unless every cell has its own.
     colours : column: a colour a category.
     """
-    index = pd.Index(cells["cell_id"].to_numpy(object), name="cell_id")
     columns, colours = {}, {}
-    for name in cells.columns.drop("cell_id"):
+    for name in cells.columns:
         columns[name] = _categories(cells[name])
         if isinstance(columns[name], pd.Categorical) and 0 < len(columns[name].categories) <= COLOURED:
             colours[name] = [PALETTE[i % len(PALETTE)] for i in range(len(columns[name].categories))]
-    return pd.DataFrame(columns, index=index), colours
+    return pd.DataFrame(columns, index=ids), colours
 
 
 def gene_table(genes: pd.DataFrame) -> pd.DataFrame:

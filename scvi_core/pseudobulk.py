@@ -444,8 +444,8 @@ def _testable(
         n_group = int(chosen[IS_GROUP].sum())
         n_reference = len(chosen) - n_group
         if min(n_group, n_reference) < config.min_replicates:
-            have = f"{n_group} {config.replicate}s of '{one.group}' and {n_reference} of '{one.reference}'"
-            text = f"{have} have enough cells and counts; contrast.min_replicates is {config.min_replicates}"
+            have = f"{config.replicate}s with enough cells and counts: {n_group} of '{one.group}', {n_reference} of"
+            text = f"{have} '{one.reference}'; {config.min_replicates} of each are needed (contrast.min_replicates)"
             return kept_u, none, text
         design = design_matrix(chosen, one)
         if np.linalg.matrix_rank(design) < design.shape[1] or len(design) <= design.shape[1]:

@@ -336,8 +336,10 @@ def de(store: Path, model: Path, cells: Path, settings: Config, out: Path) -> De
     against = "the rest" if settings.de.reference == "rest" else "each other"
     n_groups = len({*frame["group"], *(frame["reference"] if settings.de.reference == "pairs" else ())})
     made.add("groups compared", n_groups, f"groups of '{groupby}' against {against}")
-    called = f"expected false discovery proportion {settings.de.fdr:g}"
-    made.add("genes called", int(frame["is_de"].sum()), f"(group, gene) pairs, {settings.de.mode} mode, {called}")
+    called = f"at most {settings.de.fdr:g} of the calls are expected to be false"
+    made.add(
+        "genes called", int(frame["is_de"].sum()), f"genes, summed over groups ({settings.de.mode} mode); {called}"
+    )
     write_parquet(out, frame)
     return made
 

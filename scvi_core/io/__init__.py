@@ -167,7 +167,11 @@ def _told(
 ) -> None:
     """What is known of an input once all its counts are read."""
     n_cells, n_genes = shape
-    decisions.add("format", kind, f"told by its content: {n_cells:,} cells x {n_genes:,} genes, {entries:,} entries")
+    decisions.add(
+        "format",
+        kind,
+        f"format recognised from the file: {n_cells:,} cells x {n_genes:,} genes, {entries:,} counts above zero",
+    )
     if field.rounded:
         text = f"values that were whole but for the noise of floating point (within {checks.NOISE:g} of it)"
         decisions.add("rounded", field.rounded, text, warn=True)

@@ -60,7 +60,10 @@ def harmonise(samples: list[SampleFile], how: str, decisions: Decisions) -> pd.D
     renamed = set()
     for sample in samples:
         for gene, name in zip(sample.gene_ids, sample.gene_names, strict=True):
-            if names.setdefault(gene, name) != name:
+            known = names.setdefault(gene, name)
+            if known == gene:  # an id stands for a name that a sample lacks
+                names[gene] = name
+            elif name not in (gene, known):
                 renamed.add(gene)
             n_samples[gene] = n_samples.get(gene, 0) + 1
     shared = [gene for gene in names if n_samples[gene] == len(samples)]

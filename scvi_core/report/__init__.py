@@ -39,18 +39,43 @@ from scvi_core.files import (
     verify,
     write_json,
 )
-from scvi_core.report import figures
+from scvi_core.mixing import mixing
+from scvi_core.report import expression, figures
+from scvi_core.report.expression import gene_labels, read_expression
 from scvi_core.report.manifest import manifest, public_config, software_versions
-from scvi_core.report.sentences import kept_epoch, model_card, snippets, training_decisions, verdicts
-from scvi_core.report.viewer import CELL_COLUMNS, MISSING, NAMED_CELLS, continuous, label_table, levels, viewer_data
+from scvi_core.report.sentences import (
+    DRAWN,
+    FLAGS,
+    in_words,
+    kept_epoch,
+    limits_in_words,
+    model_card,
+    snippets,
+    training_decisions,
+    verdicts,
+)
+from scvi_core.report.viewer import (
+    CELL_COLUMNS,
+    MISSING,
+    NAMED_CELLS,
+    continuous,
+    drawn,
+    label_table,
+    levels,
+    viewer_data,
+)
 
 BEFORE = ("ingest", "qc", "genes", "store")  # steps, around training
 AFTER = ("embed", "annotate", "cluster", "cells", "de", "contrast", "criticism", "report")
 TOLD = ("mitochondrial_genes", "ribosomal_genes", "haemoglobin_genes", "genes_harmonised")  # counted, yet no loss
 TABLE_MARKERS = 25  # genes a group in the page's table
 FACTOR_GENES = 10  # genes a factor and direction
-CONTRAST_GENES = 8  # the same of a contrast in a cell group
-FIGURE = re.compile(r"(qc|umap|tsne|composition)_.+|qc|genes|training|markers|criticism")  # names that `draw` gives
+CONTRAST_GENES = 5  # the same of a contrast in a cell group
+TABLE_CALLED = 15  # the same in the table of a contrast's genes
+FOLDED = 10  # samples that a table shows before it is opened
+FIGURE = re.compile(  # names that `draw` gives
+    r"(qc|umap|tsne|composition|condition|volcano)_.+|qc|genes|training|markers|criticism|gene_maps|quality|violins|heat_map"
+)
 
 
 def build_report(folder: Path, config: Config) -> None:
@@ -69,7 +94,9 @@ def build_report(folder: Path, config: Config) -> None:
     folder = Path(folder)
     data = read_atlas(folder, config)
     own = Decisions("report")
-    viewer = viewer_data(data["cells"], config.labels, own)
+    found = data["expression"]
+    genes = {found.names[gene]: found.of(gene) for gene in found.shown}
+    viewer = viewer_data(data["cells"], config.labels, own, data["flags"], genes)
     own.write(folder / "decisions" / "report.jsonl")
     decisions = data["decisions"] = collect_decisions(folder, data["names"], data["model"], config)
     with replacing(folder / "decisions.jsonl", "JSONL") as temporary:
@@ -91,7 +118,10 @@ def read_atlas(folder: Path, config: Config) -> dict[str, Any]:
     qc : a frame a sample, of which an input may have several; decisions : a list, in the order of the flow;
     n_latent : an integer;
     factors : of a linear decoder, see :func:`factors`, else empty; contrasts : see :func:`contrasts`, empty where
-    none is asked for; criticism : see :func:`read_criticism`.
+    none is asked for; contrast : contrast.parquet, or None; criticism : see :func:`read_criticism`;
+    expression : see :class:`scvi_core.report.expression.Expression`; labels : gene id: its name on the page;
+    flags : see :func:`cell_flags`; mixing : see :class:`scvi_core.mixing.Mixing`, None of a single batch;
+    dropped : see :func:`dropped_by_label`.
     """
     from scvi_core.de import weakest  # loads torch, which qc, who needs the figures alone, does without
 
@@ -102,23 +132,37 @@ def read_atlas(folder: Path, config: Config) -> dict[str, Any]:
             have = ", ".join(c for c in cells if c not in ("cell_id", *CELL_COLUMNS))
             raise UserError(f"config report.labels: no column '{column}' in cells.parquet; there are {have}")
     model = read_json(folder / "model/model.json", "train")
+    genes = read_parquet(folder / "genes.parquet", "genes")
     de = read_parquet(folder / "de.parquet", "de").astype({"group": str, "reference": str})
+    latent = read_parquet(folder / "latent.parquet", "embed")
+    z = [c for c in latent if c.startswith("z_")]
+    contrast = read_parquet(folder / "contrast.parquet", "contrast") if config.contrast.tests else None
+    labels = gene_labels(genes)
+    qc = by_sample([_read(folder / f"samples/{s}/qc.parquet", "qc") for s in names])
+    several = cells["batch"].nunique() > 1
+    de = weakest(de) if config.de.reference == "pairs" else de
     return {
         "cells": cells,
-        "genes": read_parquet(folder / "genes.parquet", "genes"),
-        "de": weakest(de) if config.de.reference == "pairs" else de,
-        "n_latent": sum(c.startswith("z_") for c in _parquet_columns(folder / "latent.parquet", "embed")),
-        "factors": factors(
-            read_parquet(folder / "loadings.parquet", "loadings"), read_parquet(folder / "latent.parquet", "embed")
-        )
+        "genes": genes,
+        "de": de,
+        "expression": read_expression(folder, names, cells, genes, de, drawn(len(cells)), config),
+        "labels": labels,
+        "n_latent": len(z),
+        "mixing": mixing(latent[z].to_numpy(), cells["batch"], cells["cluster"], config.seed, config.threads)
+        if several
+        else None,
+        "factors": factors(read_parquet(folder / "loadings.parquet", "loadings"), latent, labels)
         if config.model.decoder == "linear"
         else [],
         "history": read_parquet(folder / "model/history.parquet", "train"),
         "model": model,
         "names": names,
-        "qc": by_sample([_read(folder / f"samples/{s}/qc.parquet", "qc") for s in names]),
+        "qc": qc,
+        "flags": cell_flags(folder, names, len(cells)),
+        "dropped": dropped_by_label(folder, names, config),
         "decisions": collect_decisions(folder, names, model, config),
-        "contrasts": contrasts(read_parquet(folder / "contrast.parquet", "contrast")) if config.contrast.tests else [],
+        "contrast": contrast,
+        "contrasts": [] if contrast is None else contrasts(contrast, labels),
         "criticism": read_criticism(folder) if config.criticism.enabled else None,
     }
 
@@ -142,8 +186,9 @@ def warnings(decisions: list[dict[str, Any]]) -> list[tuple[str, str]]:
     for (step, what), found in of.items():
         samples = [d["sample"] for d in found if d["sample"]]
         more = f" and {len(samples) - 3} more" if len(samples) > 3 else ""
-        where = f" in {', '.join(samples[:3])}{more}" if samples else ""
-        said.append(("look", f"{step}, {what}{where}: {_text(found[0]['value'])}: {found[0]['reason']}."))
+        where = f", in {', '.join(samples[:3])}{more}" if samples else ""
+        topic = what[:1].upper() + what[1:].replace("_", " ")
+        said.append(("look", f"{topic}{where}: {found[0]['reason']} ({step}; value {_text(found[0]['value'])})."))
     return said
 
 
@@ -169,11 +214,72 @@ def _read(path: Path, by: str, ids: int = 0) -> pd.DataFrame:
     return pq.read_table(path, columns=columns, read_dictionary=coded).to_pandas()
 
 
-def _parquet_columns(path: Path, by: str) -> list[str]:
+def cell_flags(folder: Path, names: list[str], n_cells: int) -> pd.Series:
+    """Which flags the cells of the atlas bear, as words; (cells,) categories, missing where there is none."""
     import pyarrow.parquet as pq
 
-    verify(path, by)
-    return pq.read_schema(path).names
+    ids = pd.Index(pq.read_table(folder / "cells.parquet", columns=["cell_id"])["cell_id"].to_pandas())
+    flags, at = np.full(n_cells, "", dtype=object), 0
+    for name in names:  # as the store has them: samples in order, and their cells
+        qc = pq.read_table(folder / f"samples/{name}/qc.parquet", columns=["cell_id", "keep", "flags"]).to_pandas()
+        kept = qc[qc["keep"].to_numpy() & qc["cell_id"].isin(ids[at : at + len(qc)]).to_numpy()]
+        flags[at : at + len(kept)] = kept["flags"].to_numpy()
+        at += len(kept)
+    return pd.Series(pd.Categorical([None if flag == "" else in_words(flag) for flag in flags]))
+
+
+def dropped_by_label(folder: Path, names: list[str], config: Config) -> dict[str, list[dict[str, Any]]]:
+    """What QC dropped by the labels that the inputs themselves have: those of ``report.labels`` that vary in a sample.
+
+    Returns
+    -------
+    column: a row a label: label, n (barcodes), dropped, reason (the most frequent, as words, "" where none is dropped).
+    """
+    import h5py
+    from anndata.io import read_elem
+
+    out: dict[str, list[dict[str, Any]]] = {}
+    for column in config.report.labels:
+        parts, varies = [], False
+        for name in names:
+            with h5py.File(folder / f"samples/{name}/counts.h5ad", locking=False) as file:
+                if column not in file["obs"]:
+                    continue
+                labels = pd.Series(np.asarray(read_elem(file["obs"][column]), dtype=object))
+            if continuous(labels.infer_objects()):
+                break
+            qc = read_parquet(folder / f"samples/{name}/qc.parquet", "qc", ["keep", "reason"])
+            varies |= labels.nunique() > 1
+            parts.append(pd.DataFrame({"label": labels, "keep": qc["keep"], "reason": qc["reason"]}))
+        if not varies:
+            continue
+        table = pd.concat(parts, ignore_index=True)
+        levels_, codes = levels(table["label"])
+        out[column] = []
+        for i, label in enumerate(levels_):
+            mine = table[codes == i]
+            why = _tally(mine["reason"])
+            reason = in_words(max(why, key=lambda flag: why[flag])) if why else ""
+            out[column].append(
+                {"label": label, "n": len(mine), "dropped": int((~mine["keep"]).sum()), "reason": reason}
+            )
+    return out
+
+
+def by_condition(cells: pd.DataFrame, config: Config) -> list[str]:
+    """Columns to compare samples by: those of contrasts, then others that several samples share, four at most."""
+    others = (*CELL_COLUMNS, "cell_id", "barcode", "sample", "batch", "predicted_doublet", *config.labels)
+    own = [c for c in cells if c not in others]
+    asked = [one.column for one in config.contrast.tests]
+    out = []
+    for column in dict.fromkeys([*asked, *own]):
+        if column not in cells or re.fullmatch(DRAWN, column) or continuous(cells[column]):
+            continue
+        table = cells[["sample", column]].astype(object).drop_duplicates()
+        n, samples = table[column].nunique(), table["sample"].nunique()
+        if len(table) == samples and table[column].notna().all() and 1 < n <= 8 and n < samples:
+            out.append(column)
+    return out[:4]
 
 
 def sample_names(folder: Path, config: Config, cells: pd.DataFrame) -> list[str]:
@@ -234,6 +340,8 @@ def _metrics(data: dict[str, Any], config: Config) -> dict[str, Any]:
         "cells": {
             "before": sum(s["cells_before"] for s in samples.values()),
             "after": len(cells),
+            "median_n_counts": number(cells["n_counts"].median()),
+            "median_n_genes": number(cells["n_genes"].median()),
         },
         "samples": samples,
         "batches": len(batches),
@@ -254,6 +362,8 @@ def _metrics(data: dict[str, Any], config: Config) -> dict[str, Any]:
             "suggested": told.get("suggested resolution"),
             "by_column": {c: int(cells[c].nunique()) for c in cells if re.fullmatch(r"cluster(_r[\d.]+)?", c)},
         },
+        "mixing": dataclasses.asdict(data["mixing"]) if data["mixing"] else None,
+        "dropped": data["dropped"],
         "labels": {
             c: agreement(cells["cluster"], cells[c])
             | {"of_samples": bool((cells.groupby("sample", observed=True)[c].nunique() <= 1).all())}
@@ -309,9 +419,10 @@ def markers(de: pd.DataFrame, n: int) -> dict[str, pd.DataFrame]:
     return {g: up[up["group"] == g].head(n) for g in levels(de["group"])[0]}
 
 
-def factors(loadings: pd.DataFrame, latent: pd.DataFrame) -> list[dict[str, Any]]:
+def factors(loadings: pd.DataFrame, latent: pd.DataFrame, labels: dict[str, str]) -> list[dict[str, Any]]:
     """Give each factor's name, spread over cells, genes with a loading, and the strongest of these up and down."""
     rows = []
+    loadings = loadings.assign(gene_name=loadings["gene_id"].map(labels))
     for name in (c for c in loadings if c.startswith("z_")):
         ordered = loadings[loadings[name] != 0].sort_values([name, "gene_id"])[["gene_name", name]]
         up, down = ordered[ordered[name] > 0][::-1], ordered[ordered[name] < 0]
@@ -320,17 +431,26 @@ def factors(loadings: pd.DataFrame, latent: pd.DataFrame) -> list[dict[str, Any]
     return rows
 
 
-def contrasts(frame: pd.DataFrame) -> list[dict[str, Any]]:
+def contrasts(frame: pd.DataFrame, labels: dict[str, str]) -> list[dict[str, Any]]:
     """Give a row a (contrast, cell group): replicates, genes tested, called up and down, the first of these by rank."""
     rows = []
     for (name, group), part in frame.groupby(["contrast", "cell_group"], sort=False):
         called = part[part["is_de"]].sort_values("rank")
         ends = {"up": called[called["lfc"] > 0], "down": called[called["lfc"] < 0]}
         counts = {f"n_{key}": len(end) for key, end in ends.items()}
-        genes = {key: list(end["gene_name"].head(CONTRAST_GENES)) for key, end in ends.items()}
+        genes = {key: [labels[gene] for gene in end["gene_id"].head(CONTRAST_GENES)] for key, end in ends.items()}
         first = part.iloc[0][["n_replicates_group", "n_replicates_reference"]].to_dict()
         rows.append({"contrast": name, "cell_group": group, "n_genes": len(part), **first, **counts, **genes})
     return rows
+
+
+def called(frame: pd.DataFrame, labels: dict[str, str]) -> list[dict[str, Any]]:
+    """The first genes called in each cell group of a contrast, up and down, for the page's table."""
+    table = frame[frame["is_de"]].sort_values("rank", kind="stable")
+    table = table.assign(gene=table["gene_id"].map(labels), up=table["lfc"] > 0)
+    first = table.groupby(["cell_group", "up"], sort=False).head(TABLE_CALLED)
+    order = {group: i for i, group in enumerate(frame["cell_group"].unique())}
+    return first.sort_values("cell_group", key=lambda g: g.map(order), kind="stable").to_dict("records")
 
 
 def _tested(rows: list[dict[str, Any]], label: str, cells: pd.DataFrame, config: Config) -> dict[str, int]:
@@ -359,8 +479,31 @@ def draw(folder: Path, data: dict[str, Any], config: Config) -> dict[str, dict[s
                     add(f"{basis}_{slug(column)}", figures.umap_figure, cells, column, basis)
     for column in ("sample", "batch"):
         add(f"composition_{column}", figures.composition_figure, cells, column)
+    for column in by_condition(cells, config):
+        add(f"condition_{slug(column)}", expression.conditions, cells, column)
+    found = data["expression"]
+    basis = next((b for b in ("umap", "tsne") if f"{b}_1" in cells and cells[f"{b}_1"].notna().any()), None)
+    if basis:
+        add("quality", expression.quality_maps, cells, data["flags"], basis, found.rows)
+    if basis and found.shown:
+        add("gene_maps", expression.gene_maps, cells, found, basis)
+    groups = cells[config.de.groupby]
+    if found.shown:
+        add("violins", expression.violins, groups, found)
+    if found.heat:
+        add("heat_map", expression.heat_map, groups, found)
+    for i, one in enumerate(config.contrast.tests):
+        frame = data["contrast"][data["contrast"]["contrast"] == one.label]
+        first = list(frame["cell_group"].unique())[: expression.PANELS]
+        if first:
+            add(f"volcano_{i}", expression.volcano, frame[frame["cell_group"].isin(first)], data["labels"])
     chosen = {g: list(top["gene_id"]) for g, top in markers(data["de"], config.report.n_markers).items()}
-    add("markers", figures.markers_figure, data["de"], chosen)
+    add(
+        "markers",
+        figures.markers_figure,
+        data["de"].assign(gene_name=data["de"]["gene_id"].map(data["labels"])),
+        chosen,
+    )
     if data["criticism"]:
         add("criticism", figures.criticism_figure, data["criticism"])
     out = {}
@@ -433,28 +576,33 @@ def render(
     env.filters["count"] = lambda n: "-" if n is None else f"{n:,.0f}"
     env.filters["num"] = lambda n, digits=2: "-" if n is None or not np.isfinite(n) else f"{n:,.{digits}f}"
     env.filters["slug"] = slug
+    env.filters["words"] = in_words
     cells, decisions = data["cells"], data["decisions"]
     names = cluster_names(cells)
     env.filters["named"] = lambda group, by: f"{group}: {names[group]}" if by == "cluster" and group in names else group
     top = markers(data["de"], TABLE_MARKERS)
-    limits = {s: figures.thresholds([d for d in decisions if d["step"] == "qc"], s) for s in data["qc"]}
     pairs = cells[["sample", "batch"]].drop_duplicates().astype(str)
     batch_of = pairs.groupby("sample")["batch"].unique()
     return env.get_template("report.html.j2").render(
         config=config, m=numbers, model=data["model"], n_latent=data["n_latent"], viewer=viewer, pictures=pictures,
         verdicts=[*warnings(decisions), *verdicts(numbers, data, config)], card=model_card(data, config),
         snippets=snippets(data["model"], config), criticism=data["criticism"],
-        reasons=sorted({r for s in numbers["samples"].values() for r in s["reasons"]}), table_markers=TABLE_MARKERS,
-        limit_text={s: ", ".join(f"{k} {' and '.join(f'{x:,.4g}' for x in v)}" for k, v in found.items())
-                    for s, found in limits.items()},
+        reasons=[r for r in FLAGS if any(r in s["reasons"] for s in numbers["samples"].values())],
+        table_markers=TABLE_MARKERS,
+        limit_text={s: limits_in_words([d for d in decisions if d["step"] == "qc"], s) for s in data["qc"]},
         batch_of={s: ", ".join(b) for s, b in batch_of.items()},
         same_batch=len(batch_of) == numbers["batches"] and all(len(b) == 1 for b in batch_of),
-        limits=limits,
         losses=[d for d in decisions if (d["n_cells"] or d["n_genes"]) and d["what"] not in TOLD],
         kept_epoch=kept_epoch(data["model"]),
         tables={c: label_table(cells, c) for c in [*numbers["labels"], *_scored(cells)]},
         stability=sorted(numbers["clusters"]["stability"].items(), key=lambda item: float(item[0])),
         factors=data["factors"], contrasts=data["contrasts"],
+        tests=[(i, one, called(data["contrast"][data["contrast"]["contrast"] == one.label], data["labels"]))
+               for i, one in enumerate(config.contrast.tests)],
+        by_condition=by_condition(cells, config), found=data["expression"], folded=FOLDED, panels=expression.PANELS,
+        labels=data["labels"], show_ids=set(data["genes"]["gene_id"]) != set(data["genes"]["gene_name"]),
+        flagged=int(data["flags"].notna().sum()), table_called=TABLE_CALLED,
+        found_unit=expression.UNIT, heat_cells=expression.HEAT_CELLS,
         markers=[row for frame in top.values() for row in frame.to_dict("records")],
         unmarked=[g for g, frame in top.items() if not frame["is_de"].any()],
         decisions=[{**d, "text": _text(d["value"])} for d in decisions],

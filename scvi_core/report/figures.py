@@ -386,6 +386,6 @@ def markers_figure(de: pd.DataFrame, markers: Mapping[str, list[str]], theme: st
     ]
     fig.legend(dots, ["25% of cells", "50%", "100%"], loc="outside upper left", ncols=3, handletextpad=0.4)
     bar = fig.colorbar(last, ax=fig.axes, shrink=min(1, 1.8 / (tall * len(blocks))), aspect=14, pad=0.01, anchor=(0, 1))
-    bar.set_label("expression ÷ gene's highest")
+    bar.set_label("÷ gene's highest", fontsize=7.5)
     bar.outline.set_visible(False)
     return fig

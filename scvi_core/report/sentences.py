@@ -14,7 +14,57 @@ from scvi_core.report.viewer import CELL_COLUMNS
 
 AGREES, FOLLOWS = 0.5, 0.2  # adjusted Rand index: all is well from there with cell types, up to there with samples
 FALL = 0.01  # of the best held-out ELBO: in fits that are as they should be it ends within half of that
+MIXED, APART = 0.75, 0.5  # mixing: all is well from there; up to there batches lie apart
+LOST, ENOUGH = 0.3, 20  # share of a label's barcodes that QC dropped, to be looked at; barcodes that can tell it
 DRAWN = r"(umap|tsne)_\d|cluster(_r[\d.]+)?|cycle_phase"  # columns that are made of the cells
+FLAGS = {  # of qc: as words, and as what follows "because"
+    "low_counts": ("few counts", "it has too few counts"),
+    "high_counts": ("many counts", "it has too many counts"),
+    "low_genes": ("few genes", "it has too few genes"),
+    "high_genes": ("many genes", "it has too many genes"),
+    "high_mito": ("high mitochondrial share", "too many of its counts are mitochondrial"),
+    "high_hb": ("high haemoglobin share", "too many of its counts are haemoglobin"),
+    "high_top50": ("50 genes hold most counts", "50 genes hold most of its counts"),
+    "doublet": ("doublet", "it looks like two cells"),
+}
+UNITS = {  # of a limit's metric: what it is called, and how its numbers are written
+    "counts": ("counts", "{:,.0f}"),
+    "genes": ("genes", "{:,.0f}"),
+    "mito": ("mitochondrial", "{:.3g} %"),
+    "hb": ("haemoglobin", "{:.3g} %"),
+    "top50": ("share of the 50 highest genes", "{:.3g} %"),
+    "doublet": ("doublet score", "{:.2f}"),
+}
+
+
+def in_words(flags: str) -> str:
+    """Flags of ``qc.parquet`` as words: "high_mito,doublet" is "high mitochondrial share, doublet"."""
+    return ", ".join(FLAGS.get(flag, (flag.replace("_", " "),))[0] for flag in flags.split(",") if flag)
+
+
+def limits_in_words(decisions: list[dict[str, Any]], sample: str) -> str:
+    """The limits in force in a sample: "counts: 200 (fixed), 41 and 24,910 (outliers of this sample); genes: ..."."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for d in decisions:
+        match = re.fullmatch(r"(?:low_|high_)?(counts|genes|mito|hb|top50|doublet)\.(\w+)", str(d["what"]))
+        number = isinstance(d["value"], int | float) and not isinstance(d["value"], bool)
+        if match and number and d["sample"] in (None, sample):
+            kind = {"mad": "outliers of this sample", "threshold": "called above"}.get(match[2], "fixed")
+            text = UNITS[match[1]][1].format(d["value"])
+            found.setdefault(UNITS[match[1]][0], {}).setdefault(kind, []).append(text)
+    each = {
+        name: ", ".join(f"{' and '.join(v)} ({kind})" for kind, v in kinds.items()) for name, kinds in found.items()
+    }
+    return "; ".join(f"{name}: {text}" for name, text in each.items())
+
+
+def _some(names: list[str], n: int = 12) -> str:
+    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
+
+
+def _plural(column: str) -> str:
+    """What the groups of a column are called: "clusters", or "groups of cell_type"."""
+    return "clusters" if re.fullmatch(r"cluster(_r[\d.]+)?", column) else f"groups of {column}"
 
 
 def verdicts(numbers: dict[str, Any], data: dict[str, Any], config: Config) -> list[tuple[str, str]]:
@@ -22,84 +72,156 @@ def verdicts(numbers: dict[str, Any], data: dict[str, Any], config: Config) -> l
 
     Those that ask come first.
     """
-    cells, model, clusters = numbers["cells"], numbers["model"], numbers["clusters"]
-    out = _design(numbers["contrasts"], data["cells"], config)
+    out = [
+        *_design(numbers["contrasts"], data["cells"], config),
+        *_quality(numbers),
+        *_mixing(numbers),
+        *_clusters(numbers, config),
+        *_markers(numbers["de"], config),
+        *_training(numbers["model"], data, config),
+        *_criticism(data["criticism"]),
+    ]
+    return sorted(out, key=lambda verdict: verdict[0] != "look")
+
+
+def _quality(numbers: dict[str, Any]) -> list[tuple[str, str]]:
+    """What QC dropped: of all, of a sample more than of the others, of a label."""
+    cells = numbers["cells"]
     lost = cells["before"] - cells["after"]
     share = lost / max(cells["before"], 1)
     tally = pd.DataFrame([s["reasons"] for s in numbers["samples"].values()]).sum()
-    why = f", most often for {tally.idxmax()}" if len(tally) else ""
-    text = f"QC kept {cells['after']:,} of {cells['before']:,} barcodes and dropped {lost:,} ({share:.1%}{why})."
-    out.append(("look" if share > 0.3 else "good", text))
+    text = f"QC kept {cells['after']:,} of {cells['before']:,} barcodes and dropped {lost:,} ({share:.1%})"
+    if len(tally):
+        most = str(tally.idxmax())
+        text += f", most often because {FLAGS.get(most, (most, most))[1]}"
+    out = [("look" if share > LOST else "good", text + ".")]
     rates = {n: 1 - s["cells_after"] / max(s["cells_before"], 1) for n, s in numbers["samples"].items()}
     worst = max(rates, key=lambda n: rates[n])
-    if rates[worst] > max(0.3, 2 * share):
+    if rates[worst] > max(LOST, 2 * share):
         out.append(("look", f"Sample {worst} lost {rates[worst]:.0%} of its barcodes, far more than the others."))
+    for column, rows in numbers["dropped"].items():
+        for row in rows:
+            rate = row["dropped"] / row["n"]
+            if row["n"] >= ENOUGH and rate > max(LOST, 2 * share):
+                text = f"QC dropped {rate:.0%} of the barcodes labelled {row['label']} ({column}), mostly for"
+                out.append(("look", f"{text} {row['reason']}. Is that damage, or what such cells are like?"))
+    return out
+
+
+def _mixing(numbers: dict[str, Any]) -> list[tuple[str, str]]:
+    """How well batches are mixed within clusters."""
+    if numbers["mixing"] is None:
+        return []
+    score, by_cluster = numbers["mixing"]["score"], numbers["mixing"]["by_cluster"]
+    out = []
+    if score is None:
+        out.append(("good", "No cluster has enough cells of two batches to tell how well batches are mixed."))
+    else:
+        how = "well" if score >= MIXED else "partly" if score > APART else "poorly"
+        text = (
+            f"Batches are {how} mixed: within clusters, a cell's neighbours are of another batch {score:.0%} as often "
+        )
+        text += "as by chance."
+        apart = sorted((c for c in by_cluster if by_cluster[c] <= APART), key=lambda c: by_cluster[c])
+        if apart:
+            least = _some([f"{c} ({by_cluster[c]:.0%})" for c in apart], 6)
+            text += f" Least in cluster {least}: a batch effect that is left, or biology that differs between batches."
+        out.append(("look" if score < MIXED or apart else "good", text))
+    one = numbers["clusters"]["one_batch"]
+    if one:
+        text = (
+            f"At least 90% of the cells of cluster {_some(one)} are from one batch: biology of that batch, or a batch "
+        )
+        out.append(("look", text + "effect."))
+    return out
+
+
+def _clusters(numbers: dict[str, Any], config: Config) -> list[tuple[str, str]]:
+    """How many clusters, whether other seeds find them, and how they go with the labels."""
+    clusters, out = numbers["clusters"], []
+    sizes = clusters["sizes"]
+    text = f"{clusters['n']} cluster{'s' * (clusters['n'] != 1)}, of {min(sizes.values()):,} to "
+    out.append(("good" if clusters["n"] > 1 else "look", f"{text}{max(sizes.values()):,} cells."))
+    used = f"{config.cluster.resolutions[0]:g}"
+    if used in clusters["stability"]:
+        agreement, best = clusters["stability"][used]["agreement"], clusters["suggested"]
+        text = "Clustered again with other random seeds, cells fall into "
+        if float(used) <= best:
+            text += f"the same clusters (adjusted Rand index {agreement:.2f}; 1 is identical)."
+            if float(used) < best:
+                text += f" So they do up to resolution {best:g}, which gives finer ones (cluster.resolutions)."
+        else:
+            text += (
+                f"somewhat different clusters (adjusted Rand index {agreement:.2f}; 1 is identical): some borders are "
+            )
+            text += f"chance. Resolution {best:g} is the finest at which seeds agree (cluster.resolutions)."
+        out.append(("good" if float(used) <= best else "look", text))
+    for column, a in numbers["labels"].items():
+        if a["ari"] is None:
+            continue
+        text = f"(adjusted Rand index {a['ari']:.2f}; 1 is identical, 0 is chance)."
+        if a["of_samples"]:  # such as sex: of samples, so that clusters are not meant to find it
+            if a["ari"] > FOLLOWS:
+                out.append(("look", f"Clusters follow {column}, which is one value a sample {text}"))
+        elif a["ari"] >= AGREES:
+            out.append(("good", f"Clusters agree with the labels in {column} {text}"))
+        else:
+            out.append(("look", f"Clusters differ from the labels in {column} {text}"))
+    return out
+
+
+def _markers(de: dict[str, Any], config: Config) -> list[tuple[str, str]]:
+    """How many markers, and which groups have hardly any."""
+    counts, what = de["upregulated"], _plural(config.de.groupby)
+    out = [("good", f"{sum(counts.values()):,} marker genes are significant, over {len(counts)} {what}.")]
+    few = [group for group, n in counts.items() if n < 3]
+    if few:
+        text = f"Fewer than three significant markers: {what} {_some(few)}. "
+        if config.de.compare == "cells":
+            text += "Their single cells often look like some of the rest; averages may differ (de.compare: means)."
+        else:
+            text += "Such a group is small, has few counts, or is much like the rest."
+        out.append(("look", text))
+    return out
+
+
+def _training(model: dict[str, Any], data: dict[str, Any], config: Config) -> list[tuple[str, str]]:
+    """How the fit went."""
     elbo, best, epochs = model.get("validation_elbo"), kept_epoch(data["model"]), model.get("epochs")
+    out = []
     if elbo is not None:
-        text = f"The ELBO on held-out cells is {elbo:,.1f} nats a cell; on training cells {model['train_elbo']:,.1f}."
-        gap = (model["train_elbo"] - elbo) / max(abs(elbo), 1e-9)
-        more = " The gap is wide: few cells for so large a model, or cells unlike the rest." if gap > 0.1 else ""
-        out.append(("look" if more else "good", text + more))
+        values = f"(ELBO {elbo:,.1f} nats a cell, against {model['train_elbo']:,.1f})"
+        if (model["train_elbo"] - elbo) / max(abs(elbo), 1e-9) > 0.1:
+            text = f"The model fits cells that it was not trained on far less well than those it was {values}: too few "
+            out.append(("look", f"{text}cells for so large a model, or cells unlike the rest."))
+        else:
+            out.append(("good", f"The model fits cells it was not trained on about as well as those it was {values}."))
     held_out = data["history"]["validation_elbo"].dropna()
     if len(held_out) and not config.train.early_stopping:
         fall = float(held_out.max() - held_out.iloc[-1])
         if fall > FALL * abs(held_out.max()):
             epoch = int(data["history"]["epoch"][held_out.idxmax()])
             text = (
-                f"The ELBO on held-out cells was highest at epoch {epoch} and has fallen by {fall:,.1f} nats a cell "
-                "since: the model learns these cells by heart. train.early_stopping: true keeps the best weights; the "
-                "default goes on, as batches mix later: compare both where batches matter."
+                f"The fit to held-out cells was best at epoch {epoch} and has fallen by {fall:,.1f} nats a cell since: "
+                "the model learns its cells by heart. train.early_stopping: true keeps the best weights; the default "
+                "trains on, as batches mix later. Compare both if batches matter."
             )
             out.append(("look", text))
     if config.train.early_stopping and best is not None and best == epochs:
         out.append(("look", "The last epoch was the best one: more epochs (train.max_epochs) may fit better."))
-    sizes = clusters["sizes"]
-    text = f"{clusters['n']} clusters, of {min(sizes.values()):,} to {max(sizes.values()):,} cells."
-    out.append(("good" if clusters["n"] > 1 else "look", text))
-    used = f"{config.cluster.resolutions[0]:g}"
-    if used in clusters["stability"]:
-        agreement, best = clusters["stability"][used]["agreement"], clusters["suggested"]
-        text = f"By another seed, clusters at resolution {used} agree by an adjusted Rand index of {agreement:.2f}"
-        finest = f"{best:g} is suggested (cluster.resolutions), as the finest at which seeds agree"
-        kind = "good" if float(used) <= best else "look"
-        out.append((kind, f"{text}{'.' if float(used) == best else f'; {finest}.'}"))
-    if numbers["batches"] > 1:
-        names = ", ".join(clusters["one_batch"][:12])
-        one = f"At least 90% of cells are of one batch in cluster {names}: biology of that batch, or a batch effect."
-        good = "No cluster has 90% or more of its cells from one batch."
-        out.append(("look", one) if names else ("good", good))
-    for column, a in numbers["labels"].items():
-        if a["ari"] is None:
-            continue
-        text = f"adjusted Rand index of {a['ari']:.2f} (1: identical, 0: as by chance)."
-        if a["of_samples"]:  # such as sex: of samples, so that clusters are not meant to find it
-            if a["ari"] > FOLLOWS:
-                out.append(("look", f"Clusters follow {column}, which is one value a sample: {text}"))
-            continue
-        out.append(("good" if a["ari"] >= AGREES else "look", f"Clusters and the labels {column} agree with an {text}"))
-    out += _criticism(data["criticism"])
-    counts = numbers["de"]["upregulated"]
-    few = [g for g, n in counts.items() if n < 3]
-    text = f"{sum(counts.values()):,} significant markers over {len(counts)} groups of {config.de.groupby}."
-    out.append(("good", text))
-    if few:
-        text = f"Fewer than three significant markers for group {', '.join(few[:12])}: "
-        if config.de.compare == "cells":
-            text += "single cells of it often look like some of the rest. Its average may differ: de.compare: means."
-        else:
-            text += "few averages differ for sure, as where a group is small, shallow or much like the rest."
-        out.append(("look", text))
-    return sorted(out, key=lambda verdict: verdict[0] != "look")
+    return out
 
 
 def _design(contrasts: dict[str, Any], cells: pd.DataFrame, config: Config) -> list[tuple[str, str]]:
     """How far each contrast could be tested, and what the design makes hard to tell."""
     out = []
     for label, n in contrasts.items():
-        what = f"of {n['groups']} groups of {config.contrast.within}" if config.contrast.within else "of 1 group"
-        text = f"Contrast {label}: {n['tested']} {what} could be tested, with {n['called']:,} genes called."
+        what = f"in {n['tested']} of {n['groups']} {_plural(config.contrast.within)}" if config.contrast.within else ""
+        what = what or ("over all cells" if n["tested"] else "nowhere")
+        text = f"Contrast {label} was tested {what}: {n['called']:,} genes differ."
         whole = n["tested"] == n["groups"]
-        out.append(("good" if whole else "look", text + ("" if whole else " Decisions says why not the others.")))
+        why = " The table of decisions says why the others could not be tested."
+        out.append(("good" if whole else "look", text + ("" if whole else why)))
     own = [c for c in cells if c not in (*CELL_COLUMNS, "cell_id", "barcode") and not re.fullmatch(DRAWN, c)]
     return out + [("look", text) for text in remarks(cells[own].drop_duplicates(), config)]
 
@@ -109,10 +231,10 @@ def _criticism(criticism: dict[str, Any] | None) -> list[tuple[str, str]]:
         return []
     checks = criticism["checks"]
     good = sum(c["verdict"] == "good" for c in checks)
-    text = f"The counts that the model makes are like those measured in {good} of {len(checks)} checks."
+    text = f"Data simulated from the model resemble yours in {good} of {len(checks)} checks."
     weak = [c["title"].lower() for c in checks if c["verdict"] == "look"]
     if weak:
-        text += f" Less so: {'; '.join(weak)}."
+        text += f" Less closely: {'; '.join(weak)}."
     poor = [("look", f"{c['title']}: {c['sentence']}") for c in checks if c["verdict"] == "poor"]
     return [("look" if poor else "good", text), *poor]
 
@@ -161,6 +283,11 @@ cells = anndata.read_zarr("counts.zarr")     # or your own: raw counts, the same
 z = model.latent(cells)                      # (cells, {model["model"].get("n_latent", "latent")}) float32
 # denoised expression, averaged over batches
 rho = model.normalized_expression(cells, transform_batch=model.schema.batches)""",
+        "whole": f"""import scanpy as sc
+
+atlas = sc.read_h5ad("atlas.h5ad")           # counts, cells, genes, embeddings, neighbour graph
+sc.pl.umap(atlas, color="{config.de.groupby}")
+sc.tl.rank_genes_groups(atlas, "{config.de.groupby}")""",
         "registry": f"""import json
 import mlflow
 

@@ -43,13 +43,30 @@ def continuous(values: pd.Series) -> bool:
     return pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values) and values.nunique() > 30
 
 
-def viewer_data(cells: pd.DataFrame, labels: tuple[str, ...], decisions: Decisions) -> dict[str, Any] | None:
-    """Pack coordinates and columns for the page's viewer: base64 of little-endian uint16 (uint8 for quantities)."""
+def drawn(n_cells: int) -> np.ndarray:
+    """Give the cells that the viewer draws, ``SHOWN_CELLS`` at most, in the order of drawing: random, but fixed."""
+    return np.random.default_rng(0).permutation(n_cells)[:SHOWN_CELLS]
+
+
+def viewer_data(
+    cells: pd.DataFrame,
+    labels: tuple[str, ...],
+    decisions: Decisions,
+    flags: pd.Series,
+    genes: dict[str, np.ndarray],
+) -> dict[str, Any] | None:
+    """Pack coordinates and columns for the page's viewer: base64 of little-endian uint16 (uint8 for quantities).
+
+    Parameters
+    ----------
+    flags : (cells,) categories, QC's.
+    genes : name: values in the cells that :func:`drawn` gives, in its order.
+    """
     bases = [b for b in ("umap", "tsne") if f"{b}_1" in cells and cells[f"{b}_1"].notna().any()]
     if not bases:
         decisions.add("viewer", "none", "neither UMAP nor t-SNE was asked for, so there is no embedding to show")
         return None
-    order = np.random.default_rng(0).permutation(len(cells))[:SHOWN_CELLS]  # also the order of drawing
+    order = drawn(len(cells))
     if len(cells) > SHOWN_CELLS:
         reason = f"a page with all {len(cells)} cells would be slow; drawn at random with a fixed seed"
         decisions.add("cells_in_viewer", SHOWN_CELLS, reason)
@@ -67,6 +84,7 @@ def viewer_data(cells: pd.DataFrame, labels: tuple[str, ...], decisions: Decisio
     columns: list[dict[str, Any]] = []
     skip = {"cell_id", "barcode", "umap_1", "umap_2", "tsne_1", "tsne_2"}
     first = ["cluster", *labels, "sample", "batch"]
+    cells = cells.assign(**{"QC flag": flags.to_numpy()}) if len(flags.cat.categories) else cells
     for name in dict.fromkeys([*first, *(c for c in cells if c not in skip)]):
         values = cells[name]
         if name in CELL_COLUMNS or continuous(values):
@@ -86,6 +104,10 @@ def viewer_data(cells: pd.DataFrame, labels: tuple[str, ...], decisions: Decisio
             continue
         counts = np.bincount(codes, minlength=len(names)).tolist()
         columns.append({"name": name, "names": names, "counts": counts, "codes": pack(codes[order])})
+    for name, values in genes.items():
+        high = max(float(np.quantile(values, 0.995)), float(values.max()) / 4, 1e-9)
+        codes = np.round(np.clip(values / high, 0, 1) * 254)
+        columns.append({"name": name, "values": pack(codes, "u1"), "low": 0, "high": high, "log": False, "gene": True})
     ids = cells["cell_id"].to_numpy()[order].tolist() if len(cells) <= NAMED_CELLS else None
     out = {"n": len(cells), "shown": len(order), "spaces": spaces, "columns": columns, "ids": ids}
     return {**out, "palette": PALETTE, "missing": MISSING}

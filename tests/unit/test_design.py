@@ -90,7 +90,7 @@ def test_pairs_and_few_replicates():
     assert "each 'donor' has one sample of either level; name it in categorical_covariates" in said
     assert design.remarks(sheet(), config({**TEST, "categorical_covariates": ["donor"]})) == []
     said = design.remarks(sheet()[:4], config({**TEST, "categorical_covariates": ["donor"]}))
-    assert len(said) == 1 and "2 samples of the smaller level; with fewer than 3" in said[0]
+    assert len(said) == 1 and "only 2 samples of one condition; with fewer than 3" in said[0]
 
 
 def test_groups_that_are_batches():

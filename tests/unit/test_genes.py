@@ -223,3 +223,13 @@ def test_batch_without_variation_has_no_say(tmp_path):
 def test_same_input_same_frame(tmp_path):
     first, second = (run(tmp_path, [make(name="s1"), make(name="s2", batch="c", seed=1)], n_top=50)[0] for _ in "ab")
     pd.testing.assert_frame_equal(first, second)
+
+
+def test_an_id_gives_way_to_the_name_that_another_sample_has(tmp_path):
+    names = [f"N{i}" for i in range(200)]
+    without = make(name="a", batch="a")  # its ids stand for names
+    frame, decisions = run(tmp_path, [without, make(name="b", batch="b", seed=1, gene_names=names)], n_top=30)
+    assert list(frame["gene_name"]) == names and not decided(decisions, "gene_names")
+    other = make(name="c", batch="c", seed=2, gene_names=["M0", *names[1:]])
+    frame, decisions = run(tmp_path, [make(name="b", batch="b", gene_names=names), without, other], n_top=30)
+    assert list(frame["gene_name"]) == names and decided(decisions, "gene_names")[0].n_genes == 1

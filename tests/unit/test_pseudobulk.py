@@ -241,7 +241,7 @@ def test_groups_that_cannot_be_tested(tmp_path):
     assert list(frame["cell_group"].unique()) == ["0"]
     left = {d.value: d for d in decided(made, "cell group not tested")}
     assert set(left) == {"1", "2", "3"}
-    assert "1 samples of 'treated' and 2 of 'control'" in left["1"].reason and left["1"].n_cells == 45
+    assert "1 of 'treated', 2 of 'control'" in left["1"].reason and left["1"].n_cells == 45
     assert "0 samples of 'treated' and 0 of 'control'" in left["2"].reason
     (small,) = decided(made, "pseudobulks left out")
     assert (small.value, small.n_cells) == (3, 15) and len(bulks.units) == 6 + 3 + 3 + 2
@@ -294,7 +294,9 @@ def test_a_replicate_without_counts_is_left_out(tmp_path):
     frame, _, made = contrast(*project(tmp_path / "four", counts, clusters=clusters), settings())
     assert set(frame["cell_group"]) == {"0"}
     (left,) = decided(made, "cell group not tested")
-    assert left.value == "rare" and "3 samples of 'treated' and 1 of 'control' have enough cells and" in left.reason
+    assert (
+        left.value == "rare" and "samples with enough cells and counts: 3 of 'treated', 1 of 'control'" in left.reason
+    )
 
 
 def test_a_fit_that_fails_takes_no_other_along(tmp_path, monkeypatch):

@@ -1,16 +1,20 @@
+import collections
 import json
 import re
 from html.parser import HTMLParser
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
+from _samples import sample as make_sample
+from _samples import write_sample
 from matplotlib.figure import Figure
 
 from scvi_core import report
 from scvi_core.config import load_config
 from scvi_core.files import Decisions, UserError, write_json, write_parquet
-from scvi_core.report import figures, sentences, style, viewer
+from scvi_core.report import expression, figures, sentences, style, viewer
 from scvi_core.report.viewer import MISSING, PALETTE, levels
 
 HOSTILE = [
@@ -26,7 +30,9 @@ def write_atlas(folder, n_cells=240, n_clusters=5, labels=HOSTILE, n_genes=120, 
     """Write a results folder as the contracts describe it: three samples, names meant to break out of the page."""
     rng = np.random.default_rng(1)
     samples = ["donor1", "donor.2", "d3-x"]
-    kept, qc_rows = [], {}
+    kept, qc_rows, counts = [], {}, {}
+    ids = [f"ENSG{i:011d}" for i in range(n_genes)]
+    names = [HOSTILE[0] if i == 3 else f"GENE{i}" for i in range(n_genes)]
     for i, sample in enumerate(samples):
         n = n_cells // 3
         qc = pd.DataFrame(
@@ -50,7 +56,12 @@ def write_atlas(folder, n_cells=240, n_clusters=5, labels=HOSTILE, n_genes=120, 
         qc["keep"], qc["reason"] = ~high, np.where(high, "high_mito", "")
         qc_rows[sample] = qc
         write_parquet(folder / f"samples/{sample}/qc.parquet", qc)
-        (folder / f"samples/{sample}/counts.h5ad").write_bytes(b"counts")
+        counts[sample] = rng.poisson(0.4, (n, n_genes))
+        counts[sample][:, 0] += 5 * np.arange(n) % 7
+        of = pd.Categorical(np.where(high, labels[1], labels[0]))
+        adata = make_sample(counts[sample], sample, gene_ids=ids, gene_names=names, **{"cell type": of})
+        adata.obs_names = list(qc["cell_id"])
+        write_sample(folder / f"samples/{sample}/counts.h5ad", adata)
         d = Decisions("qc", sample)
         d.add("low_counts.mad", 800.0, "median - 5 MAD")
         d.add("high_mito.mad", 9.0, "median + 5 MAD, within the fixed limit")
@@ -70,8 +81,6 @@ def write_atlas(folder, n_cells=240, n_clusters=5, labels=HOSTILE, n_genes=120, 
     latent = pd.DataFrame(rng.normal(size=(len(cells), 4)).astype("float32"), columns=[f"z_{i}" for i in range(4)])
     latent.insert(0, "cell_id", cells["cell_id"])
     write_parquet(folder / "latent.parquet", latent)
-    ids = [f"ENSG{i:011d}" for i in range(n_genes)]
-    names = [HOSTILE[0] if i == 3 else f"GENE{i}" for i in range(n_genes)]
     mean = rng.lognormal(-2, 2, n_genes)
     genes = pd.DataFrame(
         {
@@ -187,7 +196,7 @@ def test_page_stands_alone_and_strangers_names_stay_text(atlas):
     assert "alert(1)" in text and "<script>alert" not in text and "<img src=x" not in text
     assert "A &amp; &lt;b&gt;" in text
     ids = set(re.findall(r'<section id="(\w+)"', text))
-    assert ids == {link[1:] for link in page.links if link.startswith("#")} and len(ids) == 11
+    assert ids == {link[1:] for link in page.links if link.startswith("#")} and len(ids) == 12
 
 
 def test_viewer_data_are_those_of_the_table(atlas):
@@ -214,7 +223,8 @@ def test_many_cells_are_thinned_and_said_to_be():
     cells["cluster"] = pd.Categorical(rng.choice(["0", "1", "2"], n))
     cells["sample"] = cells["batch"] = pd.Categorical(rng.choice(["a", "b"], n))
     made = Decisions("report")
-    data = viewer.viewer_data(cells, (), made)  # without cell_id: beyond NAMED_CELLS it is not read
+    flags = pd.Series(pd.Categorical([None] * n))
+    data = viewer.viewer_data(cells, (), made, flags, {})  # without cell_id: beyond NAMED_CELLS it is not read
     assert data["n"] == n and data["shown"] == viewer.SHOWN_CELLS and data["ids"] is None
     assert [d.what for d in made] == ["cells_in_viewer"]
     assert sum(data["columns"][0]["counts"]) == n
@@ -335,17 +345,19 @@ def test_what_a_contrast_could_test_stands_first(tmp_path):
     cells["batch"], cells["sample_of"] = cells["sample"], cells["sample"] + cells["condition"]
     write_parquet(folder / "cells.parquet", cells)
     contrast = {"tests": [{"column": "condition", "group": "stim", "reference": "ctrl"}], "replicate": "sample_of"}
-    genes = pd.DataFrame({"gene_name": ["a", "b"], "lfc": [2.0, -1.0], "is_de": True, "rank": [1, 2]})
+    genes = pd.DataFrame(
+        {"gene_id": ["ENSG00000000000", "ENSG00000000001"], "lfc": [2.0, -1.0], "is_de": True, "rank": [1, 2]}
+    )
     genes = genes.assign(contrast="condition_stim_vs_ctrl", n_replicates_group=3, n_replicates_reference=3)
     write_parquet(folder / "contrast.parquet", genes.assign(cell_group="3"))
     first = told(folder, load_config(config | {"contrast": contrast}))[:2]
     assert [kind for kind, _ in first] == ["look", "look"]
-    assert "1 of 5 groups of cluster could be tested, with 2 genes called. Decisions says why" in first[0][1]
+    assert "was tested in 1 of 5 clusters: 2 genes differ. The table of decisions says why" in first[0][1]
     assert "hold 'stim' and 'ctrl' of condition" in first[1][1] and "give each sample its own batch" in first[1][1]
     whole = pd.concat([genes.assign(cell_group=str(k)) for k in range(5)])
     write_parquet(folder / "contrast.parquet", whole)
     kinds = dict((text, kind) for kind, text in told(folder, load_config(config | {"contrast": contrast})))
-    (text,) = [text for text in kinds if "5 of 5 groups" in text]
+    (text,) = [text for text in kinds if "in 5 of 5 clusters" in text]
     assert kinds[text] == "good" and "10 genes" in text
 
 
@@ -358,8 +370,8 @@ def test_a_label_of_samples_is_no_cell_type(tmp_path):
     write_parquet(folder / "cells.parquet", cells)
     said = told(folder, load_config(config))
     assert not any("sex" in text for _, text in said)
-    assert [kind for kind, text in said if "labels cell type agree" in text] == ["good"]
-    assert [kind for kind, text in said if "labels noise agree" in text] == ["look"]
+    assert [kind for kind, text in said if "agree with the labels in cell type" in text] == ["good"]
+    assert [kind for kind, text in said if "differ from the labels in noise" in text] == ["look"]
     cells["cluster"] = cells["sex"]
     write_parquet(folder / "cells.parquet", cells)
     assert [kind for kind, text in told(folder, load_config(config)) if "Clusters follow sex" in text] == ["look"]
@@ -374,8 +386,8 @@ def test_the_resolution_is_held_against_others(tmp_path, used, kind):
     made.add("suggested resolution", 0.5, "x")
     made.write(folder / "decisions/cluster.jsonl")
     config = load_config(config)
-    (said,) = [(of, text) for of, text in told(folder, config) if "By another seed" in text]
-    assert said[0] == kind and ("0.5 is suggested" in said[1]) == (used == 1.0)
+    (said,) = [(of, text) for of, text in told(folder, config) if "other random seeds" in text]
+    assert said[0] == kind and ("0.5 is the finest" in said[1]) == (used == 1.0)
     data = report.read_atlas(folder, config)
     numbers = report.metrics(folder, config)
     pictures = {name: {"light": "", "dark": ""} for name in report.draw(folder, data, config)}
@@ -393,9 +405,7 @@ def test_a_curve_that_falls_says_what_to_do(tmp_path, lost, said):
     write_parquet(folder / "model/history.parquet", history)
     found = [text for kind, text in told(folder, config) if kind == "look" and "by heart" in text]
     assert len(found) == said
-    assert all(
-        "highest at epoch 12 and has fallen by 40.0 nats" in t and "train.early_stopping: true" in t for t in found
-    )
+    assert all("best at epoch 12 and has fallen by 40.0 nats" in t and "train.early_stopping: true" in t for t in found)
 
 
 def test_phases_of_the_cell_cycle_by_cluster(tmp_path, monkeypatch):
@@ -415,7 +425,85 @@ def test_phases_of_the_cell_cycle_by_cluster(tmp_path, monkeypatch):
 def test_few_markers_are_no_proof_of_anything(atlas):
     folder, config = atlas
     (few,) = [text for kind, text in told(folder, config) if "Fewer than three" in text]
-    assert "for group 4:" in few and "group of its own" not in few
+    assert "markers: clusters 4." in few and "group of its own" not in few
+
+
+def test_genes_are_called_by_name_and_told_apart():
+    ids = ["ENSG1", "ENSG2", "ENSG3", "ENSG4", "ENSG5", "X_ENSG00000000001"]
+    names = ["A", "", "B", "B", "ENSG5", "X_ENSG00000000001"]
+    found = expression.gene_labels(pd.DataFrame({"gene_id": ids, "gene_name": names}))
+    assert list(found.values()) == ["A", "ENSG2", "B (ENSG3)", "B (ENSG4)", "ENSG5", "X"]
+    both = pd.DataFrame({"gene_id": ["X", "X_ENSG00000000001"], "gene_name": ["X", "X_ENSG00000000001"]})
+    assert list(expression.gene_labels(both).values()) == ["X", "X_ENSG00000000001"]
+
+
+def test_values_of_genes_are_those_of_the_cells_that_are_drawn(atlas, monkeypatch):
+    folder, config = atlas
+    asked = load_config(config.model_dump(mode="json") | {"report": {"genes": ["GENE0", "ENSG00000000007"]}})
+    monkeypatch.setattr(viewer, "SHOWN_CELLS", 50)
+    found = report.read_atlas(folder, asked)["expression"]
+    cells = pd.read_parquet(folder / "cells.parquet")
+    assert len(found.rows) == 50 and found.shown == ["ENSG00000000000", "ENSG00000000007"]
+    assert [found.names[gene] for gene in found.shown] == ["GENE0", "GENE7"]
+    for k in (0, 7):
+        for at, row in list(enumerate(found.rows))[::7]:
+            cell = cells.iloc[row]
+            sample = anndata.read_h5ad(folder / f"samples/{cell['sample']}/counts.h5ad")
+            count = sample[cell["cell_id"]].X.toarray()[0, k]
+            value = found.of(f"ENSG{k:011d}")[at]
+            assert value == pytest.approx(np.log1p(1e4 * count / cell["n_counts"]), rel=1e-5)
+    wrong = load_config(config.model_dump(mode="json") | {"report": {"genes": ["GENE00"]}})
+    with pytest.raises(UserError, match=r"report\.genes: no gene 'GENE00' in genes\.parquet; did you mean 'GENE0'\?"):
+        report.read_atlas(folder, wrong)
+
+
+def test_what_was_dropped_by_label_and_which_flags_are_left(atlas):
+    folder, config = atlas
+    rows = report.metrics(folder, config)["dropped"]["cell type"]
+    n = {row["label"]: row for row in rows}
+    assert n[HOSTILE[1]]["dropped"] == n[HOSTILE[1]]["n"] and n[HOSTILE[0]]["dropped"] == 0
+    assert n[HOSTILE[1]]["reason"] == "high mitochondrial share"
+    (said,) = [text for kind, text in told(folder, config) if kind == "look" and "barcodes labelled" in text]
+    assert "100% of the barcodes labelled </script>" in said
+    flags = report.read_atlas(folder, config)["flags"]
+    qc = pd.concat([pd.read_parquet(folder / f"samples/{s}/qc.parquet") for s in ("donor1", "donor.2", "d3-x")])
+    assert list(flags == "doublet") == list(qc[qc["keep"]]["flags"] == "doublet") and (flags == "doublet").any()
+
+
+def test_limits_and_flags_as_words(atlas):
+    folder, _ = atlas
+    assert sentences.in_words("high_mito,doublet") == "high mitochondrial share, doublet"
+    text = (folder / "report.html").read_text()
+    assert "Dashed: the limits. counts: 800 (outliers of this sample); mitochondrial: 9 % (outliers" in text
+
+
+@pytest.mark.parametrize(
+    ("score", "kind", "how"), [(0.9, "good", "well"), (0.6, "look", "partly"), (0.2, "look", "poor")]
+)
+def test_mixing_has_a_verdict(score, kind, how):
+    numbers = {"mixing": {"score": score, "by_cluster": {"0": score}}, "clusters": {"one_batch": []}}
+    ((of, text),) = sentences._mixing(numbers)
+    assert of == kind and f"Batches are {how}" in text and f"{score:.0%} as often as by chance" in text
+    assert ("Least in cluster 0" in text) == (score <= 0.5)
+
+
+def test_conditions_are_columns_that_samples_share(atlas):
+    folder, config = atlas
+    cells = pd.read_parquet(folder / "cells.parquet")
+    cells["sex"] = cells["sample"].map({"donor1": "f", "donor.2": "m", "d3-x": "f"})
+    cells["own"] = cells["sample"] + "!"
+    assert report.by_condition(cells, config) == ["sex"]
+    assert isinstance(expression.conditions(cells, "sex"), Figure)
+
+
+def test_many_samples_fold(atlas, monkeypatch):
+    folder, config = atlas
+    data, numbers = report.read_atlas(folder, config), report.metrics(folder, config)
+    pictures = collections.defaultdict(lambda: {"light": "", "dark": ""})
+    assert '<details class="fold">' not in report.render(data, config, numbers, None, pictures)
+    monkeypatch.setattr(report, "FOLDED", 2)
+    text = report.render(data, config, numbers, None, pictures)
+    assert text.count('<details class="fold"><summary>Show all 3 samples') == 2 and "tr:nth-child(n+3)" in text
 
 
 def test_bad_input_is_one_line(atlas, tmp_path):
