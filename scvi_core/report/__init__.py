@@ -40,6 +40,7 @@ from scvi_core.files import (
     write_json,
 )
 from scvi_core.report import figures
+from scvi_core.report.celltypes import read_celltypes
 from scvi_core.report.manifest import manifest, public_config, software_versions
 from scvi_core.report.sentences import kept_epoch, model_card, snippets, training_decisions, verdicts
 from scvi_core.report.viewer import CELL_COLUMNS, MISSING, NAMED_CELLS, continuous, label_table, levels, viewer_data
@@ -50,7 +51,9 @@ TOLD = ("mitochondrial_genes", "ribosomal_genes", "haemoglobin_genes", "genes_ha
 TABLE_MARKERS = 25  # genes a group in the page's table
 FACTOR_GENES = 10  # genes a factor and direction
 CONTRAST_GENES = 8  # the same of a contrast in a cell group
-FIGURE = re.compile(r"(qc|umap|tsne|composition)_.+|qc|genes|training|markers|criticism")  # names that `draw` gives
+FIGURE = re.compile(
+    r"(qc|umap|tsne|composition)_.+|qc|genes|training|markers|celltypes|criticism"
+)  # names that `draw` gives
 
 
 def build_report(folder: Path, config: Config) -> None:
@@ -91,7 +94,7 @@ def read_atlas(folder: Path, config: Config) -> dict[str, Any]:
     qc : a frame a sample, of which an input may have several; decisions : a list, in the order of the flow;
     n_latent : an integer;
     factors : of a linear decoder, see :func:`factors`, else empty; contrasts : see :func:`contrasts`, empty where
-    none is asked for; criticism : see :func:`read_criticism`.
+    none is asked for; criticism : see :func:`read_criticism`; celltypes : see :mod:`scvi_core.report.celltypes`.
     """
     from scvi_core.de import weakest  # loads torch, which qc, who needs the figures alone, does without
 
@@ -120,6 +123,7 @@ def read_atlas(folder: Path, config: Config) -> dict[str, Any]:
         "decisions": collect_decisions(folder, names, model, config),
         "contrasts": contrasts(read_parquet(folder / "contrast.parquet", "contrast")) if config.contrast.tests else [],
         "criticism": read_criticism(folder) if config.criticism.enabled else None,
+        "celltypes": read_celltypes(folder, cells, model, config),
     }
 
 
@@ -361,6 +365,9 @@ def draw(folder: Path, data: dict[str, Any], config: Config) -> dict[str, dict[s
         add(f"composition_{column}", figures.composition_figure, cells, column)
     chosen = {g: list(top["gene_id"]) for g, top in markers(data["de"], config.report.n_markers).items()}
     add("markers", figures.markers_figure, data["de"], chosen)
+    if data["celltypes"]:
+        reliability, calls = data["celltypes"]["quality"]["reliability"], data["celltypes"]["calls"]
+        add("celltypes", figures.celltypes_figure, reliability, cells, calls["novelty"].to_numpy())
     if data["criticism"]:
         add("criticism", figures.criticism_figure, data["criticism"])
     out = {}
@@ -443,7 +450,7 @@ def render(
     return env.get_template("report.html.j2").render(
         config=config, m=numbers, model=data["model"], n_latent=data["n_latent"], viewer=viewer, pictures=pictures,
         verdicts=[*warnings(decisions), *verdicts(numbers, data, config)], card=model_card(data, config),
-        snippets=snippets(data["model"], config), criticism=data["criticism"],
+        snippets=snippets(data["model"], config), criticism=data["criticism"], celltypes=data["celltypes"],
         reasons=sorted({r for s in numbers["samples"].values() for r in s["reasons"]}), table_markers=TABLE_MARKERS,
         limit_text={s: ", ".join(f"{k} {' and '.join(f'{x:,.4g}' for x in v)}" for k, v in found.items())
                     for s, found in limits.items()},
