@@ -214,7 +214,8 @@ def one_fold(model: Any, seconds: float, adata: Any, name: str, batch: str, seed
     row("scvi-core", p, seconds, coverage=covered, set_size=size, false_novel=float(calls["is_novel"].mean()))
     if name in TREES:
         tree, rng = TREES[name], np.random.default_rng(seed)
-        parent = dict(tree)
+        root = tree[-1][1]  # which says nothing
+        parent = {child: above for child, above in tree if above != root}
         half = (rng.random(fold.n_obs) < 0.5) & ~hidden
         fold.obs["coarse"] = [
             parent.get(label, label) if c else label for c, label in zip(half, fold.obs["given"], strict=True)

@@ -41,6 +41,7 @@ from scvi_core.files import (
 )
 from scvi_core.mixing import mixing
 from scvi_core.report import expression, figures
+from scvi_core.report.celltypes import read_celltypes
 from scvi_core.report.expression import gene_labels, read_expression
 from scvi_core.report.manifest import manifest, public_config, software_versions
 from scvi_core.report.sentences import (
@@ -74,7 +75,8 @@ CONTRAST_GENES = 5  # the same of a contrast in a cell group
 TABLE_CALLED = 15  # the same in the table of a contrast's genes
 FOLDED = 10  # samples that a table shows before it is opened
 FIGURE = re.compile(  # names that `draw` gives
-    r"(qc|umap|tsne|composition|condition|volcano)_.+|qc|genes|training|markers|criticism|gene_maps|quality|violins|heat_map"
+    r"(qc|umap|tsne|composition|condition|volcano)_.+|qc|genes|training|markers|celltypes|criticism|gene_maps|quality|violins|"
+    r"heat_map"
 )
 
 
@@ -121,7 +123,7 @@ def read_atlas(folder: Path, config: Config) -> dict[str, Any]:
     none is asked for; contrast : contrast.parquet, or None; criticism : see :func:`read_criticism`;
     expression : see :class:`scvi_core.report.expression.Expression`; labels : gene id: its name on the page;
     flags : see :func:`cell_flags`; mixing : see :class:`scvi_core.mixing.Mixing`, None of a single batch;
-    dropped : see :func:`dropped_by_label`.
+    dropped : see :func:`dropped_by_label`; celltypes : see :mod:`scvi_core.report.celltypes`.
     """
     from scvi_core.de import weakest  # loads torch, which qc, who needs the figures alone, does without
 
@@ -164,6 +166,7 @@ def read_atlas(folder: Path, config: Config) -> dict[str, Any]:
         "contrast": contrast,
         "contrasts": [] if contrast is None else contrasts(contrast, labels),
         "criticism": read_criticism(folder) if config.criticism.enabled else None,
+        "celltypes": read_celltypes(folder, cells, model, config),
     }
 
 
@@ -504,6 +507,9 @@ def draw(folder: Path, data: dict[str, Any], config: Config) -> dict[str, dict[s
         data["de"].assign(gene_name=data["de"]["gene_id"].map(data["labels"])),
         chosen,
     )
+    if data["celltypes"]:
+        reliability, calls = data["celltypes"]["quality"]["reliability"], data["celltypes"]["calls"]
+        add("celltypes", figures.celltypes_figure, reliability, cells, calls["novelty"].to_numpy())
     if data["criticism"]:
         add("criticism", figures.criticism_figure, data["criticism"])
     out = {}
@@ -586,7 +592,7 @@ def render(
     return env.get_template("report.html.j2").render(
         config=config, m=numbers, model=data["model"], n_latent=data["n_latent"], viewer=viewer, pictures=pictures,
         verdicts=[*warnings(decisions), *verdicts(numbers, data, config)], card=model_card(data, config),
-        snippets=snippets(data["model"], config), criticism=data["criticism"],
+        snippets=snippets(data["model"], config), criticism=data["criticism"], celltypes=data["celltypes"],
         reasons=[r for r in FLAGS if any(r in s["reasons"] for s in numbers["samples"].values())],
         table_markers=TABLE_MARKERS,
         limit_text={s: limits_in_words([d for d in decisions if d["step"] == "qc"], s) for s in data["qc"]},

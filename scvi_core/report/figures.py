@@ -316,6 +316,33 @@ def umap_figure(cells: pd.DataFrame, column: str, basis: str = "umap", theme: st
 
 
 @styled
+def celltypes_figure(
+    reliability: list[list[float]], cells: pd.DataFrame, novelty_n: np.ndarray, theme: str = "light"
+) -> Figure:
+    """Draw the share of right labels over the probability, a point a bin of held-out cells; and novelty on the UMAP."""
+    t, (p_b, share_b, _) = THEMES[theme], np.array(reliability).T
+    fig = Figure(figsize=(8.6, 3.8), layout="constrained")
+    ax, umap = fig.subplots(1, 2, width_ratios=(1, 1.15))
+    ax.plot([0, 1], [0, 1], color=t["soft"], lw=0.9, ls=(0, (4, 2)))
+    ax.plot(p_b, share_b, color=t["main"], lw=1, marker="o", ms=4, mew=0)
+    least = max(0.0, min(p_b.min(), share_b.min()) - 0.05)
+    ax.set(xlim=(least, 1.01), ylim=(least, 1.01), xlabel="probability", ylabel="share right", title="held-out cells")
+    ax.set_aspect("equal", "box")
+    xy = cells[["umap_1", "umap_2"]].to_numpy(float)
+    order = np.random.default_rng(0).permutation(len(cells))[:SHOWN_ON_MAP]
+    order = order[np.argsort(novelty_n[order], kind="stable")]  # the novel on top
+    size = float(np.clip(9000 / max(len(order), 1), 0.4, 10))
+    points = umap.scatter(*xy[order].T, s=size, c=novelty_n[order], vmin=0, vmax=1, cmap="viridis", lw=0)
+    umap.set(xticks=[], yticks=[], title="novelty")
+    umap.set_xlabel("UMAP 1", loc="left")
+    umap.set_ylabel("UMAP 2", loc="bottom")
+    umap.set_aspect("equal", "box")
+    umap.spines[:].set_visible(False)
+    fig.colorbar(points, ax=umap, shrink=0.7)
+    return fig
+
+
+@styled
 def composition_figure(cells: pd.DataFrame, column: str, theme: str = "light") -> Figure:
     """Draw each cluster's cells by sample or batch, as shares of the cluster; cell counts at the right."""
     clusters, rows = levels(cells["cluster"])

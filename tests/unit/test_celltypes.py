@@ -1,6 +1,7 @@
 """Cell types: coarse labels, calibration, label sets, novelty, the interface and the bundle."""
 
 import dataclasses
+import json
 import logging
 
 import numpy as np
@@ -9,14 +10,18 @@ import pytest
 import torch
 from _data import brief, packed
 from _data import cells as small
+from _samples import sample, write
+from typer.testing import CliRunner
 
 import scvi_core as sv
 from scvi_core import celltypes, scanvi
 from scvi_core.celltypes import _conformal, _softmax_regression, _temperature, ece_of, softmax
-from scvi_core.config import AnnotateConfig, ModelConfig
-from scvi_core.files import UserError
+from scvi_core.cli import app
+from scvi_core.config import AnnotateConfig, ModelConfig, Sample, check_columns, load_config
+from scvi_core.files import UserError, write_parquet
 from scvi_core.labels import Known, Taxonomy
 from scvi_core.model import Noise, build
+from scvi_core.preprocess.store import read_store, write_store
 
 EDGES = [("T", "lymphoid"), ("B", "lymphoid"), ("lymphoid", "cell"), ("NK", "cell")]
 HOW = {"model": ModelConfig(n_hidden=16, n_latent=3), "train": brief(max_epochs=8), "progress": False}
@@ -236,3 +241,61 @@ def test_a_large_set_is_thinned_by_label(monkeypatch):
     model = sv.fit(adata, batch_key="batch", label_key="kind", **HOW)
     assert (model.annotate(adata)["label"] == adata.obs["kind"]).mean() > 0.8
     assert dataclasses.asdict(model.annotator.quality)["n_cells"] <= 90
+
+
+# ---- the steps of a build
+
+
+def test_from_a_store_to_three_tables_and_the_table_of_cells(tmp_path):
+    """train, annotate and cells, as a build calls them; what they say is what a notebook is told."""
+    adata = cells()
+    parts = []
+    for i in range(3):
+        mine = adata[adata.obs["batch"] == f"b{i}"]
+        parts.append(sample(mine.X, f"s{i}", f"b{i}", adata.var_names, cell_type=mine.obs["kind"].to_numpy()))
+    genes = pd.DataFrame({"gene_id": adata.var_names, "gene_name": adata.var_names, "selected": True})
+    store, tree = tmp_path / "counts.zarr", tmp_path / "tree.tsv"
+    write_store(store, *write(tmp_path / "samples", parts), genes, ("cell_type",))
+    tree.write_text("".join(f"{child}\t{parent}\n" for child, parent in EDGES))
+    how = {"label": "cell_type", "tree": str(tree)}
+    train = {"max_epochs": 8, "batch_size": 16, "learning_rate": 5e-3}
+    model = {"n_hidden": 16, "n_latent": 3}
+    config = json.dumps({"annotate": how, "train": train, "model": model, "threads": 1, "device": "cpu"})
+    run = CliRunner()
+
+    def call(*arguments):
+        done = run.invoke(app, [str(a) for a in arguments])
+        assert done.exit_code == 0, done.output + str(done.exception)
+
+    names = "annotation.parquet", "label_probabilities.parquet", "labels.parquet"
+    call("train", "--store", store, "--out", tmp_path / "model", "--config", config)
+    for folder in (tmp_path, tmp_path / "again"):
+        folder.mkdir(exist_ok=True)
+        asked = zip(("--out", "--probabilities", "--labels"), names, strict=True)
+        where = [part for option, name in asked for part in (option, folder / name)]
+        call("annotate", "--store", store, "--model", tmp_path / "model", "--config", config, *where)
+    assert all((tmp_path / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in names)
+    calls, leaves, labels = (pd.read_parquet(tmp_path / name) for name in names)
+    assert list(calls) == ["cell_id", *celltypes.CALLS] and list(leaves) == ["cell_id", "B", "NK", "T"]
+    assert labels["label"].tolist() == ["B", "NK", "T", "lymphoid", "cell"] and labels["n_cells"].sum() == 240
+    whole = read_store(store)
+    told = sv.load(tmp_path / "model").annotate(whole)
+    assert told["label"].tolist() == calls["label"].tolist()
+    np.testing.assert_allclose(told["novelty"], calls["novelty"], atol=1e-6)
+
+    clusters = pd.DataFrame({"cell_id": whole.obs_names, "cluster": "0", "umap_1": 0.0, "umap_2": 0.0})
+    write_parquet(tmp_path / "clusters.parquet", clusters)
+    given = "--clusters", tmp_path / "clusters.parquet", "--annotation", tmp_path / "annotation.parquet"
+    call("cells", "--store", store, "--out", tmp_path / "cells.parquet", *given)
+    table = pd.read_parquet(tmp_path / "cells.parquet")
+    assert table["label"].tolist() == calls["label"].tolist() and {"safe_label", "novelty"} <= set(table)
+
+
+def test_a_configuration_whose_columns_clash_is_one_line():
+    rows = [Sample(sample="a", path="a.h5ad", batch="a", metadata={"label": "x"})]
+    with pytest.raises(UserError, match=r"annotate.label is set, .* rename 'label'"):
+        check_columns(load_config({"annotate": {"label": "label"}}), rows)
+    rows = [Sample(sample="a", path="a.h5ad", batch="a", metadata={"kind": "x"})]
+    with pytest.raises(UserError, match=r"annotate.label: no cell column 'kid'; did you mean 'kind'"):
+        check_columns(load_config({"annotate": {"label": "kid"}}), rows)
+    check_columns(load_config({"annotate": {"label": "kind"}, "de": {"groupby": "label"}}), rows)

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from scvi_core import report
 from scvi_core.config import load_config
-from scvi_core.files import Decisions, UserError, write_json, write_parquet
+from scvi_core.files import Decisions, UserError, read_json, write_json, write_parquet
+from scvi_core.labels import Taxonomy
 from scvi_core.report import expression, figures, sentences, style, viewer
 from scvi_core.report.viewer import MISSING, PALETTE, levels
 
@@ -420,6 +421,44 @@ def test_phases_of_the_cell_cycle_by_cluster(tmp_path, monkeypatch):
         report.build_report(folder, config)
         text = (folder / "report.html").read_text()
         assert (" cycle_phase</h3>" in text) == ("Tirosh et al. 2016" in text) == shown
+
+
+def test_cell_types_on_the_page(tmp_path):
+    """The taxonomy with its numbers, confusions, and the labels that are doubted; strangers' names stay text."""
+    config = write_atlas(tmp_path, n_cells=90)
+    cells = pd.read_parquet(tmp_path / "cells.parquet")
+    names = sorted(cells["cell type"].dropna().unique())
+    taxonomy = Taxonomy.of(set(names), [(name, "all <i>") for name in names])
+    p_ny = np.random.default_rng(0).dirichlet(np.full(len(names), 0.1), len(cells))
+    calls = pd.DataFrame({"cell_id": cells["cell_id"], "label": np.array(names)[p_ny.argmax(1)]})
+    calls["probability"], calls["safe_label"], calls["safe_probability"] = p_ny.max(1), None, 1.0
+    calls["label_set"], calls["novelty"], calls["is_novel"] = [[] for _ in p_ny], 0.5, False
+    write_parquet(tmp_path / "annotation.parquet", calls)
+    probabilities = pd.DataFrame(p_ny, columns=names)
+    probabilities.insert(0, "cell_id", cells["cell_id"])
+    write_parquet(tmp_path / "label_probabilities.parquet", probabilities)
+    table = pd.DataFrame({"label": taxonomy.names, "parent": None, "is_leaf": True, "n_cells": 7})
+    for column in ("precision", "recall", "f1", "median_probability"):
+        table[column] = 0.5
+    write_parquet(tmp_path / "labels.parquet", table)
+    quality = {
+        "held_out": "cells", "n_folds": 5, "n_cells": 80, "n_apart": 0, "macro_f1": 0.5, "accuracy": 0.5, "ece": 0.1,
+        "brier": 0.4, "coverage": 0.9, "reliability": [[0.3, 0.2, 40], [0.8, 0.7, 40]],
+        "confusion_yy": (np.ones((len(names), len(names)), dtype=int) + 5 * np.eye(len(names), dtype=int)).tolist(),
+    }  # fmt: skip
+    model = read_json(tmp_path / "model/model.json", "train")
+    model["annotation"] = {"quality": quality, "taxonomy": taxonomy.to_dict(), "temperature": 1.0}
+    write_json(tmp_path / "model/model.json", model, checksum=True)
+    config = load_config({**config.model_dump(mode="json"), "annotate": {"label": "cell type"}})
+    report.build_report(tmp_path, config)
+    page = (tmp_path / "report.html").read_text()
+    assert 'id="celltypes"' in page and "all &lt;i&gt;" in page and "Labels are in one batch" in page
+    place = {name: y for y, name in enumerate(names)}
+    given = cells["cell type"].map(place)
+    doubted = sum(p_ny[n, int(y)] < 0.1 for n, y in enumerate(given) if y == y)
+    assert f"<p>{doubted} cells have a given label" in page
+    files = json.loads((tmp_path / "manifest.json").read_text())["files"]
+    assert {"annotation.parquet", "label_probabilities.parquet", "labels.parquet"} <= set(files)
 
 
 def test_few_markers_are_no_proof_of_anything(atlas):
