@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from scvi_core.files import Decisions, UserError
 from scvi_core.io.identity import GENOME
 from scvi_core.preprocess.cellcycle import CYCLE_OBS, G2M_PHASE, S_PHASE, cell_cycle, unscored
 from scvi_core.preprocess.limits import KIND_GENES, limits, rich_in_mitochondria
-from scvi_core.preprocess.samples import read_chunks, read_tables
+from scvi_core.preprocess.samples import own_labels, read_chunks, read_tables
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,6 +52,7 @@ ODD_RATE = 5  # times off what is expected, and worth a look
 
 MUCH = 0.2  # ambient RNA: usual shares are 2 to 20 %
 TOLD_GENES = 10  # of ambient RNA
+MOST_LABELS = 60  # by which kept cells are counted
 
 # Gene groups by name, any species' capitals (MT-ND1, mt-Nd1). The patterns leave out genes that merely look alike:
 # RPS6KA1 (kinase) and RPS19BP1, HBEGF and HBP1, IGHMBP2 (helicase), TRADD and TRAF1.
@@ -187,6 +188,7 @@ def qc(h5ad: Path, config: QcConfig, seed: int) -> tuple[pd.DataFrame, Decisions
     counts = {flag: int(flags[flag].sum()) for flag in dropping if flags[flag].any()}
     why = ", ".join(f"{flag} {count}" for flag, count in counts.items()) or "no cell has a flag that drops"
     decisions.add("cells_kept", left, f"of {n}; dropped by flag (a cell may have several): {why}", n_cells=n - left)
+    _kept_by(h5ad, frame, decisions)
     names = np.array([GENOME.sub("", name, count=1).upper() for name in var["gene_name"]], dtype=object)
     phases = np.isin(names, S_PHASE), np.isin(names, G2M_PHASE)
     found = cell_cycle(h5ad, frame, *phases, decisions) if config.cell_cycle else unscored(n)
@@ -195,6 +197,32 @@ def qc(h5ad: Path, config: QcConfig, seed: int) -> tuple[pd.DataFrame, Decisions
     order = ["cell_id", "barcode", "sample", "batch", "n_counts", "n_genes", "pct_mito", "pct_ribo", "pct_hb"]
     order += ["pct_top50", "doublet_score", "predicted_doublet", "flags", "keep", "reason", *CYCLE_OBS]
     return frame[order], decisions
+
+
+def labels_table(frame: pd.DataFrame, labels: Sequence[Any]) -> pd.DataFrame:
+    """A row a label: ``cells``, ``dropped``, ``per_cent``, then the cells that each flag is on; most dropped first."""
+    import pandas as pd
+
+    label = pd.Series(labels, index=frame.index).astype(object)
+    label = label.where(label.notna(), "(none)").astype(str)
+    flags = frame["flags"].str.get_dummies(",") if len(frame) else pd.DataFrame(index=frame.index)
+    flags = flags[[flag for flag in FLAGS if flag in flags]]
+    table = (
+        pd.DataFrame({"cells": 1, "dropped": (~frame["keep"].astype(bool)).astype(int), **flags}).groupby(label).sum()
+    )
+    table.insert(2, "per_cent", (100 * table["dropped"] / table["cells"]).round(1))
+    return table.rename_axis("label").sort_values(["per_cent", "cells"], ascending=[False, False], kind="stable")
+
+
+def _kept_by(h5ad: Path, frame: pd.DataFrame, decisions: Decisions) -> None:
+    """How many cells of each label the inputs' own columns give, before and after."""
+    cells = frame[~frame["flags"].str.startswith("empty").to_numpy()]
+    for column, labels in own_labels(h5ad).items():
+        if 1 < len(set(labels)) <= MOST_LABELS:
+            table = labels_table(cells, labels[cells.index])
+            kept = {str(label): [int(row.cells), int(row.cells - row.dropped)] for label, row in table.iterrows()}
+            text = f"cells of each {column} before and after QC, the most dropped first"
+            decisions.add(f"kept_by.{column}", kept, text, n_cells=int(table["dropped"].sum()))
 
 
 def _empty(

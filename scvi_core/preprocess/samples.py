@@ -98,6 +98,19 @@ def read_tables(h5ad: Path, columns: Sequence[str] = ()) -> tuple[pd.DataFrame, 
     return obs, var, uns
 
 
+def own_labels(h5ad: Path) -> dict[str, np.ndarray]:
+    """(cells,) texts of each column of labels that counts.h5ad carries from its input or the sample sheet."""
+    import h5py
+    import pandas as pd
+    from anndata.io import read_elem
+
+    with h5py.File(h5ad, locking=False) as file:
+        obs = read_elem(file["obs"])
+    fixed = ("barcode", "sample", "batch")
+    labels = [c for c in obs if c not in fixed and isinstance(obs[c].dtype, pd.CategoricalDtype)]
+    return {column: obs[column].astype(object).where(obs[column].notna(), "(none)").to_numpy() for column in labels}
+
+
 def _open(h5ad: Path, table: Path) -> SampleFile:
     obs, var, uns = read_tables(h5ad)
     judged = read_parquet(table, "qc", ["cell_id", "batch", "keep"])

@@ -39,6 +39,7 @@ from scvi_core.files import (
     verify,
     write_json,
 )
+from scvi_core.preprocess.preview import limits_table
 from scvi_core.report import figures
 from scvi_core.report.manifest import manifest, public_config, software_versions
 from scvi_core.report.sentences import kept_epoch, model_card, snippets, training_decisions, verdicts
@@ -46,7 +47,9 @@ from scvi_core.report.viewer import CELL_COLUMNS, MISSING, NAMED_CELLS, continuo
 
 BEFORE = ("ingest", "qc", "genes", "store")  # steps, around training
 AFTER = ("embed", "cluster", "cells", "de", "contrast", "criticism", "report")
-TOLD = ("mitochondrial_genes", "ribosomal_genes", "haemoglobin_genes", "genes_harmonised")  # counted, yet no loss
+TOLD = (  # counted, yet no loss
+    "panel", "genes_measured", "mitochondrial_genes", "ribosomal_genes", "haemoglobin_genes", "genes_harmonised",
+)  # fmt: skip
 TABLE_MARKERS = 25  # genes a group in the page's table
 FACTOR_GENES = 10  # genes a factor and direction
 CONTRAST_GENES = 8  # the same of a contrast in a cell group
@@ -214,8 +217,9 @@ def _metrics(data: dict[str, Any], config: Config) -> dict[str, Any]:
     cells, genes, de = data["cells"], data["genes"], data["de"]
     samples = {}
     for name, qc in data["qc"].items():
-        kept = qc[qc["keep"]]
-        row: dict[str, Any] = {"cells_before": len(qc), "cells_after": len(kept)}
+        empty = qc["flags"].str.startswith("empty")
+        qc, kept = qc[~empty], qc[qc["keep"]]
+        row: dict[str, Any] = {"droplets_empty": int(empty.sum()), "cells_before": len(qc), "cells_after": len(kept)}
         for column in ("n_counts", "n_genes", "pct_mito"):
             row[f"median_{column}_before"] = number(qc[column].median())
             row[f"median_{column}_after"] = number(kept[column].median())
@@ -448,8 +452,11 @@ def render(
                     for s, found in limits.items()},
         batch_of={s: ", ".join(b) for s, b in batch_of.items()},
         same_batch=len(batch_of) == numbers["batches"] and all(len(b) == 1 for b in batch_of),
-        limits=limits,
-        losses=[d for d in decisions if (d["n_cells"] or d["n_genes"]) and d["what"] not in TOLD],
+        limits=limits, beyond=_beyond(data, config), ambient=_ambient(decisions),
+        kept_by=[{**d, "column": d["what"].removeprefix("kept_by.")} for d in decisions
+                 if d["step"] == "qc" and d["what"].startswith("kept_by.")],
+        losses=[d for d in decisions if (d["n_cells"] or d["n_genes"]) and d["what"] not in TOLD
+                and not d["what"].startswith("kept_by.")],
         kept_epoch=kept_epoch(data["model"]),
         tables={c: label_table(cells, c) for c in [*numbers["labels"], *_scored(cells)]},
         stability=sorted(numbers["clusters"]["stability"].items(), key=lambda item: float(item[0])),
@@ -469,6 +476,24 @@ def cluster_names(cells: pd.DataFrame) -> dict[str, str]:
     pairs = cells[["cluster", ANNOTATION]].dropna().drop_duplicates().astype(str)
     once = pairs[~pairs["cluster"].duplicated(keep=False)]
     return {cluster: name for cluster, name in once.itertuples(index=False) if name != cluster}
+
+
+def _beyond(data: dict[str, Any], config: Config) -> dict[str, list[dict[str, Any]]]:
+    """Each sample's limits, with what each takes, alone or with others."""
+    made = [d for d in data["decisions"] if d["step"] == "qc"]
+    rows = {s: limits_table(qc, made).to_dict("records") for s, qc in data["qc"].items()}
+    return {s: [{**r, "drops": r["limit"].partition(".")[0] in config.qc.drop} for r in of] for s, of in rows.items()}
+
+
+def _ambient(decisions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row a sample of raw droplets: the share of ambient RNA, None where it cannot be told, and its genes."""
+    found = {key: {d["sample"]: d for d in decisions if d["step"] == "qc" and d["what"] == f"ambient_{key}"}
+             for key in ("share", "genes")}  # fmt: skip
+    rows = []
+    for sample, made in found["share"].items():
+        genes = found["genes"][sample]["value"] if sample in found["genes"] else {}
+        rows.append({"sample": sample, "share": made["value"], "reason": made["reason"], "genes": genes})
+    return rows
 
 
 def _scored(cells: pd.DataFrame) -> list[str]:
