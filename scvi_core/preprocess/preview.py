@@ -12,7 +12,7 @@ import pandas as pd
 
 from scvi_core.config import Config, Sample
 from scvi_core.files import UserError, decided
-from scvi_core.preprocess.qc import FLAGS, qc
+from scvi_core.preprocess.qc import FLAGS, labels_table, qc
 from scvi_core.preprocess.samples import read_tables
 
 LIMIT = re.compile(rf"({'|'.join(FLAGS)})\.\w+")  # what such a decision is called
@@ -33,19 +33,6 @@ def limits_table(frame: pd.DataFrame, decisions: Iterable[Any]) -> pd.DataFrame:
         if (match := LIMIT.fullmatch(str(what))) and n_cells is not None and sample in texts:
             rows.append([sample, what, value, n_cells, int(texts[sample].get(match[1], 0))])
     return pd.DataFrame(rows, columns=["sample", "limit", "value", "cells", "alone"])
-
-
-def labels_table(frame: pd.DataFrame, labels: Iterable[Any]) -> pd.DataFrame:
-    """A row a label: ``cells``, ``dropped``, ``per_cent``, then the cells that each flag is on; most dropped first."""
-    label = pd.Series(labels, index=frame.index).astype(object)
-    label = label.where(label.notna(), "(none)").astype(str)
-    flags = frame["flags"].str.get_dummies(",") if len(frame) else pd.DataFrame(index=frame.index)
-    flags = flags[[flag for flag in FLAGS if flag in flags]]
-    table = (
-        pd.DataFrame({"cells": 1, "dropped": (~frame["keep"].astype(bool)).astype(int), **flags}).groupby(label).sum()
-    )
-    table.insert(2, "per_cent", (100 * table["dropped"] / table["cells"]).round(1))
-    return table.rename_axis("label").sort_values(["per_cent", "cells"], ascending=[False, False], kind="stable")
 
 
 def preview(samples: Iterable[tuple[Path, Sample]], config: Config, by: list[str]) -> Iterator[str]:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -195,6 +195,21 @@ def qc(h5ad: Path, config: QcConfig, seed: int) -> tuple[pd.DataFrame, Decisions
     order = ["cell_id", "barcode", "sample", "batch", "n_counts", "n_genes", "pct_mito", "pct_ribo", "pct_hb"]
     order += ["pct_top50", "doublet_score", "predicted_doublet", "flags", "keep", "reason", *CYCLE_OBS]
     return frame[order], decisions
+
+
+def labels_table(frame: pd.DataFrame, labels: Sequence[Any]) -> pd.DataFrame:
+    """A row a label: ``cells``, ``dropped``, ``per_cent``, then the cells that each flag is on; most dropped first."""
+    import pandas as pd
+
+    label = pd.Series(labels, index=frame.index).astype(object)
+    label = label.where(label.notna(), "(none)").astype(str)
+    flags = frame["flags"].str.get_dummies(",") if len(frame) else pd.DataFrame(index=frame.index)
+    flags = flags[[flag for flag in FLAGS if flag in flags]]
+    table = (
+        pd.DataFrame({"cells": 1, "dropped": (~frame["keep"].astype(bool)).astype(int), **flags}).groupby(label).sum()
+    )
+    table.insert(2, "per_cent", (100 * table["dropped"] / table["cells"]).round(1))
+    return table.rename_axis("label").sort_values(["per_cent", "cells"], ascending=[False, False], kind="stable")
 
 
 def _empty(

@@ -40,6 +40,7 @@ from scvi_core.files import (
     write_json,
 )
 from scvi_core.mixing import mixing
+from scvi_core.preprocess.preview import limits_table
 from scvi_core.report import expression, figures
 from scvi_core.report.celltypes import read_celltypes
 from scvi_core.report.expression import gene_labels, read_expression
@@ -68,7 +69,9 @@ from scvi_core.report.viewer import (
 
 BEFORE = ("ingest", "qc", "genes", "store")  # steps, around training
 AFTER = ("embed", "annotate", "cluster", "cells", "de", "contrast", "criticism", "report")
-TOLD = ("mitochondrial_genes", "ribosomal_genes", "haemoglobin_genes", "genes_harmonised")  # counted, yet no loss
+TOLD = (  # counted, yet no loss
+    "panel", "genes_measured", "mitochondrial_genes", "ribosomal_genes", "haemoglobin_genes", "genes_harmonised",
+)  # fmt: skip
 TABLE_MARKERS = 25  # genes a group in the page's table
 FACTOR_GENES = 10  # genes a factor and direction
 CONTRAST_GENES = 5  # the same of a contrast in a cell group
@@ -257,6 +260,7 @@ def dropped_by_label(folder: Path, names: list[str], config: Config) -> dict[str
         if not varies:
             continue
         table = pd.concat(parts, ignore_index=True)
+        table = table[~table["reason"].str.startswith("empty")]
         levels_, codes = levels(table["label"])
         out[column] = []
         for i, label in enumerate(levels_):
@@ -324,8 +328,9 @@ def _metrics(data: dict[str, Any], config: Config) -> dict[str, Any]:
     cells, genes, de = data["cells"], data["genes"], data["de"]
     samples = {}
     for name, qc in data["qc"].items():
-        kept = qc[qc["keep"]]
-        row: dict[str, Any] = {"cells_before": len(qc), "cells_after": len(kept)}
+        empty = qc["flags"].str.startswith("empty")
+        qc, kept = qc[~empty], qc[qc["keep"]]
+        row: dict[str, Any] = {"droplets_empty": int(empty.sum()), "cells_before": len(qc), "cells_after": len(kept)}
         for column in ("n_counts", "n_genes", "pct_mito"):
             row[f"median_{column}_before"] = number(qc[column].median())
             row[f"median_{column}_after"] = number(kept[column].median())
@@ -598,6 +603,7 @@ def render(
         limit_text={s: limits_in_words([d for d in decisions if d["step"] == "qc"], s) for s in data["qc"]},
         batch_of={s: ", ".join(b) for s, b in batch_of.items()},
         same_batch=len(batch_of) == numbers["batches"] and all(len(b) == 1 for b in batch_of),
+        beyond=_beyond(data, config), ambient=_ambient(decisions),
         losses=[d for d in decisions if (d["n_cells"] or d["n_genes"]) and d["what"] not in TOLD],
         kept_epoch=kept_epoch(data["model"]),
         tables={c: label_table(cells, c) for c in [*numbers["labels"], *_scored(cells)]},
@@ -624,6 +630,24 @@ def cluster_names(cells: pd.DataFrame) -> dict[str, str]:
     pairs = cells[["cluster", ANNOTATION]].dropna().drop_duplicates().astype(str)
     once = pairs[~pairs["cluster"].duplicated(keep=False)]
     return {cluster: name for cluster, name in once.itertuples(index=False) if name != cluster}
+
+
+def _beyond(data: dict[str, Any], config: Config) -> dict[str, list[dict[str, Any]]]:
+    """Each sample's limits, with what each takes, alone or with others."""
+    made = [d for d in data["decisions"] if d["step"] == "qc"]
+    rows = {s: limits_table(qc, made).to_dict("records") for s, qc in data["qc"].items()}
+    return {s: [{**r, "drops": r["limit"].partition(".")[0] in config.qc.drop} for r in of] for s, of in rows.items()}
+
+
+def _ambient(decisions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row a sample of raw droplets: the share of ambient RNA, None where it cannot be told, and its genes."""
+    found = {key: {d["sample"]: d for d in decisions if d["step"] == "qc" and d["what"] == f"ambient_{key}"}
+             for key in ("share", "genes")}  # fmt: skip
+    rows = []
+    for sample, made in found["share"].items():
+        genes = found["genes"][sample]["value"] if sample in found["genes"] else {}
+        rows.append({"sample": sample, "share": made["value"], "reason": made["reason"], "genes": genes})
+    return rows
 
 
 def _scored(cells: pd.DataFrame) -> list[str]:

@@ -92,7 +92,7 @@ def qc_overview(qc: Mapping[str, pd.DataFrame], decisions: Iterable[Any], theme:
     decisions, names = list(decisions), list(qc)
     fig = Figure(figsize=(10, 1.1 + 0.42 * len(names)), layout="constrained")
     for ax, (metric, (title, log)) in zip(fig.subplots(1, 5, sharey=True), METRICS.items(), strict=True):
-        _violins(ax, [qc[s][metric].to_numpy(float) for s in names], log, theme)
+        _violins(ax, [_droplets(qc[s])[1][metric].to_numpy(float) for s in names], log, theme)
         ax.set_title(title)
         for i, sample in enumerate(names):
             for limit in thresholds(decisions, sample).get(metric, []):
@@ -107,7 +107,7 @@ def qc_overview(qc: Mapping[str, pd.DataFrame], decisions: Iterable[Any], theme:
 
 @styled
 def qc_figure(qc: pd.DataFrame, decisions: Iterable[Any] = (), theme: str = "light") -> Figure:
-    """Draw one sample's QC: five violins, two scatters of kept and dropped barcodes, and the flags; limits dashed.
+    """Draw one sample's QC: violins, scatters of kept and dropped cells, the barcode-rank curve, flags; limits dashed.
 
     Time and size are those of ``SHOWN`` barcodes at most; all are counted.
 
@@ -117,6 +117,7 @@ def qc_figure(qc: pd.DataFrame, decisions: Iterable[Any] = (), theme: str = "lig
     decisions : the ``qc`` step's decisions, which hold the limits.
     """
     t, sample = THEMES[theme], str(qc["sample"].iloc[0]) if len(qc) else None
+    barcodes, qc = _droplets(qc)
     limits, keep = thresholds(decisions, sample), qc["keep"].to_numpy(bool)
     fig = Figure(figsize=(10, 5.2), layout="constrained")
     top, bottom = fig.subfigures(2, 1, height_ratios=[1, 2.3])
@@ -132,7 +133,8 @@ def qc_figure(qc: pd.DataFrame, decisions: Iterable[Any] = (), theme: str = "lig
             if low <= at <= high:
                 ax.axvline(at, color=PALETTE[4], lw=1.2, ls=(0, (4, 2)))
         ax.set_xlim(low, high)
-    axes = bottom.subplots(1, 3, width_ratios=[1, 1, 0.8])
+    axes = bottom.subplots(1, 4, width_ratios=[1, 1, 1, 0.8])
+    _knee(axes[2], barcodes, len(qc), theme)
     some = qc.iloc[np.sort(np.random.default_rng(0).permutation(len(qc))[:SHOWN])]
     shown, left = some["keep"].to_numpy(bool), f" ({SHOWN:,} barcodes at random)" if len(qc) > SHOWN else ""
     for ax, metric, log in ((axes[0], "n_genes", True), (axes[1], "pct_mito", False)):
@@ -158,16 +160,43 @@ def qc_figure(qc: pd.DataFrame, decisions: Iterable[Any] = (), theme: str = "lig
     texts = qc["flags"].value_counts()
     pairs = [(flag, n) for text, n in texts.items() for flag in text.split(",") if flag]
     counts = pd.DataFrame(pairs, columns=["flag", "n"]).groupby("flag")["n"].sum().sort_index(ascending=False)
-    axes[2].barh(range(len(counts)), counts.to_numpy(), color=PALETTE[4], height=0.6, alpha=0.85)
-    axes[2].set_ylim(len(counts) - max(len(counts), 6) - 0.6, len(counts) - 0.4)
+    axes[3].barh(range(len(counts)), counts.to_numpy(), color=PALETTE[4], height=0.6, alpha=0.85)
+    axes[3].set_ylim(len(counts) - max(len(counts), 6) - 0.6, len(counts) - 0.4)
     for i, n in enumerate(counts):
-        axes[2].text(n, i, f" {n:,}", va="center", color=t["soft"])
-    axes[2].set_yticks(range(len(counts)), [label(flag) for flag in counts.index])
-    axes[2].set_title("flags" if len(counts) else "no barcode was flagged")
-    axes[2].set(xticks=[], xlim=(0, max([*counts, 1]) * 1.25))
-    axes[2].spines[["left", "bottom"]].set_visible(False)
-    axes[2].tick_params(length=0)
+        axes[3].text(n, i, f" {n:,}", va="center", color=t["soft"])
+    axes[3].set_yticks(range(len(counts)), [label(flag) for flag in counts.index])
+    axes[3].set_title("flags" if len(counts) else "no barcode was flagged")
+    axes[3].set(xticks=[], xlim=(0, max([*counts, 1]) * 1.25))
+    axes[3].spines[["left", "bottom"]].set_visible(False)
+    axes[3].tick_params(length=0)
     return fig
+
+
+def _droplets(qc: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """All barcodes, and those that are no empty droplets."""
+    return qc, qc[~qc["flags"].str.startswith("empty").to_numpy(bool)]
+
+
+def _knee(ax: Axes, barcodes: pd.DataFrame, n_cells: int, theme: str) -> None:
+    """Draw counts over rank: the barcodes taken for cells, and the empty droplets where these are told apart."""
+    t, empty = THEMES[theme], barcodes["flags"].str.startswith("empty").to_numpy(bool)
+    total = barcodes["n_counts"].to_numpy(float)
+    order = np.argsort(-total, kind="stable")
+    order = order[total[order] > 0]
+    # as many points on each stretch of the logarithmic axis
+    at = (
+        np.unique(np.round(np.geomspace(1, max(len(order), 1), 2000)).astype(int)) - 1
+        if len(order)
+        else np.zeros(0, int)
+    )
+    for mask, colour, layer in ((empty, t["faint"], 2), (~empty, t["main"], 3)):
+        y = np.where(mask[order], total[order], np.nan)
+        ax.scatter(np.asarray(at) + 1, y[at], s=5, c=colour, lw=0, zorder=layer)
+    scale_axis(ax.xaxis, len(order) > 0)
+    scale_axis(ax.yaxis, len(order) > 0)
+    ax.set(xlabel="barcodes by rank", ylabel="counts")
+    text = f"{n_cells:,} cells, {empty.sum():,} empty" if empty.any() else f"{n_cells:,} barcodes, all taken for cells"
+    ax.set_title(text, fontsize="small")
 
 
 @styled

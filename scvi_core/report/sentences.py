@@ -18,6 +18,7 @@ MIXED, APART = 0.75, 0.5  # mixing: all is well from there; up to there batches 
 LOST, ENOUGH = 0.3, 20  # share of a label's barcodes that QC dropped, to be looked at; barcodes that can tell it
 DRAWN = r"(umap|tsne)_\d|cluster(_r[\d.]+)?|cycle_phase"  # columns that are made of the cells
 FLAGS = {  # of qc: as words, and as what follows "because"
+    "empty": ("empty droplet", "it is a droplet without a cell"),
     "low_counts": ("few counts", "it has too few counts"),
     "high_counts": ("many counts", "it has too many counts"),
     "low_genes": ("few genes", "it has too few genes"),

@@ -156,8 +156,10 @@ def test_empty_droplets_do_not_set_the_median():
     droplets = np.zeros((500, X.shape[1]), dtype=int)
     droplets[:, 5] = 2
     alone, _ = qc(sample(X, gene_names=names), QUIET, 0)
-    frame, decisions = qc(sample(np.vstack([X, droplets]), gene_names=names), QUIET, 0)
-    assert list(frame["flags"][:120]) == list(alone["flags"]) and not frame["keep"][120:].any()
+    for config in (QUIET, QUIET.model_copy(update={"cells": "all"})):
+        frame, decisions = qc(sample(np.vstack([X, droplets]), gene_names=names), config, 0)
+        assert list(frame["flags"][:120]) == list(alone["flags"]) and not frame["keep"][120:].any()
+        assert set(frame["reason"][120:]) == ({"empty"} if config is QUIET else {"low_counts,low_genes"})
     assert decided(decisions, "mad_cells").value == 120
 
 
