@@ -14,6 +14,7 @@ import gzip
 import json
 import math
 import os
+import re
 import resource
 import signal
 import warnings
@@ -208,6 +209,9 @@ def check_zarr(path: Path) -> None:
         for name, value in _pairs(content):
             if name in ("id", "name") and isinstance(value, str) and value.rpartition(".")[2].lower() == "pickle":
                 raise UserError(f"{where} asks for pickled objects, which can run code; write the store without them")
+            size = re.fullmatch(r"[<>|=]?[SUVO](\d+)", value) if name == "dtype" and isinstance(value, str) else None
+            if (size and int(size[1]) > MOST_ITEM) or (name == "length_bytes" and value > MOST_ITEM):
+                raise UserError(f"{where} has texts of {size[1] if size else value} bytes each; {DAMAGED}")
             if name in ("shape", "chunks", "chunk_shape") and isinstance(value, list):
                 check_size(math.prod(int(n) for n in value), stored, where)
 
@@ -313,6 +317,8 @@ def compressed_blocks(
     bounds = bounds.astype(np.int64, copy=False)
     if bounds[0] != 0 or (np.diff(bounds) < 0).any():
         raise UserError(f"{where}/indptr does not rise from 0; {DAMAGED}")
+    if (fullest := int(np.diff(bounds).max(initial=0))) > n_columns:
+        raise UserError(f"{where}/indptr gives a row {fullest:,} entries, of {n_columns:,} columns; {DAMAGED}")
     if not data.shape == indices.shape == (bounds[-1],):
         raise UserError(
             f"{where} has {data.shape} values, {indices.shape} indices, and an indptr that ends at {bounds[-1]:,}; "

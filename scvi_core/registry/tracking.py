@@ -87,7 +87,9 @@ def sqlite_path(tracking_uri: str) -> Path | None:
     UserError
         For a URI that is neither.
     """
-    if tracking_uri.startswith("sqlite:///"):
+    if re.search(r"[\x00-\x1f]", tracking_uri):
+        pass  # no address
+    elif tracking_uri.startswith("sqlite:///"):
         path = tracking_uri.removeprefix("sqlite:///")
         if path and path != ":memory:" and "?" not in os.path.realpath(path):
             return Path(os.path.realpath(path))

@@ -169,7 +169,8 @@ COLUMNS = {
 ENDS = {
     "falling": (lambda values: values[::-1], "does not rise from 0"),
     "shifted": (lambda values: values + 1, "does not rise from 0"),
-    "beyond": (lambda values: np.append(values[:-1], 10**9), "these should be one number"),
+    "beyond": (lambda values: np.append(values[:-1], values[-1] + 1), "these should be one number"),
+    "full": (lambda values: np.append(values[:-1], 10**9), "entries, of"),
     "short": (lambda values: values[:-1], "has the shape"),
     "fraction": (lambda values: values + 0.5, "has the shape"),
     "wrapped": (lambda values: values.astype(np.int64) - 2**31 * (np.arange(len(values)) > 3), "does not rise"),
@@ -353,6 +354,12 @@ for _name, _make in ZARR.items():
         "not valid JSON",
     )
     case(f"{_name}-shape", store(_make, edited(_values, lambda told: told.update(shape=[2**50]))), "declares")
+    _long = (
+        {"dtype": "|S100000000"}
+        if _name == "zarr2"
+        else {"data_type": {"name": "null_terminated_bytes", "configuration": {"length_bytes": 10**8}}}
+    )
+    case(f"{_name}-long-texts", store(_make, edited("obs/_index", lambda told, to=_long: told.update(to))), "texts of")
     case(f"{_name}-negative", store(_make, edited(_values, lambda told: told.update(shape=[-1]))), "")
     case(f"{_name}-zstd-bomb", store(_make, repacked(_values, "zstd", zstd(_zeros))), "unpacks to more than")
     case(f"{_name}-zstd-many", store(_make, repacked(_values, "zstd", 5 * zstd(_zeros[: 2**24]))), "unpacks to more")

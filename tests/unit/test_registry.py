@@ -316,7 +316,17 @@ def test_aliases_that_mlflow_refuses(store):
 
 
 @pytest.mark.parametrize(
-    "uri", ["mlruns", "file:///tmp/mlruns", "ftp://host", "sqlite://", "sqlite:///:memory:", "http://"]
+    "uri",
+    [
+        "sqlite:///x\0y",
+        "http://h\x01/x",
+        "mlruns",
+        "file:///tmp/mlruns",
+        "ftp://host",
+        "sqlite://",
+        "sqlite:///:memory:",
+        "http://",
+    ],
 )
 def test_uris_that_cannot_be_used(uri):
     with pytest.raises(sv.UserError, match=r"registry.tracking_uri: .*sqlite:///"):
