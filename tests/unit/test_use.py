@@ -405,7 +405,7 @@ def test_attach_refuses_what_would_be_wrong(tmp_path):
         assert not adata.obsm
     agrees = mine(["s1:AA"], donor=["d1"], n_counts=[10.0])
     sv.attach(agrees, tmp_path)
-    with pytest.raises(UserError, match=r"no such file; run `scvi-core cluster`"):
+    with pytest.raises(UserError, match=r"no such file; run `scvi-core cells`"):
         sv.attach(agrees, tmp_path / "absent")
     with pytest.raises(UserError, match="a DataFrame; give an anndata"):
         sv.attach(agrees.obs, tmp_path)
