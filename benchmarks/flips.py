@@ -37,9 +37,10 @@ def steps(atlas: Path, out: Path) -> dict[Path, tuple[str, list[str]]]:
         p: ("store", embed) for p in atlas.glob("counts.zarr/**/*") if p.is_file() and p.name != ".snakemake_timestamp"
     }
     read |= {atlas / "model" / name: ("train", embed) for name in ("model.json", "model.safetensors")}
-    latent, cells = str(atlas / "latent.parquet"), str(atlas / "cells.parquet")
-    read[Path(latent)] = "embed", ["cluster", *store, "--latent", latent, "--out", str(out / "cells.parquet")]
-    read[Path(cells)] = "cluster", ["de", *store, *model, "--cells", cells, "--out", str(out / "de.parquet")]
+    latent, clusters, cells = (str(atlas / f"{name}.parquet") for name in ("latent", "clusters", "cells"))
+    read[Path(latent)] = "embed", ["cluster", *store, "--latent", latent, "--out", str(out / "clusters.parquet")]
+    read[Path(clusters)] = "cluster", ["cells", *store, "--clusters", clusters, "--out", str(out / "cells.parquet")]
+    read[Path(cells)] = "cells", ["de", *store, *model, "--cells", cells, "--out", str(out / "de.parquet")]
     read |= {atlas / "model/history.parquet": ("train", report), atlas / "de.parquet": ("de", report)}
     read |= {p: ("criticism", report) for p in atlas.glob("criticism/*") if not p.name.startswith(".")}
     for path in atlas.glob("decisions/*.jsonl"):

@@ -550,7 +550,7 @@ def test_bad_input_is_one_line(atlas, tmp_path):
     wrong = load_config(config.model_dump(mode="json") | {"report": {"labels": ["celltype"]}})
     with pytest.raises(UserError, match=r"report\.labels: no column 'celltype'"):
         report.build_report(folder, wrong)
-    with pytest.raises(UserError, match=r"cells\.parquet: no such file; run `scvi-core cluster`"):
+    with pytest.raises(UserError, match=r"cells\.parquet: no such file; run `scvi-core cells`"):
         report.build_report(tmp_path, config)
 
 

@@ -18,7 +18,7 @@ from scvi_core.config import DeConfig, ModelConfig
 from scvi_core.files import UserError, write_parquet
 from scvi_core.mapping import embed
 from scvi_core.registry.pyfunc import Embedder
-from scvi_core.tables import cells_table, latent_table
+from scvi_core.tables import cells_table, clusters_table, latent_table
 
 SMALL = ModelConfig(n_hidden=8, n_latent=2)
 QUICK = DeConfig(n_samples=100)
@@ -339,7 +339,7 @@ def atlas(folder, names=("s1", "s2")):
         {"cluster": [str(9 + i % 2) for i in range(n)], "umap_1": rng.random(n), "umap_2": rng.random(n)}
     )
     found = found.assign(tsne_1=np.nan, tsne_2=np.nan)
-    write_parquet(folder / "cells.parquet", cells_table(obs, found))
+    write_parquet(folder / "cells.parquet", cells_table(obs, clusters_table(ids, found)))
     write_parquet(folder / "latent.parquet", latent_table(ids, rng.normal(size=(n, 2)).astype(np.float32)))
     return pd.read_parquet(folder / "cells.parquet"), pd.read_parquet(folder / "latent.parquet")
 
@@ -405,7 +405,7 @@ def test_attach_refuses_what_would_be_wrong(tmp_path):
         assert not adata.obsm
     agrees = mine(["s1:AA"], donor=["d1"], n_counts=[10.0])
     sv.attach(agrees, tmp_path)
-    with pytest.raises(UserError, match=r"no such file; run `scvi-core cluster`"):
+    with pytest.raises(UserError, match=r"no such file; run `scvi-core cells`"):
         sv.attach(agrees, tmp_path / "absent")
     with pytest.raises(UserError, match="a DataFrame; give an anndata"):
         sv.attach(agrees.obs, tmp_path)

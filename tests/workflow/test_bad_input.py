@@ -504,7 +504,7 @@ def test_de_and_report(built, atlas, tmp_path):
     refused(done, "de.groupby", "site", "donor")
     done = here(tmp_path, "de", "--store", atlas / "counts.zarr", "--model", tmp_path, *out)
     refused(done)
-    refused(here(tmp_path, "report", tmp_path / "none"), "cells.parquet", "no such file", "cluster")
+    refused(here(tmp_path, "report", tmp_path / "none"), "cells.parquet", "no such file", "scvi-core cells")
     refused(here(tmp_path, "register", tmp_path / "none"), "model.json")
     assert not list(tmp_path.iterdir())
 
@@ -545,6 +545,7 @@ FOLDERS = ["results", "notes.txt", "model", "atlas.zarr", "."]
         ("expression {fitted} --genes GENE1", "--out", FILES),
         ("loadings --model {atlas}/model", "--out", FILES),
         ("cluster --store {atlas}/counts.zarr --latent {atlas}/latent.parquet", "--out", FILES),
+        ("cells --store {atlas}/counts.zarr --clusters {atlas}/clusters.parquet", "--out", FILES),
         ("de {fitted} --cells {atlas}/cells.parquet", "--out", FILES),
         ("contrast {a}/counts.h5ad --cells {atlas}/cells.parquet --genes {atlas}/genes.parquet", "--out", FILES),
         ("criticism {fitted} --cells {atlas}/cells.parquet", "--out", FOLDERS),
