@@ -45,6 +45,7 @@ def _switched_off(config: Config) -> Iterator[str]:
     """Patterns of what steps write that the configuration does not ask for."""
     off = {
         "loadings": (config.model.decoder != "linear", r"loadings\.parquet"),
+        "annotate": (config.annotate.label is None, r"(annotation|label_probabilities|labels)\.parquet"),
         "contrast": (not config.contrast.tests, r"(contrast|pseudobulk)\.parquet"),
         "criticism": (not config.criticism.enabled, r"criticism/(checks\.json|(genes|cells|groups|de)\.parquet)"),
         "export": (not config.export.h5ad, r"atlas\.h5ad"),

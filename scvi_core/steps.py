@@ -311,7 +311,7 @@ def expression(
     if len(set(ids)) < len(ids):
         twice = next(gene for gene in ids if ids.count(gene) > 1)
         raise UserError(f"--genes: {twice!r} is asked for twice, perhaps by its id and its name; name it once")
-    cell_ids, counts = open_store(store, fitted, settings.train.memory_gb)
+    cell_ids, counts = open_store(store, fitted, settings.train.memory_gb, new_batches=codes is not None)
     made = posterior.expression_blocks(fitted.network, counts, places, library_size, codes, samples, settings.seed)
     write_expression(out, cell_ids, ids, made)
 
@@ -327,7 +327,7 @@ def de(store: Path, model: Path, cells: Path, settings: Config, out: Path) -> De
     use_threads(settings.threads)
     table, groupby = read_cells(cells, settings)
     fitted = api.load(model, settings.device)
-    cell_ids, counts = open_store(store, fitted, settings.train.memory_gb)
+    cell_ids, counts = open_store(store, fitted, settings.train.memory_gb, new_batches=True)
     if list(table["cell_id"]) != list(cell_ids):
         raise UserError(f"{cells}: its cells are not those of {store}; run `scvi-core cells` again")
     made = Decisions("de")
@@ -442,21 +442,26 @@ def write_expression(
                 start, held = at.stop, []
 
 
-def open_store(path: Path, model: api.Model, memory_gb: float, design: bool = True) -> tuple[pd.Index, Counts]:
+def open_store(
+    path: Path, model: api.Model, memory_gb: float, design: bool = True, new_batches: bool = False
+) -> tuple[pd.Index, Counts]:
     """Ids of a store's cells, and their counts for a fitted model, streamed where they are larger than `memory_gb`.
 
     Parameters
     ----------
     design : False leaves batch and covariates out, where the encoder does not see them, as
         :func:`scvi_core.counts.pack` does.
+    new_batches : whether cells are decoded under other batches than their own, which then need not be the model's.
     """
+    new_batches = new_batches and not model.model.encode_covariates
     adata, schema, device = read_store(path, counts=False), model.schema, next(model.network.parameters()).device
     if tuple(map(str, adata.var_names)) != schema.gene_ids:
         log.warning("%s: its genes are not the model's, in its order; so its counts are read whole", path)
-        return adata.obs_names, pack(read_store(path), schema, None, design or model.model.encode_covariates).to(device)
+        seen = design or model.model.encode_covariates
+        return adata.obs_names, pack(read_store(path), schema, None, seen, new_batches).to(device)
     if not (design or model.model.encode_covariates):
         schema = dataclasses.replace(schema, batch_key=None, batches=("all",), categorical={}, continuous={})
-    return adata.obs_names, open_counts(path, adata, schema, memory_gb).to(device)
+    return adata.obs_names, open_counts(path, adata, schema, memory_gb, new_batches).to(device)
 
 
 def write_run(path: Path, began: float, model: api.Model, reused: bool) -> None:

@@ -10,7 +10,10 @@ OURS = [
     "samples/a/counts.h5ad", "samples/a/qc.parquet", "counts.zarr/.zattrs", "counts.zarr/X/data/0", "model_ref.json",
 ]  # fmt: skip
 GONE = ["samples/b.2/counts.h5ad", "samples/b.2/qc.png", "decisions/ingest.b.2.jsonl", "benchmarks/qc.b.2.tsv"]
-OFF = ["contrast.parquet", "pseudobulk.parquet", "logs/contrast.log", "loadings.parquet", "benchmarks/loadings.tsv"]
+OFF = [
+    "contrast.parquet", "pseudobulk.parquet", "logs/contrast.log", "labels.parquet", "loadings.parquet",
+    "benchmarks/loadings.tsv",
+]  # fmt: skip
 USERS = ["samples/b.2/notes.txt", "thesis.docx", "figures/mine.png", "contrast.xlsx", "samples/b.2.txt", "logs/own.log"]
 
 
@@ -33,7 +36,7 @@ def found(project, **config):
 
 def test_what_no_longer_belongs(project):
     assert found(project) == {*GONE, *OFF}
-    assert found(project, model={"decoder": "linear"}) == {*GONE, *OFF[:3]}
+    assert found(project, model={"decoder": "linear"}) == {*GONE, *OFF[:4]}
     off = {"criticism/checks.json", "decisions/criticism.jsonl", "logs/criticism.log"}
     assert found(project, criticism={"enabled": False}) == {*GONE, *OFF, *off}
     (project / "results/small/counts.zarr/.zattrs").unlink()  # as Snakemake's --delete-all-output leaves a store
@@ -49,10 +52,10 @@ def test_removed_only_when_asked(project, monkeypatch, capsys):
 
     code, said = run()
     assert code == 0 and set(said.out.split()) == {f"results/small/{name}" for name in (*GONE, *OFF)}
-    assert "9 files of earlier builds: listed; --remove" in said.err
+    assert "10 files of earlier builds: listed; --remove" in said.err
     claim = Claim("results/small")
     code, said = run("--remove")
-    assert code == 1 and "another build is writing into it" in said.err and len(found(project)) == 9
+    assert code == 1 and "another build is writing into it" in said.err and len(found(project)) == 10
     claim.release()
     assert run("--remove")[0] == 0
     top = project / "results/small"

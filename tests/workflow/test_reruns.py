@@ -13,7 +13,7 @@ README = ROOT / "config" / "README.md"
 BEGIN, END = "<!-- made by tests/workflow/test_reruns.py -->\n", "<!-- to here -->\n"
 # so that every rule is there
 TESTS = [{"column": "donor", "group": "d1", "reference": "d2"}]
-WHOLE = changed(CONFIG, model__decoder="linear", contrast__tests=TESTS, export__h5ad=True)
+WHOLE = changed(CONFIG, model__decoder="linear", contrast__tests=TESTS, export__h5ad=True, annotate__label="donor")
 SHEET = {
     "sample": list("abcd"),
     "path": ["data/a.h5ad", "data/b", "data/c.csv.gz", "data/a.h5ad"],
