@@ -223,7 +223,7 @@ def _empty(
     sample: str,
 ) -> np.ndarray:
     """(barcodes of the file,) bool: of one sample, which hold no cell, where its barcodes are raw droplets."""
-    from scvi_core.preprocess.droplets import LOWER, barcode_ranks, find_cells
+    from scvi_core.preprocess.droplets import barcode_ranks, find_cells
 
     empty, n_counts = np.zeros(len(frame), dtype=bool), frame["n_counts"].to_numpy()
     curve = barcode_ranks(n_counts[rows]) if config.cells != "all" else None
@@ -253,8 +253,8 @@ def _empty(
     decisions.add("droplets_with_cells", n_cells, text, n_cells=len(rows) - n_cells, sample=sample)
     if not found.ambient_g.any():
         text = (
-            f"no droplet has {LOWER} counts or fewer: the matrix was cut, so cells are told by their counts alone and "
-            "ambient RNA cannot be told; read the whole unfiltered matrix"
+            f"no droplet has {curve.lower} counts or fewer: the matrix was cut, so cells are told by their counts "
+            "alone and ambient RNA cannot be told; read the whole unfiltered matrix"
         )
         decisions.add("ambient_share", None, text, sample=sample, warn=True)
         return empty

@@ -25,10 +25,10 @@ TABLE = [
     ("qc: {drop: high_mito}", "qc.drop: give a list: [high_mito]"),
     (
         "qc: {drop: [high_mit]}",
-        "qc.drop.0: give low_counts, high_counts, low_genes, high_genes, high_mito, high_hb, high_top50 or "
+        "qc.drop.0: give empty, low_counts, high_counts, low_genes, high_genes, high_mito, high_hb, high_top50 or "
         "doublet; did you mean high_mito? (got high_mit)",
     ),
-    ("qc: 5", "qc: has keys of its own (n_mads, min_counts, min_genes ...), indented below it (got 5)"),
+    ("qc: 5", "qc: has keys of its own (cells, n_mads, min_counts ...), indented below it (got 5)"),
     ("qc:", "qc: is empty; indent its keys below it, or leave it out"),
     ("genes: {n_top: many}", "genes.n_top: give a whole number, auto or all (got many)"),
     ("genes: {n_top: true}", "genes.n_top: give a whole number, auto or all (got true)"),

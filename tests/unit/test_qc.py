@@ -212,6 +212,15 @@ def test_expected_doublets():
     assert 35 <= frame["predicted_doublet"].sum() <= 50
 
 
+def test_an_expected_rate_that_cannot_be_is_refused_and_an_odd_one_warned_of():
+    from pydantic import ValidationError
+
+    with pytest.raises(ValidationError, match=r"less than 0\.5"):
+        QcConfig(expected_doublet_rate=0.6)
+    frame, decisions = qc(sample(planted(1100, 20)), QcConfig(min_counts=1, expected_doublet_rate=0.3), 0)
+    assert decided(decisions, "doublets_expected").warning and frame["keep"].all()
+
+
 def test_large_samples_are_scored_in_groups_that_memory_holds(monkeypatch):
     """Groups of at most GROUP_CELLS, all cells scored once, and the same however many a reading gathers."""
     X = planted(1500, 90)
