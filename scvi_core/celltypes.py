@@ -37,8 +37,8 @@ L2 = 3e-3  # measured: benchmarks/annotate.py
 N_COMPONENTS = 50  # principal components of log-normalised counts among the features
 N_FOLDS = 5  # at most
 N_NEAR = 5  # cells whose expression is averaged before it is held against the labels', the cell itself among them
-N_GENES = 20  # largest excesses, and lacks, that count
-NOVELTY_WEIGHTS = np.array([0.3, 1.0])  # of entropy and surprise, standardised; measured: benchmarks/annotate.py
+N_GENES = 10  # largest excesses, and lacks, that count
+NOVELTY_WEIGHTS = np.array([0.5, 1.0])  # of entropy and surprise, standardised; measured: benchmarks/annotate.py
 TOGETHER = 20_000  # cells of a batch in memory at a time
 MOST_CELLS = 30_000  # the classifier is fitted to; of more, some of each label
 MOST_NUMBERS = 40_000_000  # cells x genes that the principal components are taken from
@@ -48,23 +48,18 @@ CALLS = ["label", "probability", "safe_label", "safe_probability", "label_set", 
 
 @dataclasses.dataclass
 class Classifier:
-    """Features -> logits, and how far expression is from what the labels explain.
+    """Expression and latent state -> logits, and how far expression is from what the labels explain.
 
     Attributes
     ----------
-    gene_gf, gene_offset_f : log-normalised counts x gene_gf - gene_offset_f are the expression features.
-    latent_mean_k, latent_scale_k : standardise the latent state.
-    weight_yf, bias_y : of all features: the expression's, then the latent state's. Of a leaf that no cell showed, the
-        bias is minus infinity.
+    gene_gy, latent_ky, bias_y : logits are log-normalised counts x gene_gy + latent state x latent_ky + bias_y, minus
+        infinity for a leaf that no cell showed.
     mean_g, scale_g : standardise log-normalised counts.
     centre_yg : standardised means of the labels' cells, 0 without any.
     """
 
-    gene_gf: np.ndarray
-    gene_offset_f: np.ndarray
-    latent_mean_k: np.ndarray
-    latent_scale_k: np.ndarray
-    weight_yf: np.ndarray
+    gene_gy: np.ndarray
+    latent_ky: np.ndarray
     bias_y: np.ndarray
     mean_g: np.ndarray
     scale_g: np.ndarray
@@ -72,9 +67,7 @@ class Classifier:
 
     def logits(self, z_nk: np.ndarray, expression_ng: sp.csr_matrix) -> np.ndarray:
         """(cells, leaves) logits."""
-        z_nk = (z_nk - self.latent_mean_k) / self.latent_scale_k
-        features_nf = np.hstack([expression_ng @ self.gene_gf - self.gene_offset_f, z_nk])
-        return features_nf @ self.weight_yf.T + self.bias_y
+        return expression_ng @ self.gene_gy + z_nk @ self.latent_ky + self.bias_y
 
     def surprise(self, p_ny: np.ndarray, z_nk: np.ndarray, expression_ng: sp.csr_matrix) -> np.ndarray:
         """(cells,) how far expression is from what the labels explain, of cells of one batch.
@@ -399,11 +392,18 @@ def _calibrated(
 
 @dataclasses.dataclass
 class Genes:
-    """Moments and principal components of log-normalised counts, from cells of all batches and no label."""
+    """Moments and principal components of log-normalised counts, from cells of all batches and no label.
+
+    Attributes
+    ----------
+    mean_g, scale_g : the scale is the standard deviation + 0.1, so that no gene of few counts weighs much.
+    views : of standardised and of centred values, by what they are divided, and the components, (genes, components),
+        scaled so that the first has variance 1.
+    """
 
     mean_g: np.ndarray
     scale_g: np.ndarray
-    component_gc: np.ndarray  # scaled so that the first has variance 1
+    views: list[tuple[np.ndarray, np.ndarray]]
 
     @staticmethod
     def of(counts: Counts, rng: np.random.Generator) -> Genes:
@@ -415,13 +415,15 @@ class Genes:
         expression_ng = expression(counts, some)
         mean_g = np.asarray(expression_ng.mean(0)).ravel()
         square_g = np.asarray(expression_ng.multiply(expression_ng).mean(0)).ravel()
-        scale_g = np.sqrt(np.maximum(square_g - mean_g**2, 0)) + 0.1  # so that no gene of few counts weighs much
-        dense_ng = ((expression_ng.toarray() - mean_g) / scale_g).astype(np.float32)
-        n = min(N_COMPONENTS, min(dense_ng.shape) - 1)
-        _, _, component_cg = svds(dense_ng, n, tol=1e-3, v0=np.ones(min(dense_ng.shape)))
-        component_cg = component_cg[::-1]  # the largest first
-        first = float((dense_ng @ component_cg[0]).std()) + 1e-9
-        return Genes(mean_g, scale_g, component_cg.T.astype(np.float64) / first)
+        scale_g = np.sqrt(np.maximum(square_g - mean_g**2, 0)) + 0.1
+        views = []
+        for divisor_g in (scale_g, np.ones_like(scale_g)):
+            dense_ng = ((expression_ng.toarray() - mean_g) / divisor_g).astype(np.float32)
+            n = min(N_COMPONENTS, min(dense_ng.shape) - 1)
+            _, _, component_cg = svds(dense_ng, n, tol=1e-3, v0=np.ones(min(dense_ng.shape)))
+            first = float((dense_ng @ component_cg[-1]).std()) + 1e-9  # the largest comes last
+            views.append((divisor_g, component_cg.T.astype(np.float64) / first))
+        return Genes(mean_g, scale_g, views)
 
 
 def fit(
@@ -429,39 +431,36 @@ def fit(
 ) -> Classifier:
     """A classifier of labelled cells.
 
-    Expression features are the directions of the labels' means (which keep what tells rare labels apart) and the
-    principal components. Labels weigh by the root of their number of cells, which is between all cells counting the
-    same and all labels counting the same.
+    Its features are the latent state, standardised, and of expression the directions of the labels' means, which keep
+    what tells rare labels apart, and the principal components; both of genes that weigh alike and of genes that weigh
+    by their variance. Labels weigh by the root of their number of cells, which is between all cells counting the same
+    and all labels counting the same.
     """
     n_leaves = reach_vy.shape[1]
-    seen_y = np.bincount(node_n, minlength=len(reach_vy))[:n_leaves] > 0
-    member_yn = sp.csr_matrix((np.ones(len(node_n)), (node_n, np.arange(len(node_n)))), (len(reach_vy), len(node_n)))
-    member_yn = member_yn[:n_leaves][seen_y]
-    n_y = np.asarray(member_yn.sum(1)).ravel()
-    centre_yg = ((member_yn @ expression_ng).toarray() / n_y[:, None] - genes.mean_g) / genes.scale_g
-    apart_gy = np.linalg.svd((centre_yg - centre_yg.mean(0)).T, full_matrices=False)[0][:, : max(1, len(n_y) - 1)]
-    gene_gf = np.hstack([apart_gy, genes.component_gc]) / genes.scale_g[:, None]
-    features_nf = expression_ng @ gene_gf
-    scale_f = np.append(features_nf[:, : apart_gy.shape[1]].std(0) + 1e-9, np.ones(genes.component_gc.shape[1]))
-    gene_gf, features_nf = gene_gf / scale_f, features_nf / scale_f
-    offset_f = genes.mean_g @ gene_gf.astype(np.float32)
-    moments = z_nk.mean(0), z_nk.std(0) + 1e-6
-    z_nk = (z_nk - moments[0]) / moments[1]
-    features_nf = np.hstack([features_nf - offset_f, z_nk])
-
     n_v = np.bincount(node_n, minlength=len(reach_vy))
-    weight_n = 1 / np.sqrt(n_v[node_n])
-    allowed_ny = reach_vy[node_n][:, seen_y]
-    speaks = allowed_ny.any(1)  # of an inner node none of whose leaves was seen there is nothing to say
-    weight_sf, bias_s = _softmax_regression(features_nf[speaks], allowed_ny[speaks], weight_n[speaks])
-    weight_yf, bias_y = np.zeros((n_leaves, features_nf.shape[1])), np.full(n_leaves, -np.inf)
-    weight_yf[seen_y], bias_y[seen_y] = weight_sf, bias_s
+    seen_y = n_v[:n_leaves] > 0
+    member_vn = sp.csr_matrix((np.ones(len(node_n)), (node_n, np.arange(len(node_n)))), (len(reach_vy), len(node_n)))
+    mean_sg = (member_vn[:n_leaves][seen_y] @ expression_ng).toarray() / n_v[:n_leaves][seen_y][:, None]
+    parts = []
+    for divisor_g, component_gc in genes.views:
+        apart_gs = ((mean_sg - mean_sg.mean(0)) / divisor_g).T
+        apart_gs = np.linalg.svd(apart_gs, full_matrices=False)[0][:, : max(1, len(mean_sg) - 1)] / divisor_g[:, None]
+        parts += [apart_gs / ((expression_ng @ apart_gs).std(0) + 1e-9), component_gc / divisor_g[:, None]]
+    gene_gf = np.hstack(parts)
+    offset_f, scale_k = genes.mean_g @ gene_gf, z_nk.std(0) + 1e-6
+    features_nf = np.hstack([expression_ng @ gene_gf - offset_f, (z_nk - z_nk.mean(0)) / scale_k])
 
-    whole_yg = np.zeros((n_leaves, len(genes.mean_g)), dtype=np.float32)
-    whole_yg[seen_y] = centre_yg
-    return Classifier(
-        gene_gf.astype(np.float32), offset_f, *moments, weight_yf, bias_y, genes.mean_g, genes.scale_g, whole_yg
-    )
+    allowed_ns = reach_vy[node_n][:, seen_y]
+    speaks = allowed_ns.any(1)  # of an inner node none of whose leaves was seen there is nothing to say
+    weight_sf, bias_s = _softmax_regression(features_nf[speaks], allowed_ns[speaks], 1 / np.sqrt(n_v[node_n][speaks]))
+    n_f = gene_gf.shape[1]
+    latent_ks = weight_sf[:, n_f:].T / scale_k[:, None]
+    gene_gy, latent_ky = np.zeros((len(genes.mean_g), n_leaves)), np.zeros((len(scale_k), n_leaves))
+    bias_y, centre_yg = np.full(n_leaves, -np.inf), np.zeros((n_leaves, len(genes.mean_g)))
+    gene_gy[:, seen_y], latent_ky[:, seen_y] = gene_gf @ weight_sf[:, :n_f].T, latent_ks
+    bias_y[seen_y] = bias_s - offset_f @ weight_sf[:, :n_f].T - z_nk.mean(0) @ latent_ks
+    centre_yg[seen_y] = (mean_sg - genes.mean_g) / genes.scale_g
+    return Classifier(gene_gy, latent_ky, bias_y, genes.mean_g, genes.scale_g, centre_yg)
 
 
 def _softmax_regression(
