@@ -237,7 +237,6 @@ URLS = [
         (HEADER + "s1\tdata/a.h5ad\tone\tmore\n", ["line 2", "4 columns"]),
         ("sample\tpath\tbatch\tage\tage\ns1\tx\ty\t1\t2\n", ["'age'", "twice"]),
         ("sample\tpath\tbatch\tn_counts\ns1\tx\ty\t1\n", ["'n_counts'", "rename"]),
-        ("sample\tpath\tbatch\ta/b\ns1\tx\ty\t1\n", ["'a/b'"]),
         ("", ["empty"]),
         (HEADER, ["no samples"]),
         (HEADER + "s1\tdata/none.h5ad\tone\n", ["s1", "data/none.h5ad"]),
