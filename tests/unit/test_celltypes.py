@@ -183,6 +183,17 @@ def test_the_same_bytes_and_a_fingerprint_that_knows_the_labels(fitted, tmp_path
         bare.annotate(adata)
 
 
+def test_tags_of_a_registered_version(fitted, tmp_path):
+    from scvi_core.registry import _version_tags
+
+    _, model = fitted
+    model.save(tmp_path / "model")
+    tags = _version_tags(json.loads((tmp_path / "model/model.json").read_text()), "atlas", None, {})
+    assert tags["labels"] == "B, NK, T" and len(tags["taxonomy_sha256"]) == 64
+    assert float(tags["held_out_macro_f1"]) == pytest.approx(model.annotator.quality.macro_f1, abs=1e-4)
+    assert float(tags["held_out_ece"]) == pytest.approx(model.annotator.quality.ece, abs=1e-4)
+
+
 def test_held_out_figures_are_those_of_batches_it_did_not_see(fitted):
     """Annotated by hand, each batch by a model of the others, as many are right, to within a cell or two."""
     adata, model = fitted
