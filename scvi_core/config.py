@@ -956,6 +956,11 @@ def check_columns(config: Config, samples: list[Sample], where: str = "config") 
                 f"{where}: input.metadata names '{name}', and {config.samples} or itself '{same}': case is ignored in "
                 "names of columns; rename one"
             )
+    if config.annotate.tree is not None:
+        if config.annotate.label is None:
+            raise UserError(f"{where}: annotate.tree is given without annotate.label, the column that holds the labels")
+        if not os.path.isfile(config.annotate.tree):
+            raise UserError(f"{where}: annotate.tree: no file {config.annotate.tree}; mend the path")
     if config.annotate.label is not None:
         for name in (*own, *carried(config, samples)):
             if name.casefold() in ANNOTATED:

@@ -10,18 +10,20 @@ import pytest
 import torch
 from _data import brief, packed
 from _data import cells as small
-from _samples import sample, write
+from _samples import sample, stored, write
 from typer.testing import CliRunner
 
 import scvi_core as sv
-from scvi_core import celltypes, scanvi
+from scvi_core import celltypes, scanvi, stream
 from scvi_core.celltypes import _conformal, _softmax_regression, _temperature, ece_of, softmax
 from scvi_core.cli import app
 from scvi_core.config import AnnotateConfig, ModelConfig, Sample, check_columns, load_config
+from scvi_core.counts import Schema
 from scvi_core.files import UserError, write_parquet
 from scvi_core.labels import Known, Taxonomy
 from scvi_core.model import Noise, build
 from scvi_core.preprocess.store import read_store, write_store
+from scvi_core.stream import open_counts
 
 EDGES = [("T", "lymphoid"), ("B", "lymphoid"), ("lymphoid", "cell"), ("NK", "cell")]
 HOW = {"model": ModelConfig(n_hidden=16, n_latent=3), "train": brief(max_epochs=8), "progress": False}
@@ -181,6 +183,17 @@ def test_the_same_bytes_and_a_fingerprint_that_knows_the_labels(fitted, tmp_path
         bare.annotate(adata)
 
 
+def test_tags_of_a_registered_version(fitted, tmp_path):
+    from scvi_core.registry import _version_tags
+
+    _, model = fitted
+    model.save(tmp_path / "model")
+    tags = _version_tags(json.loads((tmp_path / "model/model.json").read_text()), "atlas", None, {})
+    assert tags["labels"] == "B, NK, T" and len(tags["taxonomy_sha256"]) == 64
+    assert float(tags["held_out_macro_f1"]) == pytest.approx(model.annotator.quality.macro_f1, abs=1e-4)
+    assert float(tags["held_out_ece"]) == pytest.approx(model.annotator.quality.ece, abs=1e-4)
+
+
 def test_held_out_figures_are_those_of_batches_it_did_not_see(fitted):
     """Annotated by hand, each batch by a model of the others, as many are right, to within a cell or two."""
     adata, model = fitted
@@ -298,4 +311,27 @@ def test_a_configuration_whose_columns_clash_is_one_line():
     rows = [Sample(sample="a", path="a.h5ad", batch="a", metadata={"kind": "x"})]
     with pytest.raises(UserError, match=r"annotate.label: no cell column 'kid'; did you mean 'kind'"):
         check_columns(load_config({"annotate": {"label": "kid"}}), rows)
+    for annotate, match in (
+        ({"tree": "t.tsv"}, "without annotate.label"),
+        ({"label": "kind", "tree": "no"}, "no file"),
+    ):
+        with pytest.raises(UserError, match=match):
+            check_columns(load_config({"annotate": annotate}), rows)
     check_columns(load_config({"annotate": {"label": "kind"}, "de": {"groupby": "label"}}), rows)
+
+
+def test_a_store_larger_than_memory_gives_the_same_annotator(tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "BLOCK", 80)
+    adata = cells(120)
+    path = stored(tmp_path, adata)
+    there = read_store(path, counts=False)
+    schema = Schema.of(there, "batch")
+    kind = adata.obs["kind"].to_numpy()
+    obs = pd.DataFrame({"kind": np.concatenate([kind[0::2], kind[1::2]])})
+    known = Known.of(obs, AnnotateConfig(label="kind"), EDGES)
+    z_nk, told = np.random.default_rng(0).normal(size=(120, 3)).astype(np.float32), []
+    for memory_gb in (8.0, 1.5e-6):
+        counts = open_counts(path, there, schema, memory_gb)
+        annotator = celltypes.learn(lambda _: z_nk, counts, known.node_n, known.taxonomy, known.config, 0)
+        told.append(annotator.probabilities(z_nk, counts, there.obs["batch"]))
+    assert all(np.array_equal(one, other) for one, other in zip(*told, strict=True))

@@ -7,7 +7,20 @@ import sys
 import pytest
 from _project import BIN, ROOT, cli, environment, here, make, snakemake
 
-COMMANDS = ["validate", "ingest", "qc", "genes", "store", "lookup", "train", "embed", "cluster", "de", "register"]
+COMMANDS = [
+    "validate",
+    "ingest",
+    "qc",
+    "genes",
+    "store",
+    "lookup",
+    "train",
+    "embed",
+    "annotate",
+    "cluster",
+    "de",
+    "register",
+]
 COMMANDS += ["expression", "loadings", "contrast", "criticism", "report", "export", "times", "map"]
 MODELS = ["list", "show", "promote"]
 
