@@ -191,7 +191,8 @@ def _mtx_columns(text: bytes, per_line: int, matrix: Path, before: int) -> list[
             if per_line == 3 and not text.translate(None, b"0123456789 \t\r\n"):
                 sizes = f"{2**31 - 1} {2**31 - 1} {lines}\n"  # whether places lie within is looked at by who asks
                 head = f"%%MatrixMarket matrix coordinate integer general\n{sizes}"
-                read = scipy.io.mmread(io.BytesIO(head.encode() + text))
+                end = b"" if text.endswith(b"\n") else b"\n"  # else it looks for one beyond the end of the text
+                read = scipy.io.mmread(io.BytesIO(head.encode() + text + end))
                 return [read.row, read.col, read.data]
             options = {"sep": r"\s+", "header": None, "names": range(per_line), "index_col": False, "na_filter": False}
             table = pd.read_csv(io.BytesIO(text), dtype=np.float64, **options)
