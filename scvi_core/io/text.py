@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import gzip
 import io
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -394,8 +396,7 @@ class _Bounded(io.BufferedIOBase):
     def __init__(self, path: Path):
         self.path, self.seen = path, 0
         self.file = gzip.open(path, "rb") if zipped(path) else path.open("rb")  # noqa: SIM115 - closed by close()
-        about = path.stat()
-        self.most = max(MOST_SEEN, EXPANDS * min(about.st_size, 512 * about.st_blocks))
+        self.most = max(MOST_SEEN, EXPANDS * _stored(path))
 
     def _told(self, data: bytes) -> bytes:
         self.seen += len(data)
@@ -415,6 +416,18 @@ class _Bounded(io.BufferedIOBase):
     def close(self) -> None:
         self.file.close()
         super().close()
+
+
+def _stored(path: Path) -> int:
+    """Bytes of a file without its holes, as far as the file system tells them."""
+    with path.open("rb") as handle:
+        at, held, size = 0, 0, handle.seek(0, os.SEEK_END)
+        with contextlib.suppress(OSError, AttributeError):  # no data behind here; nobody tells of holes
+            while at < size:
+                start = os.lseek(handle.fileno(), at, os.SEEK_DATA)
+                at = os.lseek(handle.fileno(), start, os.SEEK_HOLE)
+                held += at - start
+    return held or size
 
 
 def _open(path: Path) -> BinaryIO:
