@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import gzip
 import io
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -191,7 +193,8 @@ def _mtx_columns(text: bytes, per_line: int, matrix: Path, before: int) -> list[
             if per_line == 3 and not text.translate(None, b"0123456789 \t\r\n"):
                 sizes = f"{2**31 - 1} {2**31 - 1} {lines}\n"  # whether places lie within is looked at by who asks
                 head = f"%%MatrixMarket matrix coordinate integer general\n{sizes}"
-                read = scipy.io.mmread(io.BytesIO(head.encode() + text))
+                end = b"" if text.endswith(b"\n") else b"\n"  # else it looks for one beyond the end of the text
+                read = scipy.io.mmread(io.BytesIO(head.encode() + text + end))
                 return [read.row, read.col, read.data]
             options = {"sep": r"\s+", "header": None, "names": range(per_line), "index_col": False, "na_filter": False}
             table = pd.read_csv(io.BytesIO(text), dtype=np.float64, **options)
@@ -393,8 +396,7 @@ class _Bounded(io.BufferedIOBase):
     def __init__(self, path: Path):
         self.path, self.seen = path, 0
         self.file = gzip.open(path, "rb") if zipped(path) else path.open("rb")  # noqa: SIM115 - closed by close()
-        about = path.stat()
-        self.most = max(MOST_SEEN, EXPANDS * min(about.st_size, 512 * about.st_blocks))
+        self.most = max(MOST_SEEN, EXPANDS * _stored(path))
 
     def _told(self, data: bytes) -> bytes:
         self.seen += len(data)
@@ -414,6 +416,18 @@ class _Bounded(io.BufferedIOBase):
     def close(self) -> None:
         self.file.close()
         super().close()
+
+
+def _stored(path: Path) -> int:
+    """Bytes of a file without its holes, as far as the file system tells them."""
+    with path.open("rb") as handle:
+        at, held, size = 0, 0, handle.seek(0, os.SEEK_END)
+        with contextlib.suppress(OSError, AttributeError):  # no data behind here; nobody tells of holes
+            while at < size:
+                start = os.lseek(handle.fileno(), at, os.SEEK_DATA)
+                at = os.lseek(handle.fileno(), start, os.SEEK_HOLE)
+                held += at - start
+    return held or size
 
 
 def _open(path: Path) -> BinaryIO:

@@ -29,7 +29,7 @@ from _inputs import FILES, FORMATS, HDF5, MTX, NAMES, TEXT, ZARR, G, N, X, h5ad,
 from scvi_core import io
 from scvi_core.cli import main
 from scvi_core.config import InputConfig, Sample
-from scvi_core.files import UserError, sha256_file
+from scvi_core.files import Decisions, UserError, sha256_file
 from scvi_core.io import checks, packed, text
 from scvi_core.log import one_line
 
@@ -544,6 +544,12 @@ def test_one_line_and_nothing_else(tmp_path, monkeypatch, name):
     line = one_line(str(caught.value))
     assert line.isprintable() and len(line) < 1000 and path.name in line, line
     assert tree(tmp_path) == before
+
+
+def test_blanks_at_the_end_of_a_matrix_are_nothing(tmp_path):
+    path = mtx(tmp_path) / "matrix.mtx"  # scipy's reader crashed on them
+    path.write_bytes(path.read_bytes().rstrip(b"\n") + b" \t ")
+    assert io.read_counts(path, InputConfig(), Decisions("x")).X.sum() == X.sum()
 
 
 def test_there_are_many():
