@@ -20,6 +20,7 @@ from scvi_core.io import HDF5_NAMES, TEXT_NAMES, open_input
 from scvi_core.io.blocks import Scratch
 from scvi_core.io.identity import plain
 from scvi_core.io.text import matrices
+from scvi_core.log import progress
 from scvi_core.look import Look, look, quiet
 
 HEAD = "# Begun by `scvi-core init`. config/README.md lists all keys; those that are not here have defaults.\n"
@@ -84,7 +85,8 @@ def begin(folder: Path, out: Path) -> list[str]:
             raise UserError(f"{path}: is there already, and is left as it is; name another folder by --out")
     taken, passed = choose(list(candidates(folder)) if folder.is_dir() else [folder])
     found, faults = [], []
-    for path, name in zip(taken, sample_names(taken, folder if folder.is_dir() else folder.parent), strict=True):
+    names = sample_names(taken, folder if folder.is_dir() else folder.parent)
+    for path, name in progress([*zip(taken, names, strict=True)], "init: files looked at", len(taken)):
         try:
             found.append(_examined(path, name))
         except UserError as error:
