@@ -491,8 +491,8 @@ def test_values_of_genes_are_those_of_the_cells_that_are_drawn(atlas, monkeypatc
             count = sample[cell["cell_id"]].X.toarray()[0, k]
             value = found.of(f"ENSG{k:011d}")[at]
             assert value == pytest.approx(np.log1p(1e4 * count / cell["n_counts"]), rel=1e-5)
-    wrong = load_config(config.model_dump(mode="json") | {"report": {"genes": ["GENE00"]}})
-    with pytest.raises(UserError, match=r"report\.genes: no gene 'GENE00' in genes\.parquet; did you mean 'GENE0'\?"):
+    wrong = load_config(config.model_dump(mode="json") | {"report": {"genes": ["gene0"]}})
+    with pytest.raises(UserError, match=r"report\.genes: no gene 'gene0' in genes\.parquet; did you mean 'GENE0'\?"):
         report.read_atlas(folder, wrong)
 
 
