@@ -496,8 +496,9 @@ def test_values_of_genes_are_those_of_the_cells_that_are_drawn(atlas, monkeypatc
         report.read_atlas(folder, wrong)
 
 
-def test_what_was_dropped_by_label_and_which_flags_are_left(atlas):
+def test_what_was_dropped_by_label_and_which_flags_are_left(atlas, monkeypatch):
     folder, config = atlas
+    monkeypatch.setattr(sentences, "ENOUGH", 10)
     rows = report.metrics(folder, config)["dropped"]["cell type"]
     n = {row["label"]: row for row in rows}
     assert n[HOSTILE[1]]["dropped"] == n[HOSTILE[1]]["n"] and n[HOSTILE[0]]["dropped"] == 0
