@@ -97,7 +97,8 @@ def choose(de: pd.DataFrame, genes: pd.DataFrame, config: Config) -> tuple[list[
     shown = []
     for asked in config.report.genes:
         if asked not in ids:
-            near = difflib.get_close_matches(asked, ids, n=1, cutoff=0.6)
+            near = [name for name in ids if name.casefold() == asked.casefold()]
+            near = near or difflib.get_close_matches(asked, ids, n=1, cutoff=0.6)
             hint = f"did you mean {near[0]!r}?" if near else "name genes as genes.parquet does"
             raise UserError(f"report.genes: no gene {asked!r} in genes.parquet; {hint}")
         shown.append(ids[asked])

@@ -416,11 +416,12 @@ def test_phases_of_the_cell_cycle_by_cluster(tmp_path, monkeypatch):
     cells = pd.read_parquet(folder / "cells.parquet")
     cells["s_score"] = cells["g2m_score"] = np.linspace(-1, 1, len(cells), dtype="float32")
     for phases, shown in ((np.resize(["G1", "S", "G2M"], len(cells)), True), ("", False)):
-        cells["cycle_phase"] = phases
+        cells["cycle_phase"], cells["predicted_doublet"] = phases, np.where(cells.index % 9 == 0, str(shown), "False")
         write_parquet(folder / "cells.parquet", cells)
         report.build_report(folder, config)
         text = (folder / "report.html").read_text()
         assert (" cycle_phase</h3>" in text) == ("Tirosh et al. 2016" in text) == shown
+        assert (" called doublet</h3>" in text) == ("Cells called doublets, and kept" in text) == shown
 
 
 def test_cell_types_on_the_page(tmp_path):
@@ -491,22 +492,31 @@ def test_values_of_genes_are_those_of_the_cells_that_are_drawn(atlas, monkeypatc
             count = sample[cell["cell_id"]].X.toarray()[0, k]
             value = found.of(f"ENSG{k:011d}")[at]
             assert value == pytest.approx(np.log1p(1e4 * count / cell["n_counts"]), rel=1e-5)
-    wrong = load_config(config.model_dump(mode="json") | {"report": {"genes": ["GENE00"]}})
-    with pytest.raises(UserError, match=r"report\.genes: no gene 'GENE00' in genes\.parquet; did you mean 'GENE0'\?"):
+    wrong = load_config(config.model_dump(mode="json") | {"report": {"genes": ["gene0"]}})
+    with pytest.raises(UserError, match=r"report\.genes: no gene 'gene0' in genes\.parquet; did you mean 'GENE0'\?"):
         report.read_atlas(folder, wrong)
 
 
-def test_what_was_dropped_by_label_and_which_flags_are_left(atlas):
+def test_what_was_dropped_by_label_and_which_flags_are_left(atlas, monkeypatch):
     folder, config = atlas
+    monkeypatch.setattr(sentences, "ENOUGH", 10)
     rows = report.metrics(folder, config)["dropped"]["cell type"]
     n = {row["label"]: row for row in rows}
     assert n[HOSTILE[1]]["dropped"] == n[HOSTILE[1]]["n"] and n[HOSTILE[0]]["dropped"] == 0
     assert n[HOSTILE[1]]["reason"] == "high mitochondrial share"
     (said,) = [text for kind, text in told(folder, config) if kind == "look" and "barcodes labelled" in text]
     assert "100% of the barcodes labelled </script>" in said
-    flags = report.read_atlas(folder, config)["flags"]
-    qc = pd.concat([pd.read_parquet(folder / f"samples/{s}/qc.parquet") for s in ("donor1", "donor.2", "d3-x")])
-    assert list(flags == "doublet") == list(qc[qc["keep"]]["flags"] == "doublet") and (flags == "doublet").any()
+
+
+def test_flags_that_kept_cells_bear(tmp_path):
+    for name, flags in (("a", ["", "doublet", "low_counts"]), ("b", ["high_counts,doublet", "doublet", ""])):
+        qc = pd.DataFrame({"cell_id": [f"{name}:{i}" for i in range(3)], "flags": flags, "keep": [True, True, False]})
+        write_parquet(tmp_path / f"samples/{name}/qc.parquet", qc)
+    write_parquet(tmp_path / "cells.parquet", pd.DataFrame({"cell_id": ["a:0", "a:1", "b:1"]}))  # b:0 was left out
+    found = report.cell_flags(tmp_path, ["a", "b"], 3)
+    assert list(found.astype(object).fillna("")) == ["", "doublet", "doublet"]
+    none = report.cell_flags(tmp_path, [], 3)
+    assert none.isna().all() and not len(none.cat.categories)
 
 
 def test_limits_and_flags_as_words(atlas):
