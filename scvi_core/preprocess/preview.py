@@ -31,7 +31,7 @@ def limits_table(frame: pd.DataFrame, decisions: Iterable[Any]) -> pd.DataFrame:
     for made in decisions:
         what, value, sample, n_cells = (decided(made, key) for key in ("what", "value", "sample", "n_cells"))
         if (match := LIMIT.fullmatch(str(what))) and n_cells is not None and sample in texts:
-            rows.append([sample, what, value, n_cells, int(texts[sample].get(match[1], 0))])
+            rows.append([sample, what, value, n_cells, min(n_cells, int(texts[sample].get(match[1], 0)))])
     return pd.DataFrame(rows, columns=["sample", "limit", "value", "cells", "alone"])
 
 
@@ -59,7 +59,7 @@ def preview(samples: Iterable[tuple[Path, Sample]], config: Config, by: list[str
                 obs = read_tables(path, columns)[0]
             frame, decisions = qc(path, config.qc, config.seed)
         yield f"{sample.sample}: {int(frame['keep'].sum()):,} of {len(frame):,} cells would be kept; " + (
-            f"qc.drop is {', '.join(drop)}" if drop else "qc.drop is empty"
+            f"qc.drop: {', '.join(drop)}" if drop else "qc.drop names no flag"
         )
         table = limits_table(frame, decisions)
         table["drops"] = table["limit"].map(lambda limit: "yes" if limit.partition(".")[0] in drop else "")
