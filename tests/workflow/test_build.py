@@ -166,7 +166,9 @@ def test_manifest_is_true(atlas):
 def test_metrics_and_decisions(atlas):
     metrics = json.loads((atlas / "metrics.json").read_text())
     cells = pd.read_parquet(atlas / "cells.parquet")
-    assert metrics["cells"] == {"before": 3 * N_CELLS, "after": len(cells)}
+    assert (metrics["cells"]["before"], metrics["cells"]["after"]) == (3 * N_CELLS, len(cells))
+    for column in ("n_counts", "n_genes"):
+        assert metrics["cells"][f"median_{column}"] == cells[column].median()
     made = [json.loads(line) for line in (atlas / "decisions.jsonl").read_text().splitlines()]
     steps = list(dict.fromkeys(d["step"] for d in made))
     assert steps[:4] == ["ingest", "qc", "genes", "store"] and all(d["reason"] for d in made)
