@@ -242,7 +242,7 @@ def test_groups_that_cannot_be_tested(tmp_path):
     left = {d.value: d for d in decided(made, "cell group not tested")}
     assert set(left) == {"1", "2", "3"}
     assert "1 of 'treated', 2 of 'control'" in left["1"].reason and left["1"].n_cells == 45
-    assert "0 samples of 'treated' and 0 of 'control'" in left["2"].reason
+    assert "0 of 'treated', 0 of 'control'" in left["2"].reason
     (small,) = decided(made, "pseudobulks left out")
     assert (small.value, small.n_cells) == (3, 15) and len(bulks.units) == 6 + 3 + 3 + 2
     (called,) = decided(made, "genes called")
@@ -272,7 +272,7 @@ def test_a_group_without_an_eligible_sample_takes_no_other_along(tmp_path, covar
     frame, _, made = contrast(*project(tmp_path, counts, clusters=clusters), settings({**TEST, **covariates}))
     assert list(frame["cell_group"].unique()) == ["0"]
     (left,) = decided(made, "cell group not tested")
-    assert (left.value, left.n_cells) == ("rare", 0) and "0 samples of 'treated' and 0 of 'control'" in left.reason
+    assert (left.value, left.n_cells) == ("rare", 0) and "0 of 'treated', 0 of 'control'" in left.reason
 
 
 def test_a_replicate_without_counts_is_left_out(tmp_path):
@@ -412,15 +412,16 @@ def test_replicates_are_one_row_each():
 def test_rows_of_the_report():
     from scvi_core.report import contrasts
 
-    genes = [("a", 2.0, True, 2), ("b", -1.0, True, 3), ("c", 3.0, True, 1), ("d", 9.0, False, 4)]
-    frame = pd.DataFrame(genes, columns=["gene_name", "lfc", "is_de", "rank"])
+    genes = [("G1", 2.0, True, 2), ("G2", -1.0, True, 3), ("G3", 3.0, True, 1), ("G4", 9.0, False, 4)]
+    names = {"G1": "a", "G2": "b", "G3": "c", "G4": "d"}
+    frame = pd.DataFrame(genes, columns=["gene_id", "lfc", "is_de", "rank"])
     frame = frame.assign(contrast="t_vs_c", cell_group="0", n_replicates_group=3, n_replicates_reference=4)
-    (row,) = contrasts(frame)
+    (row,) = contrasts(frame, names)
     assert row == {
         "contrast": "t_vs_c", "cell_group": "0", "n_genes": 4, "n_replicates_group": 3, "n_replicates_reference": 4,
         "n_up": 2, "n_down": 1, "up": ["c", "a"], "down": ["b"],
     }  # fmt: skip
-    assert contrasts(frame.head(0)) == []
+    assert contrasts(frame.head(0), names) == []
 
 
 # ---- as a command
