@@ -508,8 +508,9 @@ def test_map_refuses_strangers(atlas, tmp_path):
     write_h5ad(tmp_path / "x.h5ad", frame(0).rename(columns=lambda g: f"X{g}"))
     done = here(tmp_path, "map", "x.h5ad", "--model", atlas / "model", "--out", "latent.parquet")
     assert done.returncode == 1 and "genes are missing" in done.stderr and "Traceback" not in done.stderr
-    done = here(tmp_path, "map", "x.h5ad", "--model", "models:/small", "--out", "latent.parquet")
-    assert done.returncode == 1 and "models:/name" in done.stderr and "Traceback" not in done.stderr
+    for folder, words in ((tmp_path, "no such registry"), (atlas.parents[1], "which of its versions: models:/small/1")):
+        done = here(folder, "map", tmp_path / "x.h5ad", "--model", "models:/small", "--out", tmp_path / "z.parquet")
+        assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
 
 
 def test_models_list_show_promote(built, atlas):
