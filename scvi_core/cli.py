@@ -151,7 +151,7 @@ def run(
 
     Example: scvi-core run --config config/pbmc/config.yaml --cores 4
     """
-    load_config(config)
+    settings = load_config(config)
     places = [Path(), Path(__file__).resolve().parents[1]]
     snakefile = next(
         (place / "Snakefile" for place in places if (place / "workflow" / "rules" / "ingest.smk").exists()), None
@@ -160,6 +160,9 @@ def run(
         raise UserError(
             "no workflow here: `scvi-core run` works in a clone of scvi-core, or where it was installed from one"
         )
+    # one line that says who builds, where Snakemake's own lock would speak of --unlock
+    if (settings.folder / ".lock").exists() and not {"-n", "--dry-run", "--dryrun", "--unlock"} & {*context.args}:
+        Claim(settings.folder).release()
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(snakefile), "--configfile", config]
     command += ["--cores", str(cores or os.cpu_count() or 1), *context.args]
     os.execv(sys.executable, command)
@@ -202,8 +205,9 @@ def validate(
         from scvi_core.look import check_inputs
 
         print(check_inputs(samples, settings), flush=True)
-    batches = len({s.batch for s in samples})
-    log.info("valid: atlas '%s', %d samples in %d batches", settings.atlas, len(samples), batches)
+    n, batches = len(samples), len({s.batch for s in samples})
+    text = "valid: atlas '%s', %d sample%s in %d batch%s"
+    log.info(text, settings.atlas, n, "s" if n > 1 else "", batches, "es" if batches > 1 else "")
 
 
 @app.command(cls=Step)

@@ -212,9 +212,10 @@ def quality_maps(
         ax.scatter(*xy[codes < 0].T, s=size, c=t["faint"], lw=0, alpha=0.5)
         for i, name in enumerate(flags.cat.categories):
             mine = codes == i
-            ax.scatter(*xy[mine].T, s=max(size, 3), c=PALETTE[(4, 1, 3, 6, 2, 7)[i % 6]], lw=0, label=label(name, 24))
+            ax.scatter(*xy[mine].T, s=max(size, 3), c=PALETTE[(4, 0, 2, 6, 1, 3)[i % 6]], lw=0, label=label(name, 34))
         ax.set_title("flagged and kept")
-        ax.legend(loc="upper left", bbox_to_anchor=(1, 1), handletextpad=0, markerscale=2, fontsize=7.5)
+        # below its panel: beside it, it would push the colour bar of the panel above far away
+        ax.legend(loc="upper left", bbox_to_anchor=(0, 0), handletextpad=0, markerscale=2, fontsize=7.5)
     return fig
 
 

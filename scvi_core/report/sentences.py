@@ -247,13 +247,14 @@ def model_card(data: dict[str, Any], config: Config) -> list[tuple[str, str]]:
     def listed(names: list[Any]) -> str:
         return ", ".join(map(str, names[:40])) + (f" and {len(names) - 40} more" if len(names) > 40 else "")
 
+    samples = f"{len(data['names'])} sample{'s' * (len(data['names']) > 1)}"
     covariates = [*c.get("categorical_covariates", []), *c.get("continuous_covariates", [])]
     elbo = t.get("validation_elbo")
     library = "observed count total" if c.get("library") == "observed" else "latent, log-normal prior of the batch"
     return [
         ("Registered name", config.registered_name),
         ("Fingerprint", m["fingerprint"]),
-        ("Trained on", f"{m['n_cells']:,} cells of {len(data['names'])} samples: {listed(data['names'])}"),
+        ("Trained on", f"{m['n_cells']:,} cells of {samples}: {listed(data['names'])}"),
         ("Organism", str(m.get("organism") or "unknown")),
         ("Batches", f"{len(m['batches'])}: {listed(m['batches'])}"),
         ("Genes", f"{m['n_genes']:,}, listed in model.json"),

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from scvi_core import look as module
 from scvi_core.cli import app
 from scvi_core.config import InputConfig, Sample, load_config, load_samples
-from scvi_core.files import UserError
+from scvi_core.files import Claim, UserError
 from scvi_core.look import check_inputs, lines, look, needs, together
 from scvi_core.start import begin, choose, sample_names, stem
 
@@ -236,3 +236,16 @@ def test_run_is_snakemake_with_the_workflow_of_the_clone(here, monkeypatch):
     assert ran == [[sys.executable, "-m", "snakemake", *options]]
     done = CliRunner().invoke(app, ["run", "--config", "none.yaml"])
     assert isinstance(done.exception, UserError) and len(ran) == 1
+
+
+def test_run_says_who_else_builds(here, monkeypatch):
+    ran = []
+    monkeypatch.setattr("os.execv", lambda _, command: ran.append(command))
+    (here / "c.yaml").write_text("atlas: a\n")
+    claim = Claim("results/a")
+    done = CliRunner().invoke(app, ["run", "--config", "c.yaml"])
+    assert isinstance(done.exception, UserError) and "results/a: another build is writing" in str(done.exception)
+    assert not ran and CliRunner().invoke(app, ["run", "--config", "c.yaml", "-n"]).exit_code == 0
+    claim.release()
+    (here / "results/a/.lock").write_text("one that was killed")
+    assert CliRunner().invoke(app, ["run", "--config", "c.yaml"]).exit_code == 0 and len(ran) == 2
