@@ -400,7 +400,8 @@ def _doublets(
         text = f"share of {len(rows)} cells, told by how many score as artificial doublets do"
         off = rate > ODD_RATE * max(share, 0.01)
         if off:
-            text += f", {rate / share:.3g} times what was expected: look whether cells between two types are called"
+            text += f": {rate:.1%}, {rate / share:.3g} times the {share:.1%} that were expected; "
+            text += "look whether cells between two types are called"
         decisions.add("doublets_estimated", round(rate, 4), text, sample=name, warn=off)
         called[rows] = score[rows] > threshold
         decisions.add(

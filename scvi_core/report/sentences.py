@@ -123,6 +123,11 @@ def _mixing(numbers: dict[str, Any]) -> list[tuple[str, str]]:
             f"Batches are {how} mixed: within clusters, a cell's neighbours are of another batch {score:.0%} as often "
         )
         text += "as by chance."
+        sizes = numbers["clusters"]["sizes"]
+        unjudged = [c for c in sizes if c not in by_cluster]
+        if unjudged:
+            share = sum(sizes[c] for c in unjudged) / sum(sizes.values())
+            text += f" Not judged, for too few cells of two batches: cluster {_some(unjudged)} ({share:.0%} of cells)."
         apart = sorted((c for c in by_cluster if by_cluster[c] <= APART), key=lambda c: by_cluster[c])
         if apart:
             least = _some([f"{c} ({by_cluster[c]:.0%})" for c in apart], 6)

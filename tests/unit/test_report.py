@@ -530,8 +530,9 @@ def test_limits_and_flags_as_words(atlas):
     ("score", "kind", "how"), [(0.9, "good", "well"), (0.6, "look", "partly"), (0.2, "look", "poor")]
 )
 def test_mixing_has_a_verdict(score, kind, how):
-    numbers = {"mixing": {"score": score, "by_cluster": {"0": score}}, "clusters": {"one_batch": []}}
-    ((of, text),) = sentences._mixing(numbers)
+    clusters = {"one_batch": [], "sizes": {"0": 60, "1": 30, "2": 10}}
+    ((of, text),) = sentences._mixing({"mixing": {"score": score, "by_cluster": {"0": score}}, "clusters": clusters})
+    assert "too few cells of two batches: cluster 1, 2 (40% of cells)." in text
     assert of == kind and f"Batches are {how}" in text and f"{score:.0%} as often as by chance" in text
     assert ("Least in cluster 0" in text) == (score <= 0.5)
 
