@@ -11,6 +11,7 @@ from scvi_core.config import Config
 from scvi_core.design import remarks
 from scvi_core.files import Decisions
 from scvi_core.report.viewer import CELL_COLUMNS
+from scvi_core.tables import natural
 
 AGREES, FOLLOWS = 0.5, 0.2  # adjusted Rand index: all is well from there with cell types, up to there with samples
 FALL = 0.01  # of the best held-out ELBO: in fits that are as they should be it ends within half of that
@@ -77,6 +78,7 @@ def verdicts(numbers: dict[str, Any], data: dict[str, Any], config: Config) -> l
         *_design(numbers["contrasts"], data["cells"], config),
         *_quality(numbers),
         *_mixing(numbers),
+        *_conditions(data["cells"], config),
         *_clusters(numbers, config),
         *_markers(numbers["de"], config),
         *_training(numbers["model"], data, config),
@@ -139,6 +141,24 @@ def _mixing(numbers: dict[str, Any]) -> list[tuple[str, str]]:
             f"At least 90% of the cells of cluster {_some(one)} are from one batch: biology of that batch, or a batch "
         )
         out.append(("look", text + "effect."))
+    return out
+
+
+def _conditions(cells: pd.DataFrame, config: Config) -> list[tuple[str, str]]:
+    """Which clusters hold one level of a contrast's column, however well the batches of that level are mixed."""
+    out = []
+    for column in dict.fromkeys(test.column for test in config.contrast.tests):
+        if column not in cells:
+            continue
+        table = pd.crosstab(cells["cluster"], cells[column].astype(str))
+        one = table.index[(table.max(axis=1) >= 0.9 * table.sum(axis=1))].astype(str).tolist()
+        if not one or table.sum().max() >= 0.9 * len(cells):
+            continue
+        text = f"At least 90% of the cells of cluster {_some(sorted(one, key=natural))} have one value of {column}: "
+        text += "cells that only it has, or cells of one type that the embedding keeps apart by it."
+        if config.contrast.within == "cluster":
+            text += " There a contrast misses what it does; within cell types (contrast.within) it would be found."
+        out.append(("look", text))
     return out
 
 

@@ -537,6 +537,16 @@ def test_mixing_has_a_verdict(score, kind, how):
     assert ("Least in cluster 0" in text) == (score <= 0.5)
 
 
+def test_clusters_of_one_condition_are_named():
+    cells = pd.DataFrame({"cluster": ["0"] * 20 + ["1"] * 20 + ["10"] * 10, "condition": ["a", "b"] * 10 + ["b"] * 30})
+    asked = {"column": "condition", "group": "b", "reference": "a"}
+    config = load_config(json.dumps({"contrast": {"tests": [asked]}}))
+    ((of, text),) = sentences._conditions(cells, config)
+    assert of == "look" and "cluster 1, 10 have one value of condition" in text and "a contrast misses" in text
+    assert not sentences._conditions(cells[cells["cluster"] == "0"], config)
+    assert not sentences._conditions(cells, load_config("{}"))
+
+
 def test_conditions_are_columns_that_samples_share(atlas):
     folder, config = atlas
     cells = pd.read_parquet(folder / "cells.parquet")
