@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from scvi_core.config import Config
+from scvi_core.config import Config, TrainConfig
 from scvi_core.design import remarks
 from scvi_core.files import Decisions
 from scvi_core.report.viewer import CELL_COLUMNS
@@ -215,6 +215,19 @@ def _training(model: dict[str, Any], data: dict[str, Any], config: Config) -> li
     """How the fit went."""
     elbo, best, epochs = model.get("validation_elbo"), kept_epoch(data["model"]), model.get("epochs")
     out = []
+    asked = config.train.max_epochs
+    if asked != "auto" and "n_train" in model:
+        from scvi_core.train.schedule import Schedule
+
+        auto = Schedule.of(TrainConfig(), model["n_train"]).epochs
+        if asked < auto / 2:
+            text = (
+                f"The model was trained for at most {asked} epochs (train.max_epochs); by default it would be {auto}. "
+            )
+            text += (
+                "Such a fit is for trying out: it may not describe the data, and batches or conditions may stay apart."
+            )
+            out.append(("look", text))
     if elbo is not None:
         values = f"(ELBO {elbo:,.1f} nats a cell, against {model['train_elbo']:,.1f})"
         if (model["train_elbo"] - elbo) / max(abs(elbo), 1e-9) > 0.1:

@@ -537,6 +537,14 @@ def test_mixing_has_a_verdict(score, kind, how):
     assert ("Least in cluster 0" in text) == (score <= 0.5)
 
 
+@pytest.mark.parametrize(("asked", "told"), [(10, True), (30, False), ("auto", False)])
+def test_a_fit_of_few_epochs_is_told(asked, told):
+    config = load_config(json.dumps({"train": {"max_epochs": asked}}))
+    data = {"model": {}, "history": pd.DataFrame({"validation_elbo": [np.nan]})}
+    said = sentences._training({"epochs": asked, "n_train": 1400}, data, config)
+    assert [of for of, text in said if "by default it would be 60" in text] == ["look"] * told
+
+
 def test_clusters_of_one_condition_are_named():
     cells = pd.DataFrame({"cluster": ["0"] * 20 + ["1"] * 20 + ["10"] * 10, "condition": ["a", "b"] * 10 + ["b"] * 30})
     asked = {"column": "condition", "group": "b", "reference": "a"}

@@ -1,6 +1,7 @@
 """A build of 24,000 cells: every size at which something changes is passed, by the defaults but of training."""
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -74,6 +75,7 @@ def test_the_page_thins_what_it_draws(large):
     assert not (folder / "figures" / "tsne_cluster.png").exists()
 
 
-def test_the_end_says_where_the_time_went(large):
+def test_the_end_says_where_the_time_went_and_where_the_page_is(large):
     _, done = large
-    assert "Where the time went" in done.stdout + done.stderr
+    shown = done.stdout + done.stderr
+    assert "Where the time went" in shown and re.search(r"The page is \S+/report.html; open", shown)

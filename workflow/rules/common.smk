@@ -123,6 +123,8 @@ onsuccess:
             f"\n{len(left)} files of earlier builds are no part of this one, such as {left[0]}. "
             f"`scvi-core leftovers --config {' '.join(map(str, workflow.configfiles))}` lists them."
         )
+    if went and (CONFIG.folder / "report.html").exists():
+        print(f"\nThe page is {CONFIG.folder}/report.html; open it in a browser.\n")
 
 
 # Ctrl-C as Snakemake's log has it: its hooks are told of nothing but a failure
