@@ -422,6 +422,7 @@ def test_phases_of_the_cell_cycle_by_cluster(tmp_path, monkeypatch):
         text = (folder / "report.html").read_text()
         assert (" cycle_phase</h3>" in text) == ("Tirosh et al. 2016" in text) == shown
         assert (" called doublet</h3>" in text) == ("Cells called doublets, and kept" in text) == shown
+        assert ('title="doublet">doublet</th>' in text) == shown
 
 
 def test_cell_types_on_the_page(tmp_path):
