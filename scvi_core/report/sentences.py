@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from scvi_core.config import Config, TrainConfig
+from scvi_core.config import ANNOTATION, Config, TrainConfig
 from scvi_core.design import remarks
 from scvi_core.files import Decisions
 from scvi_core.report.viewer import CELL_COLUMNS
@@ -183,7 +183,7 @@ def _clusters(numbers: dict[str, Any], config: Config) -> list[tuple[str, str]]:
             text += f"chance. Resolution {best:g} is the finest at which seeds agree (cluster.resolutions)."
         out.append(("good" if float(used) <= best else "look", text))
     for column, a in numbers["labels"].items():
-        if a["ari"] is None:
+        if a["ari"] is None or column == ANNOTATION:  # names that were given to the clusters agree with them
             continue
         text = f"(adjusted Rand index {a['ari']:.2f}; 1 is identical, 0 is chance)."
         if a["of_samples"]:  # such as sex: of samples, so that clusters are not meant to find it

@@ -546,6 +546,16 @@ def test_a_fit_of_few_epochs_is_told(asked, told):
     assert [of for of, text in said if "by default it would be 60" in text] == ["look"] * told
 
 
+def test_names_of_clusters_do_not_count_as_agreement():
+    agrees = {"ari": 0.9, "of_samples": False}
+    numbers = {
+        "clusters": {"n": 2, "sizes": {"0": 9, "1": 8}, "stability": {}},
+        "labels": {"annotation": agrees, "cell_type": agrees},
+    }
+    said = [text for _, text in sentences._clusters(numbers, load_config("{}"))]
+    assert [text.split(" (")[0] for text in said[1:]] == ["Clusters agree with the labels in cell_type"]
+
+
 def test_clusters_of_one_condition_are_named():
     cells = pd.DataFrame({"cluster": ["0"] * 20 + ["1"] * 20 + ["10"] * 10, "condition": ["a", "b"] * 10 + ["b"] * 30})
     asked = {"column": "condition", "group": "b", "reference": "a"}
