@@ -14,6 +14,7 @@ features, k latent.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -172,7 +173,7 @@ class Annotator:
         batch.
         """
         p_ny, novelty_n = np.empty((len(counts), self.taxonomy.n_leaves)), np.empty(len(counts))
-        with threadpool_limits(1):  # so that sums are taken in one order, whatever the machine has to spare
+        with _one_thread():
             for rows in _by_batch(batch_n):
                 z_mk, expression_mg = z_nk[rows].astype(np.float64), expression(counts, rows)
                 p_my = softmax(self.classifier.logits(z_mk, expression_mg) / self.temperature)
@@ -261,6 +262,21 @@ class Annotator:
         return Annotator(**{**about, **made})
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """So that sums are taken in one order, whatever the machine has to spare.
+
+    A limit holds for the libraries that are loaded when it is set: those used within it are loaded first, or a
+    process' first call would give other last bits than its second.
+    """
+    import faiss  # noqa: F401
+    import scipy.optimize
+    import scipy.sparse.linalg  # noqa: F401
+
+    with threadpool_limits(1):
+        yield
+
+
 def expression(counts: Counts, rows: np.ndarray) -> sp.csr_matrix:
     """(rows, genes) log(1 + counts per 10,000), float64."""
     blocks = []
@@ -316,7 +332,7 @@ def learn(
     fold_n[labelled], held_out = _folds(batch_n[labelled], rng)
     hidden = [np.where(fold_n == fold, ANY, node_n) for fold in range(fold_n.max() + 1)]
     latent_fnk = [latents(labels_n).astype(np.float64) for labels_n in (node_n, *hidden)]
-    with threadpool_limits(1):  # so that sums are taken in one order, whatever the machine has to spare
+    with _one_thread():
         expression_ng = expression(counts, rows)
         genes = Genes.of(counts, rng)
         node_n, fold_n, n_leaves, reach_vy = node_n[rows], fold_n[rows], taxonomy.n_leaves, taxonomy.reach_vy

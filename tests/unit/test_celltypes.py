@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import logging
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -181,6 +183,20 @@ def test_the_same_bytes_and_a_fingerprint_that_knows_the_labels(fitted, tmp_path
     pd.testing.assert_frame_equal(loaded.annotate(adata), model.annotate(adata))
     with pytest.raises(UserError, match="fitted without labels"):
         bare.annotate(adata)
+
+
+def test_a_process_first_call_gives_the_bytes_of_its_second():
+    """The libraries whose threads are limited are those that are loaded: so they are, before."""
+    code = """
+import scvi_core.celltypes as celltypes
+from threadpoolctl import threadpool_info
+with celltypes._one_thread():
+    import faiss, scipy.linalg, scipy.optimize, scipy.sparse.linalg
+    found = {pool["filepath"]: pool["num_threads"] for pool in threadpool_info()}
+assert len(found) > 2 and set(found.values()) == {1}, found
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_tags_of_a_registered_version(fitted, tmp_path):
