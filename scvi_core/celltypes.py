@@ -44,6 +44,7 @@ TOGETHER = 20_000  # cells of a batch in memory at a time
 MOST_CELLS = 30_000  # the classifier is fitted to; of more, some of each label
 MOST_NUMBERS = 40_000_000  # cells x genes that the principal components are taken from
 N_BINS = 15  # of the reliability curve, of equal numbers of cells
+UNIT = {"batch": "batch", "cells": "fold"}  # what is held out, one of it
 CALLS = ["label", "probability", "safe_label", "safe_probability", "label_set", "novelty", "is_novel"]
 
 
@@ -373,11 +374,11 @@ def _calibrated(
     scored = (node_n < n_leaves) & np.isfinite(logit_ny[rows, leaf_n])
     n_apart = int((node_n < n_leaves).sum() - scored.sum())
     if n_apart:
-        log.info("annotate: %d cells have a label of one %s alone: none to check it on", n_apart, held_out)
+        log.info("annotate: %d cells have a label of one %s alone: none to check it on", n_apart, UNIT[held_out])
     if scored.sum() < 20:
         raise UserError(
-            f"label_key: {int(scored.sum())} labelled cells could be checked against others; 20 or more are needed "
-            "to calibrate"
+            f"label_key: {int(scored.sum())} labelled cells have a label that is in another {UNIT[held_out]}, too; "
+            "20 or more are needed to calibrate: label more cells, or the same types in two batches or more"
         )
     truth_n, found_ny = leaf_n[scored], logit_ny[scored]
     temperature = _temperature(found_ny, truth_n)
@@ -398,7 +399,7 @@ def _calibrated(
     n_cells_v = np.bincount(node_n, minlength=len(taxonomy.names))
     log.info(
         "annotate: %d labels, macro-F1 %.3f, ECE %.3f on cells of a %s that was held out; temperature %.2f",
-        n_leaves, quality.macro_f1, quality.ece, held_out, temperature,
+        n_leaves, quality.macro_f1, quality.ece, UNIT[held_out], temperature,
     )  # fmt: skip
     return Annotator(
         taxonomy, config, classifier, temperature, threshold, mean.tolist(), scale.tolist(), knots.tolist(), tail,
@@ -523,6 +524,7 @@ def _folds(batch_n: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, s
     """(cells,) fold of each, and what is held out: whole batches, the largest first into the smallest fold."""
     names, code_n, n_s = np.unique(batch_n, return_inverse=True, return_counts=True)
     if len(names) == 1:
+        log.warning("annotate: labels are in one batch alone: calibrated within it; what another costs is not measured")
         n_folds = min(N_FOLDS, len(batch_n))
         return rng.permutation(np.arange(len(batch_n)) % n_folds), "cells"
     n_folds = min(N_FOLDS, len(names))
