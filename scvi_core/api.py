@@ -574,8 +574,9 @@ def fit(
         given = {"label": label_key, "unknown": unknown_label, "tree": None}
         config = AnnotateConfig(**((annotate or AnnotateConfig()).model_dump() | given))
         known = Known.of(adata.obs, config, edges, adata.obs.get(batch_key))
-    elif label_tree is not None:
-        raise UserError("label_tree: given without label_key, the cell column that holds the labels")
+    elif label_tree is not None or annotate is not None:
+        name = "annotate" if label_tree is None else "label_tree"
+        raise UserError(f"{name}: given without label_key, the cell column that holds the labels")
     data, held = {"cells": content_digest(adata, counts)}, _positions(holdout, len(counts))
     if known is not None:
         data["labels"] = known.digest

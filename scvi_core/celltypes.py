@@ -199,7 +199,7 @@ class Annotator:
             np.array(self.taxonomy.leaves, dtype=object),
             np.array([*self.taxonomy.names, None], dtype=object),
         )
-        node_nv, set_ny = p_ny @ self.taxonomy.reach_vy.T.astype(float), p_ny >= self.threshold
+        node_nv, set_ny = self.taxonomy.node_probabilities(p_ny), p_ny >= self.threshold
         safe_n = self.taxonomy.covering(set_ny)
         enough_nv = node_nv >= self.config.coverage - 1e-12
         first_n = np.where(enough_nv.any(1), enough_nv.argmax(1), ANY)
@@ -224,8 +224,7 @@ class Annotator:
             raise UserError(f"level: {level!r}; give 'leaf' or 'all'")
         if level == "leaf":
             return pd.DataFrame(p_ny, index=index, columns=list(self.taxonomy.leaves))
-        reach_vy = self.taxonomy.reach_vy
-        return pd.DataFrame(p_ny @ reach_vy.T.astype(float), index=index, columns=list(self.taxonomy.names))
+        return pd.DataFrame(self.taxonomy.node_probabilities(p_ny), index=index, columns=list(self.taxonomy.names))
 
     def table(self) -> pd.DataFrame:
         """A row a node of the taxonomy; columns as ``labels.parquet``."""

@@ -67,8 +67,10 @@ class Taxonomy:
             parents[child].append(parent)
         strangers = sorted(labels - set(parents)) if pairs else []
         if strangers:
+            near = difflib.get_close_matches(strangers[0], parents, n=1, cutoff=0.8)
+            hint = f"it has {near[0]!r}; " if near else ""
             raise UserError(
-                f"{where}: {len(strangers)} labels of the cells are not in it (such as {strangers[0]!r}); "
+                f"{where}: {len(strangers)} labels of the cells are not in it (such as {strangers[0]!r}); {hint}"
                 f"add a row with its parent for each, or call these cells unknown"
             )
         above = _ancestors(parents, where)
@@ -105,6 +107,10 @@ class Taxonomy:
         """(cells,) int64 positions of the cells' labels in `names`; :data:`ANY` for None."""
         place = {name: i for i, name in enumerate(self.names)} | {None: ANY}
         return np.fromiter((place[label] for label in labels), dtype=np.int64, count=len(labels))
+
+    def node_probabilities(self, p_ny: np.ndarray) -> np.ndarray:
+        """(cells, nodes) of (cells, leaves): sums over the leaves under each; at most 1, where rounding says more."""
+        return np.minimum(p_ny @ self.reach_vy.T.astype(p_ny.dtype), 1)
 
     def covering(self, set_ny: np.ndarray) -> np.ndarray:
         """(cells,) position of the smallest node above all leaves of a set; :data:`ANY` where there is none.

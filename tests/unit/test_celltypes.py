@@ -261,6 +261,7 @@ def test_labels_missing_anywhere_one_cell_of_a_label_and_a_label_of_one_batch(ca
     [
         ({"label_key": "kindd"}, "no cell column 'kindd'; did you mean 'kind'"),
         ({"label_tree": EDGES}, "label_tree: given without label_key"),
+        ({"annotate": AnnotateConfig()}, "annotate: given without label_key"),
         ({"label_key": "kind", "label_tree": [("T", "x")]}, "2 labels of the cells are not in it"),
         ({"label_key": ["kind"]}, r"label_key: \['kind'\]; give one text"),
         ({"label_key": "kind", "unknown_label": 0}, "unknown_label: 0; give one text, or None"),

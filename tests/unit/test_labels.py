@@ -63,7 +63,8 @@ def test_a_deep_taxonomy():
     [
         ({"CD4"}, [*TREE, ("cell", "T")], r"own ancestor \(.* -> .*\)"),
         ({"CD4"}, [("CD4", "CD4")], "own ancestor"),
-        ({"CD4", "plasma"}, TREE, "'plasma'"),
+        ({"CD4", "plasma"}, TREE, r"'plasma'\); add a row"),
+        ({"CD4", "cell "}, TREE, r"'cell '\); it has 'cell'; add a row"),
     ],
 )
 def test_what_is_no_taxonomy_of_the_labels(labels, edges, match):
@@ -95,6 +96,15 @@ def test_files(tmp_path):
         "[Term]\nid: CL:3\nname: gone\nis_obsolete: true\nis_a: CL:1\n\n[Typedef]\nid: part_of\nis_a: CL:1\n"
     )
     assert read_tree(obo) == [("T cell", "cell")]
+
+
+def test_a_node_is_as_probable_as_its_children_or_more_and_no_more_than_certain():
+    names = [f"l{i}" for i in range(40)]
+    edges = [(name, f"n{i % 7}") for i, name in enumerate(names)] + [(f"n{i}", "all") for i in range(7)]
+    tree, p_ny = Taxonomy.of(names, edges), np.random.default_rng(0).dirichlet(np.full(40, 0.05), 2000)
+    node_nv, at = tree.node_probabilities(p_ny), {name: i for i, name in enumerate(tree.names)}
+    assert (p_ny.sum(1) > 1).any() and node_nv.max() == 1
+    assert all((node_nv[:, at[parent]] >= node_nv[:, at[child]]).all() for child, parent in edges)
 
 
 def test_pairs_by_hand():
