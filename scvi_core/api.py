@@ -40,7 +40,7 @@ from scvi_core.files import (
     write_parquet,
 )
 from scvi_core.fingerprint import fingerprint
-from scvi_core.labels import Known, read_tree
+from scvi_core.labels import Known, edges_of
 from scvi_core.log import log
 from scvi_core.model import SCVI, build
 
@@ -359,6 +359,8 @@ class Model:
             raise UserError("the model was fitted without labels; fit it with label_key to have cell types")
         counts = self._counts(adata, self.model.encode_covariates)
         key = self.schema.batch_key
+        if key is not None and key not in adata.obs:
+            log.warning("adata has no column '%s': novelty takes all cells given for those of one batch", key)
         batch_n = adata.obs[key].astype(str).to_numpy() if key in adata.obs else np.zeros(adata.n_obs)
         return *self.annotator.probabilities(posterior.latent(self.network, counts), counts, batch_n), self.annotator
 
@@ -515,7 +517,8 @@ def fit(
     """Fit scVI to raw counts; with `label_key`, learn cell types too.
 
     Ctrl-C, a notebook's stop button, ends it after the step it is at: the model is returned as it is then, with a
-    warning, ``card["stopped"]`` and a fingerprint of its own. A second one interrupts at once.
+    warning, ``card["stopped"]`` and a fingerprint of its own. Cell types are still learned, on the model as it is: what
+    comes then, the first does not stop. A second one interrupts at once.
 
     Parameters
     ----------
@@ -528,7 +531,7 @@ def fit(
     seed : of everything random. The same seed, data and configuration give the same weights on the same machine.
     device : ``auto``, ``cpu`` or ``cuda``.
     label_key : cell column that holds the types of some cells, word for word: leaves of the taxonomy or inner nodes.
-    unknown_label : its value for cells without a label; no value says the same.
+    unknown_label : its value for cells without a label; no value says the same. None: no value alone.
     label_tree : the taxonomy: a file of two tab-separated columns, child and parent, an ontology's ``.obo``, or pairs.
     annotate : how cell types are learned; None takes the defaults. Its ``label``, ``unknown`` and ``tree`` are those
         given here.
@@ -564,12 +567,16 @@ def fit(
     names = adata.var.get("gene_name", adata.var_names)
     known = None
     if label_key is not None:
-        edges = read_tree(label_tree) if isinstance(label_tree, str | Path) else list(label_tree or ())
+        for name, value in (("label_key", label_key), ("unknown_label", unknown_label)):
+            if not isinstance(value, str) and (value is not None):
+                raise UserError(f"{name}: {value!r}; give one text" + ("" if name == "label_key" else ", or None"))
+        edges = edges_of(label_tree)
         given = {"label": label_key, "unknown": unknown_label, "tree": None}
         config = AnnotateConfig(**((annotate or AnnotateConfig()).model_dump() | given))
         known = Known.of(adata.obs, config, edges, adata.obs.get(batch_key))
-    elif label_tree is not None:
-        raise UserError("label_tree: given without label_key, the cell column that holds the labels")
+    elif label_tree is not None or annotate is not None:
+        name = "annotate" if label_tree is None else "label_tree"
+        raise UserError(f"{name}: given without label_key, the cell column that holds the labels")
     data, held = {"cells": content_digest(adata, counts)}, _positions(holdout, len(counts))
     if known is not None:
         data["labels"] = known.digest

@@ -14,6 +14,7 @@ features, k latent.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -43,6 +44,7 @@ TOGETHER = 20_000  # cells of a batch in memory at a time
 MOST_CELLS = 30_000  # the classifier is fitted to; of more, some of each label
 MOST_NUMBERS = 40_000_000  # cells x genes that the principal components are taken from
 N_BINS = 15  # of the reliability curve, of equal numbers of cells
+UNIT = {"batch": "batch", "cells": "fold"}  # what is held out, one of it
 CALLS = ["label", "probability", "safe_label", "safe_probability", "label_set", "novelty", "is_novel"]
 
 
@@ -172,7 +174,7 @@ class Annotator:
         batch.
         """
         p_ny, novelty_n = np.empty((len(counts), self.taxonomy.n_leaves)), np.empty(len(counts))
-        with threadpool_limits(1):  # so that sums are taken in one order, whatever the machine has to spare
+        with _one_thread():
             for rows in _by_batch(batch_n):
                 z_mk, expression_mg = z_nk[rows].astype(np.float64), expression(counts, rows)
                 p_my = softmax(self.classifier.logits(z_mk, expression_mg) / self.temperature)
@@ -197,7 +199,7 @@ class Annotator:
             np.array(self.taxonomy.leaves, dtype=object),
             np.array([*self.taxonomy.names, None], dtype=object),
         )
-        node_nv, set_ny = p_ny @ self.taxonomy.reach_vy.T.astype(float), p_ny >= self.threshold
+        node_nv, set_ny = self.taxonomy.node_probabilities(p_ny), p_ny >= self.threshold
         safe_n = self.taxonomy.covering(set_ny)
         enough_nv = node_nv >= self.config.coverage - 1e-12
         first_n = np.where(enough_nv.any(1), enough_nv.argmax(1), ANY)
@@ -222,8 +224,7 @@ class Annotator:
             raise UserError(f"level: {level!r}; give 'leaf' or 'all'")
         if level == "leaf":
             return pd.DataFrame(p_ny, index=index, columns=list(self.taxonomy.leaves))
-        reach_vy = self.taxonomy.reach_vy
-        return pd.DataFrame(p_ny @ reach_vy.T.astype(float), index=index, columns=list(self.taxonomy.names))
+        return pd.DataFrame(self.taxonomy.node_probabilities(p_ny), index=index, columns=list(self.taxonomy.names))
 
     def table(self) -> pd.DataFrame:
         """A row a node of the taxonomy; columns as ``labels.parquet``."""
@@ -259,6 +260,21 @@ class Annotator:
             "quality": Quality(**about["quality"]),
         }
         return Annotator(**{**about, **made})
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """So that sums are taken in one order, whatever the machine has to spare.
+
+    A limit holds for the libraries that are loaded when it is set: those used within it are loaded first, or a
+    process' first call would give other last bits than its second.
+    """
+    import faiss  # noqa: F401
+    import scipy.optimize
+    import scipy.sparse.linalg  # noqa: F401
+
+    with threadpool_limits(1):
+        yield
 
 
 def expression(counts: Counts, rows: np.ndarray) -> sp.csr_matrix:
@@ -316,7 +332,7 @@ def learn(
     fold_n[labelled], held_out = _folds(batch_n[labelled], rng)
     hidden = [np.where(fold_n == fold, ANY, node_n) for fold in range(fold_n.max() + 1)]
     latent_fnk = [latents(labels_n).astype(np.float64) for labels_n in (node_n, *hidden)]
-    with threadpool_limits(1):  # so that sums are taken in one order, whatever the machine has to spare
+    with _one_thread():
         expression_ng = expression(counts, rows)
         genes = Genes.of(counts, rng)
         node_n, fold_n, n_leaves, reach_vy = node_n[rows], fold_n[rows], taxonomy.n_leaves, taxonomy.reach_vy
@@ -357,11 +373,11 @@ def _calibrated(
     scored = (node_n < n_leaves) & np.isfinite(logit_ny[rows, leaf_n])
     n_apart = int((node_n < n_leaves).sum() - scored.sum())
     if n_apart:
-        log.info("annotate: %d cells have a label of one %s alone: none to check it on", n_apart, held_out)
+        log.info("annotate: %d cells have a label of one %s alone: none to check it on", n_apart, UNIT[held_out])
     if scored.sum() < 20:
         raise UserError(
-            f"label_key: {int(scored.sum())} labelled cells could be checked against others; 20 or more are needed "
-            "to calibrate"
+            f"label_key: {int(scored.sum())} labelled cells have a label that is in another {UNIT[held_out]}, too; "
+            "20 or more are needed to calibrate: label more cells, or the same types in two batches or more"
         )
     truth_n, found_ny = leaf_n[scored], logit_ny[scored]
     temperature = _temperature(found_ny, truth_n)
@@ -382,7 +398,7 @@ def _calibrated(
     n_cells_v = np.bincount(node_n, minlength=len(taxonomy.names))
     log.info(
         "annotate: %d labels, macro-F1 %.3f, ECE %.3f on cells of a %s that was held out; temperature %.2f",
-        n_leaves, quality.macro_f1, quality.ece, held_out, temperature,
+        n_leaves, quality.macro_f1, quality.ece, UNIT[held_out], temperature,
     )  # fmt: skip
     return Annotator(
         taxonomy, config, classifier, temperature, threshold, mean.tolist(), scale.tolist(), knots.tolist(), tail,
@@ -507,6 +523,7 @@ def _folds(batch_n: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, s
     """(cells,) fold of each, and what is held out: whole batches, the largest first into the smallest fold."""
     names, code_n, n_s = np.unique(batch_n, return_inverse=True, return_counts=True)
     if len(names) == 1:
+        log.warning("annotate: labels are in one batch alone: calibrated within it; what another costs is not measured")
         n_folds = min(N_FOLDS, len(batch_n))
         return rng.permutation(np.arange(len(batch_n)) % n_folds), "cells"
     n_folds = min(N_FOLDS, len(names))

@@ -635,16 +635,18 @@ def report(
 @app.command(cls=Step)
 def export(
     folder: Annotated[Path, typer.Argument(help="results/{atlas}")],
-    config: ConfigOption = "{}",
+    config: Annotated[
+        str | None, typer.Option(help="config.yaml, or JSON text ('{...}'); default: what the folder was built with")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="H5AD", help="default: atlas.h5ad in the folder")] = None,
 ) -> None:
     """Write the whole atlas as one AnnData file, for scanpy, cellxgene and R; memory does not grow with counts.
 
-    Example: scvi-core export results/pancreas --config config/config.yaml
+    Example: scvi-core export results/pancreas
     """
-    from scvi_core.export import write_h5ad
+    from scvi_core.export import built_with, write_h5ad
 
-    write_h5ad(out or folder / "atlas.h5ad", folder, load_config(config))
+    write_h5ad(out or folder / "atlas.h5ad", folder, load_config(config) if config else built_with(folder))
 
 
 @app.command(cls=Step)

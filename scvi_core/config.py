@@ -398,7 +398,7 @@ class AnnotateConfig(Section):
     """Cell types: known for some cells, wanted for all."""
 
     label: str | None = Field(None, description="cell column that holds known cell types; without it, no cell types")
-    unknown: str = Field("unknown", description="its value for cells without a label; no value says the same")
+    unknown: str | None = Field("unknown", description="its value for cells without a label; no value says the same")
     tree: Plain | None = Field(
         None, description="file of the taxonomy: two tab-separated columns, child and parent, or an ontology's .obo"
     )

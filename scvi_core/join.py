@@ -90,7 +90,8 @@ def attach(
             adata.obs[name] = values
     adata.obsm.update(obsm)
     absent = int((~found_n).sum())
-    log.info(
+    say = log.warning if absent > adata.n_obs / 2 else log.info
+    say(
         "attach: %d of %d cells are in %s; %d are not: dropped by QC, or not of its samples",
         found_n.sum(), adata.n_obs, results, absent,
     )  # fmt: skip

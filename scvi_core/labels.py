@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from scvi_core.files import UserError, canonical_json, sha256_text
 from scvi_core.log import log
 
 MOST_LEAVES = 1000  # a column of more values holds no cell types
+NO_VALUE = ("nan", "none", "na", "n/a", "<na>", "null")  # what no value becomes where it is made text
 ANY = -1  # the code of a cell without a label: any leaf
 
 Edges = Sequence[tuple[str, str]]
@@ -65,8 +67,10 @@ class Taxonomy:
             parents[child].append(parent)
         strangers = sorted(labels - set(parents)) if pairs else []
         if strangers:
+            near = difflib.get_close_matches(strangers[0], parents, n=1, cutoff=0.8)
+            hint = f"it has {near[0]!r}; " if near else ""
             raise UserError(
-                f"{where}: {len(strangers)} labels of the cells are not in it (such as {strangers[0]!r}); "
+                f"{where}: {len(strangers)} labels of the cells are not in it (such as {strangers[0]!r}); {hint}"
                 f"add a row with its parent for each, or call these cells unknown"
             )
         above = _ancestors(parents, where)
@@ -103,6 +107,10 @@ class Taxonomy:
         """(cells,) int64 positions of the cells' labels in `names`; :data:`ANY` for None."""
         place = {name: i for i, name in enumerate(self.names)} | {None: ANY}
         return np.fromiter((place[label] for label in labels), dtype=np.int64, count=len(labels))
+
+    def node_probabilities(self, p_ny: np.ndarray) -> np.ndarray:
+        """(cells, nodes) of (cells, leaves): sums over the leaves under each; at most 1, where rounding says more."""
+        return np.minimum(p_ny @ self.reach_vy.T.astype(p_ny.dtype), 1)
 
     def covering(self, set_ny: np.ndarray) -> np.ndarray:
         """(cells,) position of the smallest node above all leaves of a set; :data:`ANY` where there is none.
@@ -171,7 +179,7 @@ def read_tree(path: str | Path) -> list[tuple[str, str]]:
     if path.suffix.lower() == ".obo":
         return _obo(text)
     pairs = []
-    for number, row in enumerate(csv.reader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE), 1):
+    for number, row in enumerate(csv.reader(_lines(text), delimiter="\t", quoting=csv.QUOTE_NONE), 1):
         if (
             not row
             or row[0].startswith("#")
@@ -189,13 +197,39 @@ def read_tree(path: str | Path) -> list[tuple[str, str]]:
     return pairs
 
 
+def _lines(text: str) -> list[str]:
+    """Lines as files have them: a name may hold what `str.splitlines` takes for an end, such as U+2028."""
+    return re.split(r"\r\n|\r|\n", text)
+
+
+def edges_of(tree: str | Path | Edges | None) -> list[tuple[str, str]]:
+    """(child, parent) pairs of a file (:func:`read_tree`), or those given.
+
+    Raises
+    ------
+    UserError
+        For what is neither, and as :func:`read_tree`.
+    """
+    if isinstance(tree, str | Path):
+        return read_tree(tree)
+    pairs = [] if tree is None else tree
+    if isinstance(pairs, list | tuple | set | frozenset):
+        odd = next((p for p in pairs if not (isinstance(p, tuple | list) and [*map(type, p)] == [str, str])), None)
+        if odd is None:
+            return [(child, parent) for child, parent in pairs]
+        told = f"{odd!r} is no pair of names"
+    else:
+        told = f"a {type(tree).__name__}"
+    raise UserError(f"label_tree: {told}; give a file, or a list of (child, parent) pairs of text; a root has no row")
+
+
 def _obo(text: str) -> list[tuple[str, str]]:
     names, above = {}, []
     for stanza in text.split("\n["):
         if not stanza.startswith("Term]"):
             continue
         told: dict[str, list[str]] = {}
-        for line in stanza.splitlines()[1:]:
+        for line in _lines(stanza)[1:]:
             key, _, value = line.partition(": ")
             told.setdefault(key, []).append(value.split(" ! ")[0].split(" {")[0].strip())
         if "id" in told and "true" not in told.get("is_obsolete", ()):
@@ -219,7 +253,8 @@ def given_labels(column: pd.Series, unknown: str | None, where: str) -> list[str
         log.info("%s: %d cells have no value: they count as unlabelled", where, int(missing.sum()))
     levels = sorted({label for label in labels if label is not None})
     if not levels:
-        raise UserError(f"{where}: every cell is {unknown!r} or has no value; label some cells of two types or more")
+        told = "no cell has a value" if unknown is None else f"every cell is {unknown!r} or has no value"
+        raise UserError(f"{where}: {told}; label some cells of two types or more")
     if len(levels) == 1:
         raise UserError(f"{where}: one label only ({levels[0]!r}); cells of two labels or more are needed")
     if len(levels) > MOST_LEAVES:
@@ -229,6 +264,8 @@ def given_labels(column: pd.Series, unknown: str | None, where: str) -> list[str
     for label in levels:
         if not label.strip():
             log.warning("%s: a label that is white space only (%r), taken as a label; is it %r?", where, label, unknown)
+        elif label.strip().casefold() in NO_VALUE:
+            log.warning("%s: %r is taken as a label; if it means no value, leave it out", where, label)
     twins: dict[str, str] = {}
     for label in levels:
         other = twins.setdefault(" ".join(label.split()).casefold(), label)

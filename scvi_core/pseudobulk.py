@@ -486,25 +486,26 @@ def deseq2(counts_rg: np.ndarray, design: pd.DataFrame, fdr: float) -> pd.DataFr
     counts = pd.DataFrame(counts_rg, index=names, columns=np.arange(counts_rg.shape[1]).astype(str))
     n_everywhere = int((counts_rg > 0).all(axis=0).sum())
     by_ratio = n_everywhere >= min(MIN_RATIO_GENES, counts_rg.shape[1])
-    with warnings.catch_warnings(), threadpool_limits(1):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # and its import turns FutureWarning off for good
         from pydeseq2.dds import DeseqDataSet
         from pydeseq2.default_inference import DefaultInference
         from pydeseq2.ds import DeseqStats
 
-        alone = DefaultInference(n_cpus=1)
-        fitted = DeseqDataSet(
-            counts=counts,
-            metadata=pd.DataFrame({"replicate": names}, index=names),
-            design=design.set_axis(names),
-            size_factors_fit_type="ratio" if by_ratio else "poscounts",
-            inference=alone,
-            quiet=True,
-        )
-        fitted.deseq2()
-        vector = (design.columns == "contrast").astype(np.float64)
-        stats = DeseqStats(fitted, contrast=vector, alpha=fdr, inference=alone, quiet=True)
-        stats.summary()
+        with threadpool_limits(1):  # of the libraries that are loaded by now
+            alone = DefaultInference(n_cpus=1)
+            fitted = DeseqDataSet(
+                counts=counts,
+                metadata=pd.DataFrame({"replicate": names}, index=names),
+                design=design.set_axis(names),
+                size_factors_fit_type="ratio" if by_ratio else "poscounts",
+                inference=alone,
+                quiet=True,
+            )
+            fitted.deseq2()
+            vector = (design.columns == "contrast").astype(np.float64)
+            stats = DeseqStats(fitted, contrast=vector, alpha=fdr, inference=alone, quiet=True)
+            stats.summary()
     notes = {}
     if not by_ratio:
         notes["size factors"] = "poscounts", f"only {n_everywhere} genes have counts in every pseudobulk"

@@ -58,7 +58,9 @@ def preview(samples: Iterable[tuple[Path, Sample]], config: Config, by: list[str
                 ingest(given, path, sample, reading.model_copy(update={"metadata": columns}))
                 obs = read_tables(path, columns)[0]
             frame, decisions = qc(path, config.qc, config.seed)
-        yield f"{sample.sample}: {int(frame['keep'].sum()):,} of {len(frame):,} cells would be kept; " + (
+        n_empty = int(frame["flags"].str.startswith("empty").sum())  # the first of the flags
+        what = f"barcodes, {n_empty:,} of them empty droplets," if n_empty else "cells"
+        yield f"{sample.sample}: {int(frame['keep'].sum()):,} of {len(frame):,} {what} would be kept; " + (
             f"qc.drop: {', '.join(drop)}" if drop else "qc.drop names no flag"
         )
         table = limits_table(frame, decisions)

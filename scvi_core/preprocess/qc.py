@@ -180,9 +180,11 @@ def qc(h5ad: Path, config: QcConfig, seed: int) -> tuple[pd.DataFrame, Decisions
     n, left = len(frame), int(frame["keep"].sum())
     if not left:
         worst = max(dropping, key=lambda flag: int(flags[flag].sum()))
+        median = frame["n_counts"].median()
+        few = f"they have {median:.0f} counts at the median; leave the sample out if all are empty, or "
         raise UserError(
             f"sample {sample}: no cell is left after QC; {worst} dropped most ({int(flags[worst].sum())} of {n} "
-            f"cells): {_remedy(worst, config)}"
+            f"cells): {few if worst in ('low_counts', 'low_genes') else ''}{_remedy(worst, config)}"
         )
     counts = {flag: int(flags[flag].sum()) for flag in dropping if flags[flag].any()}
     why = ", ".join(f"{flag} {count}" for flag, count in counts.items()) or "no cell has a flag that drops"

@@ -54,7 +54,7 @@ def read_celltypes(folder: Path, cells: pd.DataFrame, model: dict[str, Any], con
     given, place = cells[config.annotate.label].astype(str), {name: v for v, name in enumerate(taxonomy.names)}
     node_n = given.map(place)
     labelled = np.flatnonzero(node_n.notna() & cells[config.annotate.label].notna())
-    node_p = leaf_p @ taxonomy.reach_vy.T
+    node_p = taxonomy.node_probabilities(leaf_p)
     p_given = node_p[labelled, node_n.to_numpy()[labelled].astype(int)]
     doubted = pd.DataFrame(
         {

@@ -359,7 +359,8 @@ def training_decisions(model: dict[str, Any]) -> Decisions:
     made.add("epochs", numbers.get("epochs"), f"the weights kept are those of epoch {kept}: {text}")
     if labels := model.get("annotation"):
         quality = labels["quality"]
-        what = f"on {quality['n_cells']:,} cells, each of a {quality['held_out']} that was held out"
+        unit = "batch" if quality["held_out"] == "batch" else "fold"
+        what = f"on {quality['n_cells']:,} cells, each of a {unit} that was held out"
         made.add("labels", labels["taxonomy"]["n_leaves"], f"macro-F1 {quality['macro_f1']:.3f} {what}")
         made.add("temperature", round(labels["temperature"], 3), f"ECE {quality['ece']:.3f} {what}")
         if quality["held_out"] != "batch":

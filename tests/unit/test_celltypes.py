@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import logging
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -183,6 +185,29 @@ def test_the_same_bytes_and_a_fingerprint_that_knows_the_labels(fitted, tmp_path
         bare.annotate(adata)
 
 
+def test_cells_without_the_batch_column_are_said_to_be_of_one(fitted, caplog):
+    adata, model = fitted
+    bare, same = adata.copy(), adata.copy()
+    del bare.obs["batch"]
+    same.obs["batch"] = "one"
+    assert model.annotate(bare).equals(model.annotate(same))
+    assert "adata has no column 'batch': novelty takes all" in caplog.text
+
+
+def test_a_process_first_call_gives_the_bytes_of_its_second():
+    """The libraries whose threads are limited are those that are loaded: so they are, before."""
+    code = """
+import scvi_core.celltypes as celltypes
+from threadpoolctl import threadpool_info
+with celltypes._one_thread():
+    import faiss, scipy.linalg, scipy.optimize, scipy.sparse.linalg
+    found = {pool["filepath"]: pool["num_threads"] for pool in threadpool_info()}
+assert len(found) > 2 and set(found.values()) == {1}, found
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_tags_of_a_registered_version(fitted, tmp_path):
     from scvi_core.registry import _version_tags
 
@@ -236,13 +261,27 @@ def test_labels_missing_anywhere_one_cell_of_a_label_and_a_label_of_one_batch(ca
     [
         ({"label_key": "kindd"}, "no cell column 'kindd'; did you mean 'kind'"),
         ({"label_tree": EDGES}, "label_tree: given without label_key"),
+        ({"annotate": AnnotateConfig()}, "annotate: given without label_key"),
         ({"label_key": "kind", "label_tree": [("T", "x")]}, "2 labels of the cells are not in it"),
+        ({"label_key": ["kind"]}, r"label_key: \['kind'\]; give one text"),
+        ({"label_key": "kind", "unknown_label": 0}, "unknown_label: 0; give one text, or None"),
+        ({"label_key": "batch"}, "0 labelled cells have a label that is in another batch"),
         ({"label_key": "kind", "annotate": {"coverage": 2}}, "annotate: a dict; give a AnnotateConfig"),
     ],
 )
 def test_bad_arguments(change, match):
     with pytest.raises(UserError, match=match):
         sv.fit(cells(30), batch_key="batch", **change, **HOW)
+
+
+def test_labels_in_one_batch_and_no_word_for_unknown(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "scvi_core")
+    adata = cells()
+    adata.obs["kind"] = adata.obs["kind"].astype(object).where(adata.obs["batch"] == "b0", None)
+    model = sv.fit(adata, batch_key="batch", label_key="kind", unknown_label=None, **HOW)
+    assert "labels are in one batch alone" in caplog.text and "on cells of a fold that was held out" in caplog.text
+    model.save(tmp_path / "model")
+    assert sv.load(tmp_path / "model").annotator.config.unknown is None
 
 
 def test_a_large_set_is_thinned_by_label(monkeypatch):

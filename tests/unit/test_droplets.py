@@ -66,9 +66,24 @@ def test_cells_alone_are_no_raw_droplets(tmp_path):
         judged(tmp_path, X, PLAIN.model_copy(update={"cells": "raw"}))
 
 
+def test_a_preview_counts_the_empty_droplets(tmp_path, capsys):
+    from scvi_core.cli import app
+
+    X, truth, _ = raw()
+    write_sample(tmp_path / "counts.h5ad", sample(X))
+    app(
+        ["qc", str(tmp_path / "counts.h5ad"), "--preview", "--config", '{"qc": {"doublets": false}}'],
+        standalone_mode=False,
+    )
+    frame, _ = judged(tmp_path, X, QcConfig(doublets=False))
+    n_empty = int(frame["flags"].eq("empty").sum())
+    assert 0.99 < n_empty / (~truth).sum() < 1.01
+    assert f"of {len(X):,} barcodes, {n_empty:,} of them empty droplets, would be kept" in capsys.readouterr().out
+
+
 def test_a_sample_that_is_all_empty_is_one_line(tmp_path):
     X, truth, _ = raw()
-    with pytest.raises(UserError, match=r"sample a: no cell is left after QC; low_counts"):
+    with pytest.raises(UserError, match=r"no cell is left after QC; low_counts .* \d+ counts .* leave the sample out"):
         judged(tmp_path, X[~truth], QcConfig(doublets=False, min_counts=10_000))  # times 0.06: a panel
 
 

@@ -1,5 +1,7 @@
 """atlas.h5ad: its numbers against the inputs and scanpy's own, its elements against AnnData's specification."""
 
+import json
+
 import anndata as ad
 import h5py
 import numpy as np
@@ -10,7 +12,7 @@ import scipy.sparse as sp
 
 from scvi_core.cluster import _graph, cluster, leiden
 from scvi_core.config import load_config
-from scvi_core.export import write_h5ad
+from scvi_core.export import built_with, write_h5ad
 from scvi_core.files import Decisions, UserError, verify, write_json, write_parquet
 from scvi_core.io.blocks import Scratch, Spool
 from scvi_core.io.write import write_counts
@@ -168,6 +170,15 @@ def test_the_same_build_gives_the_same_bytes(made, tmp_path):
         patch.setattr(samples, "CHUNK", 500)
         write_h5ad(tmp_path / "atlas.h5ad", folder, config.model_copy(update={"threads": 2}))
     assert (tmp_path / "atlas.h5ad").read_bytes() == first
+
+
+def test_by_hand_it_is_the_same_file(made, tmp_path):
+    """The configuration is the build's own: neighbours, seed and names."""
+    config = made[1]
+    with pytest.raises(UserError, match=r"manifest\.json: does not say .* name its --config"):
+        built_with(tmp_path)
+    write_json(tmp_path / "manifest.json", {"config": json.loads(config.model_dump_json())})
+    assert built_with(tmp_path) == config
 
 
 def test_selected_genes_and_counts_alone(made, tmp_path):

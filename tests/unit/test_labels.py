@@ -8,7 +8,7 @@ import pytest
 
 from scvi_core.config import AnnotateConfig
 from scvi_core.files import UserError
-from scvi_core.labels import ANY, Known, Taxonomy, given_labels, read_tree
+from scvi_core.labels import ANY, Known, Taxonomy, edges_of, given_labels, read_tree
 
 TREE = [("CD4", "T"), ("CD8", "T"), ("T", "lymphoid"), ("B", "lymphoid"), ("lymphoid", "cell"), ("mono", "cell")]
 
@@ -63,7 +63,8 @@ def test_a_deep_taxonomy():
     [
         ({"CD4"}, [*TREE, ("cell", "T")], r"own ancestor \(.* -> .*\)"),
         ({"CD4"}, [("CD4", "CD4")], "own ancestor"),
-        ({"CD4", "plasma"}, TREE, "'plasma'"),
+        ({"CD4", "plasma"}, TREE, r"'plasma'\); add a row"),
+        ({"CD4", "cell "}, TREE, r"'cell '\); it has 'cell'; add a row"),
     ],
 )
 def test_what_is_no_taxonomy_of_the_labels(labels, edges, match):
@@ -81,6 +82,8 @@ def test_files(tmp_path):
     path = tmp_path / "tree.tsv"
     path.write_text("child\tparent\n# a remark\nCD4 T\tT\nT\tcell\ncell\t\n\n")
     assert read_tree(path) == [("CD4 T", "T"), ("T", "cell")]
+    path.write_text("a\u2028b\tx\x0by\r\nc\tx\x0by\n", newline="")
+    assert read_tree(path) == edges_of(path) == [("a\u2028b", "x\x0by"), ("c", "x\x0by")]
     for text, match in (("a,b\n", "two, separated by a tab"), ("a\tb\tc\n", "line 1: 3 columns"), ("", "no row")):
         path.write_text(text)
         with pytest.raises(UserError, match=match):
@@ -95,12 +98,30 @@ def test_files(tmp_path):
     assert read_tree(obo) == [("T cell", "cell")]
 
 
+def test_a_node_is_as_probable_as_its_children_or_more_and_no_more_than_certain():
+    names = [f"l{i}" for i in range(40)]
+    edges = [(name, f"n{i % 7}") for i, name in enumerate(names)] + [(f"n{i}", "all") for i in range(7)]
+    tree, p_ny = Taxonomy.of(names, edges), np.random.default_rng(0).dirichlet(np.full(40, 0.05), 2000)
+    node_nv, at = tree.node_probabilities(p_ny), {name: i for i, name in enumerate(tree.names)}
+    assert (p_ny.sum(1) > 1).any() and node_nv.max() == 1
+    assert all((node_nv[:, at[parent]] >= node_nv[:, at[child]]).all() for child, parent in edges)
+
+
+def test_pairs_by_hand():
+    assert edges_of(None) == [] and edges_of([["a", "b"], ("c", "b")]) == [("a", "b"), ("c", "b")]
+    for tree in ({"a": "b"}, pd.DataFrame([["a", "b"]]), ["ab"], [("a", "b", "c")], [("a", None)], [(1, 2)], 3):
+        with pytest.raises(UserError, match=r"label_tree: .* give a file, or a list of"):
+            edges_of(tree)
+
+
 def test_labels_are_taken_word_for_word(caplog):
     labels = given_labels(pd.Series(["T", "t", " T", "unknown", None, "B "]), "unknown", "here")
     assert labels == ["T", "t", " T", None, None, "B "]
     assert "' T' and 't' differ in case" in caplog.text
     given_labels(pd.Series(["a", " "]), "unknown", "here")
     assert "white space only (' ')" in caplog.text
+    assert given_labels(pd.Series(["a", "nan", "unknown"]), None, "here") == ["a", "nan", "unknown"]
+    assert "'nan' is taken as a label" in caplog.text
 
 
 @pytest.mark.parametrize(
