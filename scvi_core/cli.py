@@ -89,6 +89,10 @@ app.add_typer(models, name="models")
 ConfigOption = Annotated[
     str, typer.Option("--config", help="config.yaml, or the part of it that matters as JSON text ('{...}')")
 ]
+BuiltConfig = Annotated[
+    str | None,
+    typer.Option("--config", help="config.yaml, or JSON text ('{...}'); default: what the folder was built with"),
+]
 Samples = Annotated[
     list[Path],
     typer.Argument(
@@ -602,7 +606,7 @@ def criticism(
 @app.command(cls=Step)
 def register(
     folder: Annotated[Path, typer.Argument(help="results/{atlas}")],
-    config: ConfigOption = "{}",
+    config: BuiltConfig = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="JSON", help="default: model_ref.json in the folder")
     ] = None,
@@ -614,8 +618,10 @@ def register(
     Example: scvi-core register results/pancreas --config config/config.yaml
     """
     from scvi_core.registry.atlas import register
+    from scvi_core.report.manifest import built_with
 
-    write_json(out or folder / "model_ref.json", register(folder, load_config(config)))
+    settings = load_config(config) if config else built_with(folder)
+    write_json(out or folder / "model_ref.json", register(folder, settings))
 
 
 @app.command(cls=Step)
@@ -635,16 +641,15 @@ def report(
 @app.command(cls=Step)
 def export(
     folder: Annotated[Path, typer.Argument(help="results/{atlas}")],
-    config: Annotated[
-        str | None, typer.Option(help="config.yaml, or JSON text ('{...}'); default: what the folder was built with")
-    ] = None,
+    config: BuiltConfig = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="H5AD", help="default: atlas.h5ad in the folder")] = None,
 ) -> None:
     """Write the whole atlas as one AnnData file, for scanpy, cellxgene and R; memory does not grow with counts.
 
     Example: scvi-core export results/pancreas
     """
-    from scvi_core.export import built_with, write_h5ad
+    from scvi_core.export import write_h5ad
+    from scvi_core.report.manifest import built_with
 
     write_h5ad(out or folder / "atlas.h5ad", folder, load_config(config) if config else built_with(folder))
 

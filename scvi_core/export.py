@@ -5,7 +5,6 @@ Memory is that of the cell table and the neighbour graph, whatever the number of
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import pandas as pd
 
 from scvi_core._version import __version__
 from scvi_core.cluster import connectivities, neighbors
-from scvi_core.config import Config, load_config
+from scvi_core.config import Config
 from scvi_core.files import Decisions, UserError, read_json, read_parquet, replacing, seal
 from scvi_core.io.write import CHUNK, PACKED, Survivor, of_names
 from scvi_core.preprocess.samples import cell_blocks
@@ -28,24 +27,6 @@ if TYPE_CHECKING:
 
 TARGET = 10_000  # counts that a cell is scaled to before the logarithm
 COLOURED = 500  # categories of a column that has colours, at most
-
-
-def built_with(folder: Path) -> Config:
-    """The configuration that an atlas was built with, by its manifest.
-
-    Raises
-    ------
-    UserError
-        When there is no manifest, as the build is not done, or none that says it.
-    """
-    path = folder / "manifest.json"
-    try:
-        config = json.loads(path.read_text("utf-8"))["config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: does not say what the atlas was built with ({type(error).__name__}); name its --config"
-        ) from None
-    return load_config(config, str(path))
 
 
 def write_h5ad(out: Path, folder: Path, config: Config) -> None:

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from scvi_core.config import Config
+from scvi_core.config import Config, load_config
 from scvi_core.files import UserError, sha256_file, sha256_text
 
 PACKAGES = (
     "scvi-core anndata duckdb faiss-cpu h5py igraph knncolle matplotlib mlflow numpy openTSNE pandas pyarrow "
     "pydeseq2 safetensors scikit-learn scikit-misc scipy scranpy torch zarr"
 )
+
+
+def built_with(folder: Path) -> Config:
+    """The configuration that an atlas was built with, by its manifest.
+
+    Raises
+    ------
+    UserError
+        When there is no manifest, as the build is not done, or none that says it.
+    """
+    path = folder / "manifest.json"
+    try:
+        config = json.loads(path.read_text("utf-8"))["config"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: does not say what the atlas was built with ({type(error).__name__}); name its --config"
+        ) from None
+    return load_config(config, str(path))
 
 
 def public_config(config: Config) -> dict[str, Any]:

@@ -12,11 +12,12 @@ import scipy.sparse as sp
 
 from scvi_core.cluster import _graph, cluster, leiden
 from scvi_core.config import load_config
-from scvi_core.export import built_with, write_h5ad
+from scvi_core.export import write_h5ad
 from scvi_core.files import Decisions, UserError, verify, write_json, write_parquet
 from scvi_core.io.blocks import Scratch, Spool
 from scvi_core.io.write import write_counts
 from scvi_core.preprocess import samples
+from scvi_core.report.manifest import built_with
 from scvi_core.report.viewer import PALETTE
 
 GENES = [f"ENSG{i:011d}" for i in range(40)]

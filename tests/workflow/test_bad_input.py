@@ -504,7 +504,8 @@ def test_de_and_report(built, atlas, tmp_path):
     done = here(tmp_path, "de", "--store", atlas / "counts.zarr", "--model", tmp_path, *out)
     refused(done)
     refused(here(tmp_path, "report", tmp_path / "none"), "cells.parquet", "no such file", "scvi-core cells")
-    refused(here(tmp_path, "register", tmp_path / "none"), "model.json")
+    refused(here(tmp_path, "register", tmp_path / "none"), "manifest.json", "--config")
+    refused(here(tmp_path, "register", tmp_path / "none", "--config", "{}"), "model.json")
     assert not list(tmp_path.iterdir())
 
 
