@@ -33,6 +33,7 @@ from scvi_core.counts import Counts
 from scvi_core.files import Decisions, UserError
 from scvi_core.labels import ANY, Taxonomy
 from scvi_core.log import log
+from scvi_core.normalise import log_normalised
 
 L2 = 3e-3  # measured: benchmarks/annotate.py
 N_COMPONENTS = 50  # principal components of log-normalised counts among the features
@@ -282,10 +283,9 @@ def expression(counts: Counts, rows: np.ndarray) -> sp.csr_matrix:
     blocks = []
     for _, cells in posterior.blocks(counts, rows):
         x = cells.x
-        per_m = np.repeat(1e4 / cells.library_n.cpu().numpy().astype(np.float64), np.diff(x.indptr_n.cpu().numpy()))
-        values_m = np.log1p(x.x_m.cpu().numpy() * per_m)
-        shape = len(cells.batch_n), counts.n_genes
-        blocks.append(sp.csr_matrix((values_m, x.genes_m.cpu().numpy(), x.indptr_n.cpu().numpy()), shape))
+        x_m, genes_m, indptr_n = (part.cpu().numpy() for part in (x.x_m, x.genes_m, x.indptr_n))
+        values_m = log_normalised(x_m, indptr_n, cells.library_n.cpu().numpy().astype(np.float64))
+        blocks.append(sp.csr_matrix((values_m, genes_m, indptr_n), (len(cells.batch_n), counts.n_genes)))
     return sp.vstack(blocks, format="csr")
 
 

@@ -192,6 +192,12 @@ class InputConfig(Section):
 READING = tuple(name for name in InputConfig.model_fields if name not in ("genes", "not_genes"))
 
 
+# what QC flags a cell for, in the order of the column `flags`
+Flag = Literal[
+    "empty", "low_counts", "high_counts", "low_genes", "high_genes", "high_mito", "high_hb", "high_top50", "doublet"
+]
+
+
 class QcConfig(Section):
     """Which cells are flagged, and which flags drop a cell."""
 
@@ -231,20 +237,7 @@ class QcConfig(Section):
     )
     ribosomal: Names | None = Field(None, description="the same for ribosomal proteins; default: RPS and RPL")
     haemoglobin: Names | None = Field(None, description="the same for haemoglobin; default: HBA, HBB and the like")
-    drop: tuple[
-        Literal[
-            "empty",
-            "low_counts",
-            "high_counts",
-            "low_genes",
-            "high_genes",
-            "high_mito",
-            "high_hb",
-            "high_top50",
-            "doublet",
-        ],
-        ...,
-    ] = Field(
+    drop: tuple[Flag, ...] = Field(
         ("empty", "low_counts", "low_genes", "high_mito"),
         description="flags that drop a cell: signs of damage; the others, doublets too, only flag unless listed",
     )

@@ -27,6 +27,7 @@ from scvi_core.counts import Counts, unsigned
 from scvi_core.files import Decisions, UserError, replacing, write_json, write_parquet
 from scvi_core.log import log, progress
 from scvi_core.model import SCVI
+from scvi_core.normalise import log_normalised
 from scvi_core.posterior import posterior_predictive
 from scvi_core.tables import natural
 
@@ -394,7 +395,7 @@ def markers(x_ng: sp.csr_matrix, groups: dict[str, np.ndarray]) -> tuple[np.ndar
     rows_m = np.concatenate([*groups.values(), np.zeros(0, dtype=np.int64)])
     member_kn = sp.csr_matrix((np.ones(len(rows_m)), rows_m, np.cumsum([0, *sizes])), shape=(len(sizes), n_cells))
     total_n = np.asarray(x_ng.sum(1, dtype=np.float64)).ravel()
-    y_m = np.log1p(x_ng.data * np.repeat(1e4 / np.maximum(total_n, 1), np.diff(x_ng.indptr)))
+    y_m = log_normalised(x_ng.data, x_ng.indptr, np.maximum(total_n, 1))
     sums = []
     for values_m in (y_m, y_m**2):
         y_ng = sp.csr_matrix((values_m, x_ng.indices, x_ng.indptr), shape=x_ng.shape)

@@ -18,6 +18,7 @@ from scvi_core.cluster import connectivities, neighbors
 from scvi_core.config import Config
 from scvi_core.files import Decisions, UserError, read_json, read_parquet, replacing, seal
 from scvi_core.io.write import CHUNK, PACKED, Survivor, of_names
+from scvi_core.normalise import TARGET, log_normalised
 from scvi_core.preprocess.samples import cell_blocks
 from scvi_core.report import sample_names
 from scvi_core.report.viewer import MISSING, PALETTE, levels
@@ -25,7 +26,6 @@ from scvi_core.report.viewer import MISSING, PALETTE, levels
 if TYPE_CHECKING:
     import h5py
 
-TARGET = 10_000  # counts that a cell is scaled to before the logarithm
 COLOURED = 500  # categories of a column that has colours, at most
 
 
@@ -194,9 +194,8 @@ def _write_counts(
             counts[name].resize((at + part.nnz,))
             counts[name][at:] = values
         if scaled:
-            factor_n = TARGET / totals_n[row : row + len(each)]
             X["data"].resize((at + part.nnz,))
-            X["data"][at:] = np.log1p(part.data * np.repeat(factor_n, each))
+            X["data"][at:] = log_normalised(part.data, part.indptr, totals_n[row : row + len(each)])
         lengths.append(each)
         at += part.nnz
         check()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from scvi_core.files import Decisions
+from scvi_core.normalise import log_normalised
 from scvi_core.preprocess.samples import read_chunks
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def unscored(n_cells: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _normalised(counts: csr_matrix, size_n: np.ndarray) -> csr_matrix:
     """Log of one plus counts per 10,000."""
     x_ng = counts.astype(np.float64)
-    x_ng.data = np.log1p(x_ng.data * (1e4 / np.repeat(size_n, np.diff(x_ng.indptr))))
+    x_ng.data = log_normalised(x_ng.data, x_ng.indptr, size_n)
     return x_ng
 
 

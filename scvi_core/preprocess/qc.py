@@ -9,11 +9,11 @@ import functools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from scvi_core.config import QcConfig, name_matcher
+from scvi_core.config import Flag, QcConfig, name_matcher
 from scvi_core.files import Decisions, UserError
 from scvi_core.io.identity import GENOME
 from scvi_core.preprocess.cellcycle import CYCLE_OBS, G2M_PHASE, S_PHASE, cell_cycle, unscored
@@ -24,17 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from scipy.sparse import csr_matrix
 
-FLAGS = (
-    "empty",
-    "low_counts",
-    "high_counts",
-    "low_genes",
-    "high_genes",
-    "high_mito",
-    "high_hb",
-    "high_top50",
-    "doublet",
-)
+FLAGS = get_args(Flag)
 
 TOP = 50  # genes whose joint share is a sign of debris
 

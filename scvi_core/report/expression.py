@@ -16,11 +16,11 @@ from matplotlib.figure import Figure
 
 from scvi_core.config import Config
 from scvi_core.files import UserError
+from scvi_core.normalise import TARGET, log_normalised
 from scvi_core.preprocess.samples import cell_blocks
 from scvi_core.report.style import THEMES, colours, label, styled
 from scvi_core.report.viewer import MISSING, PALETTE, levels
 
-TARGET = 10_000  # counts that a cell is scaled to before the logarithm
 SHOWN_GENES = 12  # on the map and in violins
 HEAT_GENES, HEAT_CELLS = 3, 40  # of each group, in the heat map
 JOINED = re.compile(r"(.+?)[_|-](ENS[A-Z]*G\d{11}(?:\.\d+)?)")  # a name that still has its id behind it
@@ -129,8 +129,9 @@ def read_expression(
     for first, counts in cell_blocks(paths, pd.Index(ids), wanted):
         at = place_n[first : first + counts.shape[0]]
         drawn = np.flatnonzero(at >= 0)
-        factor_n = TARGET / totals_n[first + drawn]
-        values_ng[at[drawn]] = np.log1p(counts[drawn].toarray() * factor_n[:, None])
+        counts = counts[drawn]
+        counts.data = log_normalised(counts.data, counts.indptr, totals_n[first + drawn])
+        values_ng[at[drawn]] = counts.toarray()
     return Expression(rows, {gene: names[gene] for gene in wanted}, values_ng, shown, heat)
 
 

@@ -15,6 +15,7 @@ from scvi_core import report
 from scvi_core.config import load_config
 from scvi_core.files import Decisions, UserError, read_json, write_json, write_parquet
 from scvi_core.labels import Taxonomy
+from scvi_core.preprocess.qc import FLAGS
 from scvi_core.report import expression, figures, sentences, style, viewer
 from scvi_core.report.viewer import MISSING, PALETTE, levels
 
@@ -634,3 +635,7 @@ def test_figures_are_figures_with_fixed_bytes(atlas):
     assert figures.png(figures.umap_figure(both, "cluster", "tsne", theme="dark"))
     history = pd.read_parquet(folder / "model/history.parquet")
     assert figures.png(figures.training_figure(history, None, theme="dark"))
+
+
+def test_every_flag_has_words():
+    assert list(sentences.FLAGS) == list(FLAGS)
